@@ -1,0 +1,60 @@
+# Everything runs in a virtual environment of its own: .venv (and .venv-swift for the S3 server that tests talk to).
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PRESET ?= cpu
+DATA ?= $(QUARANTINE_DATA)
+export MLFLOW_DISABLE_TELEMETRY = true
+
+.PHONY: help setup demo test check compile format images bench-demo bench-fetch bench-overhead bench-tsbd clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(VENV)/.ready  ## install into .venv
+
+.venv-swift/.ready: tests/integration/setup_swift.sh
+	bash tests/integration/setup_swift.sh
+	touch $@
+
+demo: setup  ## train a backdoored digits model and take it through the whole pipeline
+	$(BIN)/quarantine demo --out demo-output
+
+test: setup .venv-swift/.ready  ## all tests
+	$(BIN)/python -m pytest
+
+check: setup  ## ruff, mypy, import-linter, compiled pipelines up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pipelines.compile --check
+
+compile: setup  ## write the KFP pipeline's IR to build/
+	$(BIN)/quarantine compile --out build
+
+format: setup  ## reformat
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-demo: setup  ## demo.json and demo-quality.json
+	$(BIN)/python -m benchmarks.demo
+
+bench-fetch: setup .venv-swift/.ready  ## fetch.json
+	$(BIN)/python -m benchmarks.fetch
+
+bench-overhead: setup  ## overhead.json
+	$(BIN)/python -m benchmarks.overhead
+
+bench-tsbd: setup  ## tsbd-cifar.json; DATA is the folder with CIFAR-10 as parquet
+	$(BIN)/python -m benchmarks.tsbd_cifar --data $(DATA)
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) .venv-swift build demo-output

@@ -1,0 +1,70 @@
+"""Figures as one JSON file per benchmark, with the command, commit and machine that made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from defense_core.files import write_atomic
+
+FOLDER = Path(__file__).resolve().parent / "results"
+
+
+def write_results(
+    name: str, rows: Sequence[Mapping[str, Any]], *, command: str, started: datetime, folder: Path = FOLDER
+) -> Path:
+    """Write ``<folder>/<name>.json``, whole or not at all.
+
+    Args:
+        name: name of the file, without ending.
+        rows: one mapping of field names to JSON values per row.
+        command: what to run to get these figures again.
+        started: when the run began, with its time zone.
+        folder: where to.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    content = {
+        "schema": 1,
+        "command": command,
+        "commit": commit(),
+        "device": device(),
+        "started": started.astimezone(UTC).isoformat(timespec="seconds"),
+        "rows": [dict(row) for row in rows],
+    }
+    path = folder / f"{name}.json"
+    write_atomic(path, (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+def commit() -> str:
+    """Short hash of HEAD, or ``"unknown"`` outside a repository with commits."""
+    command = ["git", "-C", str(FOLDER.parent), "rev-parse", "--short", "--verify", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
+
+
+def device() -> str:
+    """The machine in a few words: ``"2-core Intel Xeon, 23 GiB"``."""
+    cores = len(os.sched_getaffinity(0))
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{cores}-core {_processor()}, {memory_gib:.0f} GiB"
+
+
+def _processor() -> str:
+    description = Path("/proc/cpuinfo")
+    text = description.read_text() if description.is_file() else ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    words = re.sub(r"\((R|TM|tm|C)\)|@.*|\b(CPU|Processor)\b", " ", named[1]) if named else platform.machine()
+    return " ".join(words.split())

@@ -1,0 +1,1 @@
+"""The only code that touches S3, MLflow, keys and environment variables."""

@@ -1,0 +1,43 @@
+"""Environment variables for a run on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent.parent.parent
+"""The folder that holds ``components``, ``pipelines`` and ``defense_core``."""
+
+DATABASE = "mlflow.db"
+
+
+@dataclass(frozen=True)
+class LocalEnvironment:
+    """Variables for the processes of a run.
+
+    Attributes:
+        variables: the whole environment.
+        tracking_uri: where MLflow's records go.
+    """
+
+    variables: Mapping[str, str]
+    tracking_uri: str
+
+
+def local_environment(work: Path) -> LocalEnvironment:
+    """This process's environment, in which the steps find this code and an MLflow.
+
+    Without ``MLFLOW_TRACKING_URI`` that is an SQLite file in ``work``.
+    """
+    variables = dict(os.environ)
+    tracking_uri = variables.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(work).absolute() / DATABASE}"
+    paths = [str(SOURCES), variables.get("PYTHONPATH", "")]
+    variables |= {
+        "MLFLOW_TRACKING_URI": tracking_uri,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # What the steps log is read line by line.
+        "PYTHONUNBUFFERED": "1",
+    }
+    return LocalEnvironment(variables, tracking_uri)

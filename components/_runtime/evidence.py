@@ -1,0 +1,152 @@
+"""Evidence mappings: how a step writes down what went in, what came out and what it found."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from defense_core import __version__
+from defense_core.config import canonical_json, to_mapping
+from defense_core.errors import EvidenceMismatch, EvidenceMissing
+from defense_core.evidence import EVIDENCE_SCHEMA
+from defense_core.files import write_atomic
+from defense_core.verdict import Finding, Verdict
+
+
+DECISION, POLICY = "decision.json", "policy.json"
+"""Files that lie beside the evidence in a decision's folder."""
+REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
+"""The report, which lies beside the evidence in a run's store."""
+BESIDE = (DECISION, POLICY, REPORT_DATA)
+FAILED = ".failed.json"
+"""How the name of a failure record ends."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a step began.
+
+    Attributes:
+        started: ISO 8601, UTC, whole seconds.
+        origin_s: monotonic seconds.
+    """
+
+    started: str
+    origin_s: float
+
+    @classmethod
+    def start(cls) -> Clock:
+        """A clock that starts now."""
+        return cls(datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic())
+
+    def environment(self, *, device: str, seed: int) -> dict[str, Any]:
+        """The ``environment`` block; ``seconds`` is the time since the start."""
+        return {
+            "version": __version__,
+            "torch": metadata.version("torch"),
+            "device": device,
+            "seed": seed,
+            "started": self.started,
+            "seconds": round(time.monotonic() - self.origin_s, 3),
+        }
+
+
+def compose(
+    name: str,
+    clock: Clock,
+    *,
+    inputs: Mapping[str, Any],
+    results: Mapping[str, Any],
+    outputs: Mapping[str, Any] | None = None,
+    verdict: Verdict = Verdict.PASS,
+    findings: Sequence[Finding] = (),
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """An evidence mapping, schema 1, JSON types only.
+
+    Args:
+        name: ``fetch``, ``purify.tsbd``, ``evaluate.before``…; the step is what precedes the dot.
+        inputs: digests of what went in; ``source`` is that of the fetched artifact.
+        outputs: digests of what came out.
+    """
+    evidence: dict[str, Any] = to_mapping(
+        {
+            "schema": EVIDENCE_SCHEMA,
+            "step": name.partition(".")[0],
+            "name": name,
+            "inputs": inputs,
+            "outputs": outputs or {},
+            "results": results,
+            "verdict": verdict,
+            "findings": list(findings),
+            "environment": clock.environment(device=device, seed=seed),
+        }
+    )
+    return evidence
+
+
+def write_evidence(path: Path, evidence: Mapping[str, Any]) -> None:
+    """Write canonical JSON to ``path``, whole or not at all."""
+    write_atomic(path, canonical_json(evidence) + b"\n")
+
+
+def read_evidence(path: Path) -> dict[str, Any]:
+    """One evidence file.
+
+    Raises:
+        EvidenceMissing: there is no such file.
+        EvidenceMismatch: it is not readable, or of another schema.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise EvidenceMissing(f"evidence {path} is missing", hint="Run the step that writes it") from error
+    return parse_evidence(data, str(path))
+
+
+def parse_evidence(data: bytes, where: str) -> dict[str, Any]:
+    """Evidence from bytes; ``where`` names them in messages. Raises as :func:`read_evidence`."""
+    try:
+        mapping = json.loads(data)
+    except ValueError as error:
+        raise _damaged(where, "JSON", str(error)) from error
+    if not isinstance(mapping, dict) or mapping.get("schema") != EVIDENCE_SCHEMA or "name" not in mapping:
+        raise _damaged(where, f"an object of schema {EVIDENCE_SCHEMA} with a name", str(mapping)[:80])
+    return mapping
+
+
+def read_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every evidence file ``<name>.json`` of a folder, by name; failure records, decision, policy and report are left out.
+
+    Raises:
+        EvidenceMissing: the folder is not there, or holds none.
+        EvidenceMismatch: a file is damaged or stands under another name.
+    """
+    files = sorted(
+        path for path in Path(folder).glob("*.json") if path.name not in BESIDE and not path.name.endswith(FAILED)
+    )
+    found = {path.name.removesuffix(".json"): read_evidence(path) for path in files}
+    for name, evidence in found.items():
+        if evidence["name"] != name:
+            raise _damaged(str(Path(folder) / f"{name}.json"), f"evidence of {name}", f"evidence of {evidence['name']}")
+    if not found:
+        raise EvidenceMissing(f"no evidence in {folder}", expected="<step>.json files", hint="Name the run's evidence folder")
+    return found
+
+
+def source_of(evidence: Mapping[str, Any]) -> str:
+    """The digest of the fetched artifact that ``evidence`` speaks of."""
+    return str(evidence["inputs"]["source"])
+
+
+def _damaged(where: str, expected: str, got: str) -> EvidenceMismatch:
+    return EvidenceMismatch(
+        f"evidence {where} is damaged", expected=expected, got=got, hint="Run the step again; never edit evidence"
+    )

@@ -1,0 +1,160 @@
+"""What a pipeline run leaves in MLflow: a parent run, a nested run per method, numbers, digests and files.
+
+Fetch opens the parent run, so that an MLflow that does not answer ends the run in its first seconds;
+the report, which always runs, writes the rest from the run's evidence. The steps in between need
+neither MLflow nor its credentials, and hours of purification are not lost to its outage.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from components._runtime.evidence import FAILED
+from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.outcome import RunOutcome
+from components._runtime.plan import Plan, RunSettings, identity_of
+from components._runtime.release import Identity
+from components._runtime.store import Records
+from components._runtime.tracking import (
+    Status,
+    TrackedRun,
+    close_run,
+    log_files,
+    log_history,
+    log_metrics,
+    log_parameters,
+    log_tags,
+    open_method_run,
+    open_run,
+)
+from defense_core.config import canonical_json, to_mapping
+from defense_core.files import write_atomic
+
+DECISION_TAG = "quarantine.decision"
+EXECUTION_TAG = "quarantine.execution"
+FAILED_STEP_TAG = "quarantine.failed_step"
+MODEL_TAG = "quarantine.model"
+URI_TAG = "quarantine.uri"
+VERDICT_TAG = "quarantine.verdict"
+KEY_CHARACTERS = 24
+
+
+def open_connection(environment: Mapping[str, str] | None = None) -> MlflowConnection:
+    """MLflow as the environment (by default this process's) names it.
+
+    Raises:
+        RegistryUnavailable, AccessDenied, ConfigError: see :func:`components._runtime.mlflow_connection.connect`.
+    """
+    return connect(MlflowSettings.from_environment(environment))
+
+
+def run_key(identity: Identity) -> str:
+    """The parent run's key: the same work, started again, comes back to the same run."""
+    return identity.digest.removeprefix("sha256:")[:KEY_CHARACTERS]
+
+
+def parent_run(connection: MlflowConnection, identity: Identity) -> TrackedRun:
+    """The parent run of the work that ``identity`` names."""
+    return open_run(connection, run_key(identity), name=f"quarantine-{run_key(identity)[:8]}")
+
+
+def begin(connection: MlflowConnection, plan: Plan, settings: RunSettings, fetch: Mapping[str, Any]) -> TrackedRun:
+    """Open the parent run: what was asked for as parameters, digests as tags."""
+    run = parent_run(connection, identity_of(fetch))
+    parameters = {**to_mapping(plan), "policy": fetch["results"]["policy"]}
+    # The same work may be fetched from elsewhere next time, and a parameter never changes.
+    for place in ("model", "clean", "test"):
+        del parameters[place]
+    log_parameters(connection, run, {name: _text(value) for name, value in parameters.items()})
+    digests = {f"quarantine.{name}": str(value) for name, value in fetch["inputs"].items() if value is not None}
+    log_tags(connection, run, {**digests, EXECUTION_TAG: settings.name, URI_TAG: str(fetch["results"]["uri"])})
+    return run
+
+
+def end(
+    connection: MlflowConnection, settings: RunSettings, records: Records, files: Mapping[str, bytes], outcome: RunOutcome
+) -> TrackedRun:
+    """Write every number and file that there is, and close the parent run.
+
+    Args:
+        records: what the steps left.
+        files: the report, by name; logged beside the records.
+        outcome: how the run ended.
+    """
+    fetch = records.evidence.get("fetch")
+    # Without a fetched artifact the work has no identity yet; the execution's name stands in.
+    run = parent_run(connection, identity_of(fetch)) if fetch else open_run(connection, f"unfetched/{settings.name}", name=settings.name)
+    before = records.evidence.get("evaluate.before")
+    if before:
+        log_metrics(connection, run, {f"before/{name}": value for name, value in _figures(before["results"])})
+    for name in records.evidence:
+        step, _, method = name.partition(".")
+        if step == "purify":
+            _log_method(connection, run, method, records)
+    evidence = {f"evidence/{name}.json": each for name, each in records.evidence.items()}
+    failures = {f"evidence/{name}{FAILED}": each for name, each in records.failures.items()}
+    _log_bytes(connection, run, {**files, **_lines({**evidence, **failures})})
+    log_tags(
+        connection,
+        run,
+        {DECISION_TAG: outcome.decision, FAILED_STEP_TAG: outcome.failed_step or "none", EXECUTION_TAG: settings.name},
+    )
+    status: Status = "FAILED" if outcome.failed_step else "FINISHED"
+    close_run(connection, run, status)
+    return run
+
+
+def _log_method(connection: MlflowConnection, parent: TrackedRun, method: str, records: Records) -> None:
+    purification, evaluation = records.evidence[f"purify.{method}"], records.evidence.get(f"evaluate.{method}")
+    results = purification["results"]
+    run = open_method_run(connection, parent, method)
+    log_parameters(connection, run, {"config": results["config"], "control": results["control"]})
+    log_history(connection, run, _numbers_only(results["history"]))
+    figures = dict(_figures(evaluation["results"])) if evaluation else {}
+    if results.get("select"):
+        figures["select/accuracy"] = float(results["select"]["accuracy"])
+    log_metrics(connection, run, figures)
+    log_tags(connection, run, {VERDICT_TAG: purification["verdict"], MODEL_TAG: str(purification["outputs"].get("model"))})
+    named = {f"{each['name']}.json": each for each in (purification, evaluation) if each}
+    _log_bytes(connection, run, _lines(named))
+    close_run(connection, run, "FINISHED" if purification["verdict"] == "PASS" else "FAILED")
+
+
+def _lines(mappings: Mapping[str, Any]) -> dict[str, bytes]:
+    return {name: canonical_json(mapping) + b"\n" for name, mapping in mappings.items()}
+
+
+def _log_bytes(connection: MlflowConnection, run: TrackedRun, files: Mapping[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory(prefix="quarantine-journal-") as folder:
+        for name, data in files.items():
+            write_atomic(Path(folder) / name, data)
+        log_files(connection, run, Path(folder))
+
+
+def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    named = {"acc": (results.get("acc") or {}).get("value"), "acc_drop": results.get("acc_drop")}
+    for probe in results.get("probes", ()):
+        named |= {f"{figure}/{probe['name']}": probe[figure]["value"] for figure in ("asr", "ra")}
+        named[f"der/{probe['name']}"] = probe["der"]
+    yield from ((_metric_name(name), float(value)) for name, value in named.items() if value is not None)
+
+
+def _numbers_only(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """History rows with what MLflow takes."""
+    for row in rows:
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+        yield {**numbers, "phase": _metric_name(str(row.get("phase", "")))}
+
+
+def _metric_name(name: str) -> str:
+    """``name`` without ``=`` and the like, which MLflow refuses."""
+    return re.sub(r"[^\w .:/-]", "_", name)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -1,0 +1,163 @@
+"""The model version that belongs to a piece of work: found, or uploaded and created."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components._runtime import registry_tags as tag
+from components._runtime.mlflow_connection import MlflowConnection
+from components._runtime.registered_files import Manifest
+from components._runtime.release import Identity, Release, evidence_digest
+from components._runtime.run_election import TrackedRun
+from defense_core.config import digest
+from defense_core.errors import RegistryConflict
+from defense_core.verdict import Verdict
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+REASONS = {Verdict.FAIL: tag.DENIED, Verdict.UNKNOWN: tag.UNDECIDED}
+
+
+@dataclass(frozen=True)
+class Order:
+    """One call's wishes, checked."""
+
+    release: Release
+    name: str
+    run: TrackedRun
+    identity: Identity
+    verdict: Verdict
+    alias: str
+    manifest: Manifest
+    tags: Mapping[str, str]
+
+
+def version_tags(
+    release: Release, identity: Identity, policy: str, manifest: Manifest, tags: Mapping[str, str] | None
+) -> dict[str, str]:
+    """The tags of a new version; set in the request that creates it, so none is ever without them."""
+    return {
+        **(tags or {}),
+        tag.DECISION: tag.PENDING,
+        tag.POLICY: policy,
+        tag.IDENTITY: identity.digest,
+        tag.SOURCE_DIGEST: identity.source,
+        tag.ONNX_DIGEST: release.onnx_digest,
+        tag.BUNDLE_DIGEST: release.bundle_digest,
+        tag.EVIDENCE_DIGEST: evidence_digest(manifest),
+        tag.FILES_DIGEST: digest(dict(manifest)),
+    }
+
+
+def find_or_create(connection: MlflowConnection, order: Order, staged: Path) -> tuple[ModelVersion, bool]:
+    """The version of this work, and whether it was there; created (steps 2 and 3) if it was not."""
+    _ensure_model(connection, order.name)
+    found = _find(connection, order)
+    if found is not None:
+        return found, True
+    # The folder is named by its content: another attempt in the same run cannot change the bytes
+    # of a version that is already registered.
+    folder = "registered/" + order.tags[tag.FILES_DIGEST].removeprefix("sha256:")[:16]
+    connection.client.log_artifacts(order.run.run_id, str(staged), folder)
+    own = connection.client.create_model_version(
+        order.name, source=f"{order.run.artifact_uri}/{folder}", run_id=order.run.run_id, tags=dict(order.tags)
+    )
+    # Numbers are given in order: of two processes that create at once, both see the lower one.
+    first = _find(connection, order)
+    if first is not None and int(first.version) < int(own.version):
+        connection.client.delete_model_version(order.name, own.version)
+        return first, True
+    return own, False
+
+
+def _ensure_model(connection: MlflowConnection, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        connection.client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def same_identity(connection: MlflowConnection, order: Order) -> list[ModelVersion]:
+    """All versions of this identity, lowest number first."""
+    query = f"name = '{order.name}' and tags.`{tag.IDENTITY}` = '{order.identity.digest}'"
+    versions: list[ModelVersion] = []
+    token: str | None = None
+    while True:
+        page = connection.client.search_model_versions(query, max_results=200, page_token=token)
+        versions.extend(page)
+        token = page.token
+        if not token:
+            return sorted(versions, key=lambda version: int(version.version))
+
+
+def _find(connection: MlflowConnection, order: Order) -> ModelVersion | None:
+    """The version to go on with, if an earlier run left one.
+
+    Raises:
+        RegistryConflict: it was decided otherwise, holds other bytes or was damaged.
+    """
+    chosen = None
+    for version in same_identity(connection, order):
+        decision, reason = version.tags.get(tag.DECISION), version.tags.get(tag.REASON)
+        if decision == tag.PENDING:
+            same = version.tags.get(tag.FILES_DIGEST) == order.tags[tag.FILES_DIGEST]
+            if not same:
+                # Never decided, and its evidence is not what this decision rests on.
+                quarantine(connection, version, tag.ABANDONED)
+            elif chosen is None:
+                chosen = version
+        elif decision == tag.QUARANTINED and reason == tag.ABANDONED:
+            continue
+        elif decision == tag.QUARANTINED and reason == tag.UNDECIDED:
+            if order.verdict is Verdict.UNKNOWN and chosen is None and _same_bytes(version, order):
+                chosen = version
+        else:
+            _require_agreement(version, order)
+            return version
+    return chosen
+
+
+def _same_bytes(version: ModelVersion, order: Order) -> bool:
+    return all(version.tags.get(key) == order.tags[key] for key in (tag.ONNX_DIGEST, tag.BUNDLE_DIGEST))
+
+
+def _require_agreement(version: ModelVersion, order: Order) -> None:
+    decision, reason = version.tags.get(tag.DECISION), version.tags.get(tag.REASON)
+    found = (decision, reason if decision == tag.QUARANTINED else None)
+    what = f"models:/{version.name}/{version.version}, from the same source, config and policy,"
+    expected = (tag.ALLOW, None) if order.verdict is Verdict.PASS else (tag.QUARANTINED, REASONS[order.verdict])
+    if reason == tag.BYTES_DIFFER:
+        raise RegistryConflict(
+            f"{what} was found damaged",
+            expected="the bytes that were registered",
+            got=tag.BYTES_DIFFER,
+            hint="Find out who changed its files, delete the version, then run again",
+        )
+    if found != expected:
+        raise RegistryConflict(
+            f"{what} was decided otherwise",
+            expected=" ".join(filter(None, expected)),
+            got=" ".join(filter(None, found)) or "no decision",
+            hint="A decision is final; change the configuration or the policy for a new one",
+        )
+    if not _same_bytes(version, order):
+        raise RegistryConflict(
+            f"{what} holds another model",
+            expected=f"ONNX {order.release.onnx_digest}, bundle {order.release.bundle_digest}",
+            got=f"ONNX {version.tags.get(tag.ONNX_DIGEST)}, bundle {version.tags.get(tag.BUNDLE_DIGEST)}",
+            hint="The work is not repeatable on this device; the registered version stays as it is",
+        )
+
+
+def quarantine(connection: MlflowConnection, version: ModelVersion, reason: str) -> None:
+    """Mark ``version`` as not to be served, and why."""
+    # The reason first: a quarantined version without one would be a riddle for the next run.
+    connection.client.set_model_version_tag(version.name, version.version, tag.REASON, reason)
+    connection.client.set_model_version_tag(version.name, version.version, tag.DECISION, tag.QUARANTINED)

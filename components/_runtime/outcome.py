@@ -1,0 +1,68 @@
+"""How a run ended, read from its records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from components._runtime.store import Records
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, EXIT_USAGE
+
+NO_DECISION = "none"
+_EXIT_CODES = {"allow": EXIT_PASS, "observe": EXIT_PASS, "deny": EXIT_FAIL, "unknown": EXIT_UNKNOWN}
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A run's end.
+
+    Attributes:
+        decision: ``allow``, ``deny``, ``unknown``, ``observe``, or ``none`` where the gate was not reached.
+        failed_step: the first step that failed, in the order of the pipeline; empty if none did.
+        why: its error, one sentence or more.
+        exit_code: 0 allowed or observed, 1 denied, 2 undecided; that of the failed step's error otherwise.
+    """
+
+    decision: str
+    failed_step: str
+    why: str
+    exit_code: int
+
+
+def outcome_of(records: Records, *, stopped: str = "") -> RunOutcome:
+    """What the records say.
+
+    Args:
+        stopped: what the orchestrator says where it was stopped or failed. It matters only where no
+            step has said why: a step that is killed outright leaves no record.
+    """
+    decision = str(_results(records, "gate").get("outcome", NO_DECISION))
+    if records.failures:
+        name = min(records.failures, key=lambda each: _place(each, expected_steps(records)))
+        failure = records.failures[name]
+        return RunOutcome(decision, name, str(failure["message"]), int(failure.get("exit_code", EXIT_UNKNOWN)))
+    if records.damaged:
+        file, why = next(iter(sorted(records.damaged.items())))
+        return RunOutcome(decision, file.removesuffix(".json"), why, EXIT_USAGE)
+    missing = [name for name in expected_steps(records) if name not in records.evidence]
+    if missing:
+        why = stopped or "it ended without a record: it was killed, or could not start; see its log"
+        return RunOutcome(decision, missing[0], why, EXIT_UNKNOWN)
+    return RunOutcome(decision, "", "", _EXIT_CODES.get(decision, EXIT_UNKNOWN))
+
+
+def expected_steps(records: Records) -> list[str]:
+    """Names of all evidence of a whole run, in the order of the pipeline."""
+    methods = [str(method) for method in _results(records, "fetch").get("methods", [])]
+    branches = [f"{step}.{method}" for method in methods for step in ("purify", "evaluate")]
+    return ["fetch", "evaluate.before", *branches, "select", "export", "gate", "promote"]
+
+
+def _place(name: str, order: list[str]) -> tuple[int, str]:
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _results(records: Records, name: str) -> Mapping[str, Any]:
+    results: Mapping[str, Any] = records.evidence.get(name, {}).get("results", {})
+    return results

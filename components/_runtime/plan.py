@@ -1,0 +1,166 @@
+"""What a run was asked to do: parsed once, strictly, from strings, and identified by a digest."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from components._runtime.release import Identity
+from defense_core import __version__
+from defense_core.config import digest, from_mapping, require, to_mapping
+from defense_core.errors import ConfigError, EvidenceMismatch
+from defense_core.limits import LoadLimits
+
+REPORT_SHARE = 0.2
+"""Share of the clean set that figures are quoted on where there is no test set."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What reading the artifact may cost, and whose code may build the network.
+
+    Attributes:
+        sha256: ``"sha256:<hex>"`` that the artifact must have; empty: whatever it has.
+        trusted_modules: Python modules of the operator whose factories may build the network.
+        limits: sizes and times; an artifact over ``max_bytes`` is refused before the download.
+    """
+
+    sha256: str = ""
+    trusted_modules: tuple[str, ...] = ()
+    limits: LoadLimits = LoadLimits()
+
+    def __post_init__(self) -> None:
+        usable = not self.sha256 or re.fullmatch(r"sha256:[0-9a-f]{64}", self.sha256)
+        require(bool(usable), "sha256", "sha256: and 64 hexadecimal digits", repr(self.sha256))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run's whole configuration, JSON types only.
+
+    Attributes:
+        model: ``s3://bucket/key[?versionId=…]``, ``models:/name/3``, ``file://`` or a path.
+        clean: the clean set: a path or an ``s3://`` address of a parquet or npz file.
+        policy: the policy's mapping.
+        spec: how to read a bare state dict: ``architecture``, ``architecture_args``,
+            ``input_size``, ``mean``, ``std``, ``num_classes``, ``class_names``; empty for a bundle.
+        test: like ``clean``; empty: figures are quoted on the *report* split of the clean set.
+        probes: trigger specifications.
+        methods: purifiers, in order of preference.
+        configs: configuration per method; a missing one has its defaults.
+        seed: of the splits and of every method.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    model: str
+    clean: str
+    policy: Mapping[str, Any]
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    test: str = ""
+    probes: tuple[Mapping[str, Any], ...] = ()
+    methods: tuple[str, ...] = ("tsbd", "fine_tuning")
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seed: int = 0
+    device: str = "auto"
+    loading: Loading = Loading()
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "model", "an address or path", repr(self.model))
+        require(bool(self.clean), "clean", "an address or path", repr(self.clean))
+        require(bool(self.methods), "methods", "at least one method", self.methods)
+        require(len(set(self.methods)) == len(self.methods), "methods", "each method once", self.methods)
+        unused = sorted(set(self.configs) - set(self.methods))
+        require(not unused, "configs", "methods of this run: " + ", ".join(self.methods), ", ".join(unused))
+        require(self.seed >= 0, "seed", "0 or more", self.seed)
+        require(self.device.split(":")[0] in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
+
+    def identity(self, *, source: str, clean: str, test: str | None, policy: str) -> Identity:
+        """Who this work is, by the content of its inputs rather than by their names.
+
+        The program's version is part of it: other code may turn the same inputs into another
+        model, which must not come back to the version that the old code registered.
+
+        Args:
+            source: digest of the fetched artifact.
+            clean, test: digests of the sets' content.
+            policy: digest of the parsed policy.
+        """
+        mapping = to_mapping(self)
+        for named_by_content in ("model", "clean", "test", "policy"):
+            del mapping[named_by_content]
+        configuration = {"version": __version__, "plan": mapping, "clean": clean, "test": test}
+        return Identity(source=source, config=digest(configuration), policy=policy)
+
+    def arguments(self) -> dict[str, Any]:
+        """The plan as pipeline arguments: strings, JSON strings, one int and one list."""
+        mapping = to_mapping(self)
+        strings = {name: mapping[name] for name in ("model", "clean", "test", "device", "seed", "methods")}
+        nested = {name: json.dumps(mapping[name], sort_keys=True) for name in ("policy", "spec", "probes", "configs", "loading")}
+        return {**strings, **nested}
+
+
+def plan_from_arguments(arguments: Mapping[str, Any]) -> Plan:
+    """The plan that :meth:`Plan.arguments` gave. Raises ConfigError, with the argument's name."""
+    nested = {name: parse_json(arguments[name], name) for name in ("policy", "spec", "probes", "configs", "loading")}
+    return from_mapping(Plan, {**arguments, **nested})
+
+
+def identity_of(fetch: Mapping[str, Any]) -> Identity:
+    """The identity that the evidence ``fetch`` states. Raises EvidenceMismatch."""
+    inputs = fetch["inputs"]
+    lacking = [name for name in ("source", "config", "policy") if name not in inputs]
+    if lacking:
+        raise EvidenceMismatch("evidence fetch names no identity", expected="source, config and policy", got=f"no {', '.join(lacking)}")
+    return Identity(source=str(inputs["source"]), config=str(inputs["config"]), policy=str(inputs["policy"]))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON from a pipeline parameter. Raises ConfigError naming ``where``."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where} is malformed", expected="a JSON string", got=f"{str(text)[:80]!r}: {error}", hint="Correct the parameter"
+        ) from error
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where one execution of the pipeline keeps its records, and what it promotes.
+
+    Attributes:
+        evidence: root of the evidence store, a folder or ``s3://bucket/prefix``.
+        model_name: the registered model that is created or extended.
+        alias: what moves to the new version on allow.
+        name: the execution; a folder of this name holds its evidence. Empty: the
+            orchestrator's own name for the execution, for recurring runs.
+    """
+
+    evidence: str
+    model_name: str
+    alias: str = "champion"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        require(bool(self.evidence), "evidence", "a folder or s3://bucket/prefix", repr(self.evidence))
+        require(bool(self.model_name), "model_name", "the name of a registered model", repr(self.model_name))
+
+    def to_json(self) -> str:
+        """The pipeline parameter ``run``."""
+        return json.dumps(to_mapping(self), sort_keys=True)
+
+
+def run_settings(text: str, execution: str = "") -> RunSettings:
+    """Settings from the pipeline parameter ``run``; ``execution`` names the run if it does not.
+
+    Raises:
+        ConfigError: malformed, or a name that is no file name.
+    """
+    settings = from_mapping(RunSettings, parse_json(text, "run"), where="run")
+    settings = replace(settings, name=settings.name or execution)
+    usable = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", settings.name)
+    require(usable is not None, "run name", "1 to 100 letters, digits and . _ -", repr(settings.name))
+    return settings

@@ -1,0 +1,269 @@
+"""Promotion: upload, register, download again and hash, decide, and only then move the alias.
+
+=====  ============================================  ==============================================
+step   what is done                                  what a kill right after it leaves
+=====  ============================================  ==============================================
+1      stage the files, compare with the evidence    nothing
+2      upload into a folder named by its content     files that nothing points at
+3      create the version, tagged ``pending``        a pending version; the next run takes it up
+4      download what the registry serves, hash it    the same
+5      tag the decision                              a decided version; the next run goes on
+6      set the alias, on PASS only                   a promoted version; the next run sets the tag
+7      tag that the alias was set                    done
+=====  ============================================  ==============================================
+
+The alias is the last thing that consumers see and is set by one request, so there is no partly
+promoted model. Doing the same work again (same :class:`Identity`) comes back to the same version.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components._runtime import registry_tags as tag
+from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
+from components._runtime.model_versions import REASONS, Order, find_or_create, quarantine, same_identity, version_tags
+from components._runtime.registered_files import Manifest, download_version, manifest_differences
+from components._runtime.release import Identity, Release, model_files, stage, without_evidence
+from components._runtime.run_election import TrackedRun
+from defense_core.config import digest
+from defense_core.errors import ConfigError, RegistryConflict, SourceNotFound
+from defense_core.verdict import Verdict
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+MAX_BYTES = 16 << 30
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What the registry holds now.
+
+    Attributes:
+        name: the registered model.
+        version: the version's number.
+        decision: ``allow`` or ``quarantined``.
+        reason: ``denied`` or ``undecided`` for a quarantined version, else empty.
+        alias: the alias that was asked for.
+        alias_version: the version that has the alias now; ``None`` if none has.
+        alias_moved: whether this call moved it.
+        reused: whether an earlier run had created the version.
+        identity: digest of the identity.
+        evidence_digest: of the evidence in the version.
+        source: where the version's files are.
+    """
+
+    name: str
+    version: str
+    decision: str
+    reason: str
+    alias: str
+    alias_version: str | None
+    alias_moved: bool
+    reused: bool
+    identity: str
+    evidence_digest: str
+    source: str
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether the version may not be served."""
+        return self.decision == tag.QUARANTINED
+
+
+def promote(
+    connection: MlflowConnection,
+    release: Release,
+    *,
+    name: str,
+    run: TrackedRun,
+    identity: Identity,
+    verdict: Verdict,
+    policy: str,
+    alias: str = "champion",
+    tags: Mapping[str, str] | None = None,
+) -> Promotion:
+    """Register ``release`` as a version of ``name``; move ``alias`` to it only on PASS.
+
+    A later call with the same identity finds the version: a decided one is returned as it is, a
+    pending one is completed. Only UNKNOWN may be followed by another decision, which gets a version
+    of its own, because the evidence is part of the version. An alias is moved once for a version:
+    repeating old work never takes it back from a newer version.
+
+    Args:
+        run: the run that keeps the files; :func:`components._runtime.tracking.open_run`.
+        verdict: the gate's decision.
+        policy: the policy's name, for the tag.
+        tags: further tags of the version; names of this project's own are refused.
+
+    Raises:
+        ConfigError: reserved alias, unusable name or tag, malformed digest.
+        DigestMismatch: the local files are not those of the evidence; nothing is registered.
+        RegistryConflict: the registered bytes are not those of the evidence (the version is tagged,
+            the alias stays); or the identity was decided otherwise before, or gave other bytes.
+        RegistryUnavailable: MLflow does not answer; run again.
+    """
+    _require_usable(name, alias, tags or {})
+    with tempfile.TemporaryDirectory(prefix="quarantine-release-") as folder:
+        staged = Path(folder)
+        manifest = stage(release, staged)
+        order = Order(
+            release,
+            name,
+            run,
+            identity,
+            verdict,
+            alias,
+            manifest,
+            version_tags(release, identity, policy, manifest, tags),
+        )
+        with mlflow_errors(f"register {name}", connection.settings):
+            version, reused = find_or_create(connection, order, staged)
+    with mlflow_errors(f"promote models:/{name}/{version.version}", connection.settings):
+        _verify(connection, version, order)
+        decided = _decide(connection, version, order)
+        moved = decided == tag.ALLOW and _move_alias(connection, version, order)
+        return _promotion(connection, version, order, reused=reused, moved=moved)
+
+
+def _require_usable(name: str, alias: str, tags: Mapping[str, str]) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise ConfigError(
+            "name of the registered model is not usable",
+            expected="1 to 128 letters, digits and . _ -",
+            got=repr(name),
+            hint="Choose another name",
+        )
+    reserved = alias.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", alias)
+    if reserved or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", alias):
+        raise ConfigError(
+            f"alias {alias!r} is {'reserved by MLflow' if reserved else 'not usable'}",
+            expected="letters, digits, _ and -, not 'latest' and not 'v' with a number",
+            got=repr(alias),
+            hint="Use a name such as champion",
+        )
+    own = sorted(key for key in tags if key.startswith("quarantine."))
+    if own:
+        raise ConfigError("tag is reserved", expected="no name under quarantine.", got=", ".join(own), hint="Rename it")
+
+
+# -- what its bytes are ----------------------------------------------------------------
+
+
+def _verify(connection: MlflowConnection, version: ModelVersion, order: Order) -> None:
+    """Step 4: download what a consumer would get, hash it, and compare with the evidence.
+
+    Raises:
+        RegistryConflict: other bytes (the version is tagged so), or an older layout around the
+            right model, which is no damage but gets no alias.
+    """
+    what = f"models:/{version.name}/{version.version}"
+    got = _registered(connection, version)
+    damage = manifest_differences(model_files(order.manifest), model_files(got))
+    if not damage and digest(dict(got)) != version.tags.get(tag.FILES_DIGEST):
+        damage = manifest_differences(order.manifest, got) or [f"the tag {tag.FILES_DIGEST} changed"]
+    if damage:
+        quarantine(connection, version, tag.BYTES_DIFFER)
+        raise RegistryConflict(
+            f"registered files of {what} are not those of the evidence",
+            expected=f"ONNX {order.release.onnx_digest}, bundle {order.release.bundle_digest}",
+            got="; ".join(damage[:10]),
+            hint=f"It is quarantined and the alias {order.alias} was not moved; find out who changed it",
+        )
+    layout = manifest_differences(without_evidence(order.manifest), without_evidence(got))
+    if layout and _wants_alias(version, order):
+        raise RegistryConflict(
+            f"{what} holds the right model beside other files",
+            expected="the files that this release of the project writes",
+            got="; ".join(layout[:10]),
+            hint="Delete the version and run again",
+        )
+
+
+def _registered(connection: MlflowConnection, version: ModelVersion) -> Manifest:
+    with tempfile.TemporaryDirectory(prefix="quarantine-verify-") as folder:
+        try:
+            return download_version(connection, version, Path(folder), max_bytes=MAX_BYTES)
+        except SourceNotFound:
+            return {}  # its files are gone: every one of them differs
+
+
+# -- decision and alias ----------------------------------------------------------------
+
+
+def _decide(connection: MlflowConnection, version: ModelVersion, order: Order) -> str:
+    """Step 5: tag the decision; the decision that the version has now."""
+    fresh = connection.client.get_model_version(version.name, version.version)
+    if fresh.tags.get(tag.DECISION) != tag.PENDING:
+        if fresh.tags.get(tag.REASON) == tag.ABANDONED:
+            raise RegistryConflict(
+                f"models:/{version.name}/{version.version} was taken over",
+                expected="one promotion of this work at a time",
+                got="another run with other evidence",
+                hint="Run again",
+            )
+        return str(fresh.tags.get(tag.DECISION))
+    if order.verdict is not Verdict.PASS:
+        quarantine(connection, version, REASONS[order.verdict])
+        decision = tag.QUARANTINED
+    else:
+        decision = tag.ALLOW
+        connection.client.set_model_version_tag(version.name, version.version, tag.DECISION, decision)
+    if order.verdict is not Verdict.UNKNOWN:
+        _supersede(connection, version, order)
+    return decision
+
+
+def _supersede(connection: MlflowConnection, version: ModelVersion, order: Order) -> None:
+    for other in same_identity(connection, order):
+        undecided = other.tags.get(tag.REASON) == tag.UNDECIDED and other.version != version.version
+        if undecided and tag.SUPERSEDED_BY not in other.tags:
+            connection.client.set_model_version_tag(other.name, other.version, tag.SUPERSEDED_BY, str(version.version))
+
+
+def _move_alias(connection: MlflowConnection, version: ModelVersion, order: Order) -> bool:
+    """Steps 6 and 7; whether the alias moved."""
+    if not _wants_alias(version, order):
+        return False
+    moved = _alias_version(connection, order) != str(version.version)
+    if moved:
+        connection.client.set_registered_model_alias(version.name, order.alias, version.version)
+    connection.client.set_model_version_tag(
+        version.name, version.version, tag.ALIAS_PREFIX + order.alias, tag.ALIAS_SET
+    )
+    return moved
+
+
+def _wants_alias(version: ModelVersion, order: Order) -> bool:
+    """Only on PASS, and only once for a version: old work never takes the alias back."""
+    return order.verdict is Verdict.PASS and version.tags.get(tag.ALIAS_PREFIX + order.alias) != tag.ALIAS_SET
+
+
+def _alias_version(connection: MlflowConnection, order: Order) -> str | None:
+    found = connection.client.get_registered_model(order.name).aliases.get(order.alias)
+    return None if found is None else str(found)
+
+
+def _promotion(
+    connection: MlflowConnection, version: ModelVersion, order: Order, *, reused: bool, moved: bool
+) -> Promotion:
+    passed = order.verdict is Verdict.PASS
+    return Promotion(
+        name=version.name,
+        version=str(version.version),
+        decision=tag.ALLOW if passed else tag.QUARANTINED,
+        reason="" if passed else REASONS[order.verdict],
+        alias=order.alias,
+        alias_version=_alias_version(connection, order),
+        alias_moved=moved,
+        reused=reused,
+        identity=order.identity.digest,
+        evidence_digest=str(version.tags.get(tag.EVIDENCE_DIGEST)),
+        source=str(version.source),
+    )

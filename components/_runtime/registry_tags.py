@@ -1,0 +1,48 @@
+"""Tags that this project writes on model versions, all in one place.
+
+Tags are a cache for people and for searches. Any writer of the registry can change them, so no
+decision rests on them alone: digests are compared with downloaded bytes, and the signed truth is in
+the evidence.
+
+===============================  ================================================================
+tag                              value
+===============================  ================================================================
+``quarantine.decision``          ``pending``, ``allow`` or ``quarantined``
+``quarantine.reason``            on quarantined versions: ``denied``, ``undecided``,
+                                 ``bytes_differ`` or ``abandoned``
+``quarantine.policy``            the policy's name
+``quarantine.identity``          digest of (source, config, policy) digests
+``quarantine.source_digest``     of the artifact that was fetched
+``quarantine.onnx_digest``       of ``model.onnx``
+``quarantine.bundle_digest``     of ``bundle/bundle.json``
+``quarantine.evidence_digest``   over names and contents of ``evidence/``
+``quarantine.files_digest``      over names and contents of the whole version
+``quarantine.alias.<alias>``     ``set`` once this version was given that alias
+``quarantine.superseded_by``     on undecided versions: the version that has the later decision
+===============================  ================================================================
+"""
+
+from __future__ import annotations
+
+DECISION = "quarantine.decision"
+REASON = "quarantine.reason"
+POLICY = "quarantine.policy"
+IDENTITY = "quarantine.identity"
+SOURCE_DIGEST = "quarantine.source_digest"
+ONNX_DIGEST = "quarantine.onnx_digest"
+BUNDLE_DIGEST = "quarantine.bundle_digest"
+EVIDENCE_DIGEST = "quarantine.evidence_digest"
+FILES_DIGEST = "quarantine.files_digest"
+ALIAS_PREFIX = "quarantine.alias."
+SUPERSEDED_BY = "quarantine.superseded_by"
+
+PENDING = "pending"
+ALLOW = "allow"
+QUARANTINED = "quarantined"
+
+DENIED = "denied"
+UNDECIDED = "undecided"
+BYTES_DIFFER = "bytes_differ"
+ABANDONED = "abandoned"
+
+ALIAS_SET = "set"

@@ -1,0 +1,173 @@
+"""What is registered as a model version: its files, their digests, and the identity of the work.
+
+Layout of a version::
+
+    model.onnx          the exported model, byte for byte
+    MLmodel             so that mlflow.pyfunc.load_model("models:/name@champion") works
+    requirements.txt    what that needs
+    bundle/             model.safetensors, bundle.json
+    evidence/           one JSON file per step
+
+``MLmodel`` is written here, not by ``mlflow.onnx.save_model``: that parses and serialises the model
+again (other bytes than those whose parity was measured) and adds times and random identifiers. This
+one depends on the bundle alone, so the same model gives the same version, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components._runtime.registered_files import Manifest, folder_manifest, manifest_differences
+from defense_core.config import digest
+from defense_core.errors import ConfigError, CorruptArtifact, DigestMismatch, SourceNotFound
+from defense_core.files import write_atomic
+
+ONNX_NAME = "model.onnx"
+BUNDLE_FOLDER = "bundle"
+EVIDENCE_FOLDER = "evidence"
+REQUIREMENTS = "mlflow>=3\nnumpy\nonnx>=1.17\nonnxruntime>=1.20\n"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What was asked for; the same identity gives the same model version.
+
+    Attributes:
+        source: digest of the fetched artifact.
+        config: digest of the whole configuration.
+        policy: digest of the policy.
+    """
+
+    source: str
+    config: str
+    policy: str
+
+    def __post_init__(self) -> None:
+        for field, value in (("source", self.source), ("config", self.config), ("policy", self.policy)):
+            _require_digest(f"identity's {field}", value)
+
+    @property
+    def digest(self) -> str:
+        """One digest over the three."""
+        return digest(self)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What is to be registered, and what the evidence says of it.
+
+    Attributes:
+        onnx_path: the exported model, one file.
+        bundle_dir: the chosen bundle.
+        evidence_dir: one JSON file per step.
+        onnx_digest: SHA-256 of the ONNX file, from the export's evidence.
+        bundle_digest: the bundle's digest, from the selection's evidence.
+    """
+
+    onnx_path: Path
+    bundle_dir: Path
+    evidence_dir: Path
+    onnx_digest: str
+    bundle_digest: str
+
+
+def stage(release: Release, folder: Path) -> Manifest:
+    """Lay out a version in the empty ``folder``; the digest of every file.
+
+    Raises:
+        SourceNotFound: a file or folder is not there.
+        DigestMismatch: the ONNX file or the bundle is not the one that the evidence speaks of.
+        CorruptArtifact: the bundle's description is not readable.
+    """
+    _require_digest("ONNX digest", release.onnx_digest)
+    _require_digest("bundle digest", release.bundle_digest)
+    for path in (release.onnx_path, release.bundle_dir / "bundle.json", release.evidence_dir):
+        if not path.exists():
+            raise SourceNotFound(f"{path} is missing", expected="a finished step", got="nothing", hint="Rerun the step")
+    shutil.copyfile(release.onnx_path, folder / ONNX_NAME)
+    shutil.copytree(release.bundle_dir, folder / BUNDLE_FOLDER, symlinks=True)
+    shutil.copytree(release.evidence_dir, folder / EVIDENCE_FOLDER, symlinks=True)
+    description = _bundle_description(folder / BUNDLE_FOLDER / "bundle.json")
+    write_atomic(folder / "MLmodel", _mlmodel(description))
+    write_atomic(folder / "requirements.txt", REQUIREMENTS.encode())
+    manifest = folder_manifest(folder)
+    differences = evidence_differences(release, manifest, description)
+    if differences:
+        raise DigestMismatch(
+            "files to be registered are not those of the evidence",
+            expected=f"ONNX {release.onnx_digest}, bundle {release.bundle_digest}",
+            got="; ".join(differences),
+            hint="Rerun the steps from select on; nothing was registered",
+        )
+    return manifest
+
+
+def evidence_differences(release: Release, manifest: Manifest, description: Mapping[str, Any]) -> list[str]:
+    """What in ``manifest`` contradicts the evidence: the ONNX file, bundle.json and all it lists."""
+    promised = {f"{BUNDLE_FOLDER}/{name}": value for name, value in dict(description.get("files", {})).items()}
+    promised[f"{BUNDLE_FOLDER}/bundle.json"] = release.bundle_digest
+    promised[ONNX_NAME] = release.onnx_digest
+    return manifest_differences(promised, model_files(manifest))
+
+
+def evidence_digest(manifest: Manifest) -> str:
+    """One digest over the evidence files of a version: their names and contents."""
+    return digest({name: value for name, value in manifest.items() if part_of(name) == EVIDENCE_FOLDER})
+
+
+def model_files(manifest: Manifest) -> dict[str, str]:
+    """The model itself: the ONNX file and the bundle."""
+    return {name: value for name, value in manifest.items() if name == ONNX_NAME or part_of(name) == BUNDLE_FOLDER}
+
+
+def without_evidence(manifest: Manifest) -> dict[str, str]:
+    """The files that do not change when the same work is done again."""
+    return {name: value for name, value in manifest.items() if part_of(name) != EVIDENCE_FOLDER}
+
+
+def part_of(name: str) -> str:
+    """The top folder of a version's file, or an empty string."""
+    return name.split("/", maxsplit=1)[0] if "/" in name else ""
+
+
+def _bundle_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CorruptArtifact(
+            f"{path.name} is not readable", expected="JSON", got=str(error), hint="Rerun the step that wrote it"
+        ) from error
+    if not isinstance(description, dict):
+        raise CorruptArtifact(f"{path.name} is not readable", expected="a JSON object", got=type(description).__name__)
+    return description
+
+
+def _mlmodel(description: Mapping[str, Any]) -> bytes:
+    import yaml
+
+    shape = [-1, *description.get("input_size", [])]
+    inputs = [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": shape}}]
+    model = {
+        "flavors": {
+            "onnx": {"data": ONNX_NAME, "code": None},
+            "python_function": {"data": ONNX_NAME, "loader_module": "mlflow.onnx"},
+        },
+        "signature": {"inputs": json.dumps(inputs), "outputs": None, "params": None},
+    }
+    return yaml.safe_dump(model, sort_keys=True).encode()
+
+
+def _require_digest(what: str, value: str) -> None:
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", value):
+        raise ConfigError(
+            f"{what} is not a digest",
+            expected="sha256: and 64 hexadecimal digits",
+            got=repr(value),
+            hint="Recompute it",
+        )

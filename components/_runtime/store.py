@@ -1,0 +1,165 @@
+"""Where a run's evidence and failure records lie: a folder, or a prefix in S3.
+
+The report runs as an exit handler, which is given no outputs of other tasks, and after a failure
+there are none. So each step also puts its record here, under ``<root>/<run>/``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from components._runtime.evidence import BESIDE, FAILED, parse_evidence
+from defense_core.config import canonical_json
+from defense_core.errors import EvidenceMismatch, StorageError
+from defense_core.files import write_atomic
+
+
+class Shelf(Protocol):
+    """Small files by name."""
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write ``data`` unless ``name`` is there; whether it was written."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write ``data`` over whatever is there."""
+        ...
+
+    def get(self, name: str) -> bytes:
+        """The content of ``name``, which is there."""
+        ...
+
+    def names(self) -> list[str]:
+        """Every name, sorted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a run left so far.
+
+    Attributes:
+        evidence: evidence mappings by name.
+        failures: by name, steps that failed and did not succeed in a later attempt:
+            ``{"name", "step", "error", "what", "expected", "got", "hint", "exit_code", "message"}``.
+        damaged: names of files that could not be read, with the reason.
+    """
+
+    evidence: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    failures: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    damaged: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvidenceStore:
+    """The records of one run."""
+
+    shelf: Shelf
+
+    def put(self, evidence: Mapping[str, Any]) -> None:
+        """Add a step's evidence. A retried step whose inputs, outputs and verdict are the same keeps the first.
+
+        Raises:
+            EvidenceMismatch: there is other evidence of this name; evidence never changes.
+        """
+        name = str(evidence["name"])
+        data = canonical_json(evidence) + b"\n"
+        if self.shelf.put_new(f"{name}.json", data):
+            return
+        present = parse_evidence(self.shelf.get(f"{name}.json"), name)
+        differing = [key for key in ("inputs", "outputs", "verdict") if present.get(key) != evidence.get(key)]
+        if differing:
+            raise EvidenceMismatch(
+                f"evidence {name} of this run is there already and differs",
+                expected="the same " + ", ".join(differing),
+                got="others",
+                hint="Start a new run; a run's evidence never changes",
+            )
+
+    def put_failure(self, name: str, failure: Mapping[str, Any]) -> None:
+        """Record why the step ``name`` failed; the latest attempt counts."""
+        self.shelf.put(f"{name}{FAILED}", canonical_json(failure) + b"\n")
+
+    def records(self) -> Records:
+        """Everything that is there; a file that cannot be read is named, not hidden."""
+        evidence: dict[str, dict[str, Any]] = {}
+        failures: dict[str, dict[str, Any]] = {}
+        damaged: dict[str, str] = {}
+        for file in self.shelf.names():
+            if not file.endswith(".json") or file in BESIDE:
+                continue
+            try:
+                data = self.shelf.get(file)
+                if file.endswith(FAILED):
+                    failures[file.removesuffix(FAILED)] = _parse_failure(data, file)
+                else:
+                    evidence[file.removesuffix(".json")] = parse_evidence(data, file)
+            except EvidenceMismatch as error:
+                damaged[file] = str(error)
+        open_failures = {name: failure for name, failure in failures.items() if name not in evidence}
+        return Records(evidence, open_failures, damaged)
+
+
+def open_store(root: str, run: str) -> EvidenceStore:
+    """The records of the run called ``run`` under ``root``: a path, ``file://…`` or ``s3://bucket/prefix``.
+
+    Raises:
+        ConfigError: the address is not usable.
+    """
+    parts = urlsplit(root)
+    if parts.scheme == "s3":
+        return EvidenceStore(_s3_shelf(root, run))
+    folder = Path(unquote(parts.path)) if parts.scheme == "file" else Path(root)
+    return EvidenceStore(_FolderShelf(folder / run))
+
+
+@dataclass(frozen=True)
+class _FolderShelf:
+    folder: Path
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        # The content is written beside its place and linked there: link() refuses an existing name.
+        draft = self.folder / f".{name}.{os.getpid()}"
+        write_atomic(draft, data)
+        try:
+            os.link(draft, self.folder / name)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise StorageError(f"cannot write {self.folder / name}", got=os.strerror(error.errno or 0)) from error
+        finally:
+            draft.unlink(missing_ok=True)
+        return True
+
+    def put(self, name: str, data: bytes) -> None:
+        write_atomic(self.folder / name, data)
+
+    def get(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def _s3_shelf(root: str, run: str) -> Shelf:
+    # boto3 is imported only where records lie in S3.
+    from components._runtime.s3_shelf import S3Shelf
+
+    return S3Shelf.open(root, run)
+
+
+def _parse_failure(data: bytes, file: str) -> dict[str, Any]:
+    import json
+
+    try:
+        mapping = json.loads(data)
+    except ValueError as error:
+        raise EvidenceMismatch(f"failure record {file} is damaged", expected="JSON", got=error) from error
+    if not isinstance(mapping, dict) or "message" not in mapping:
+        raise EvidenceMismatch(f"failure record {file} is damaged", expected="an object with a message", got=str(mapping)[:80])
+    return mapping

@@ -1,0 +1,1 @@
+"""Measure a model on clean and triggered images."""

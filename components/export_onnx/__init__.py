@@ -1,0 +1,1 @@
+"""Export a bundle as ONNX and check its parity."""

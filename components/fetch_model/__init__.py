@@ -1,0 +1,1 @@
+"""Fetch a model and its images, pin and check them."""

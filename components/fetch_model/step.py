@@ -1,0 +1,135 @@
+"""Fetch: bytes become a checked bundle; images become a checked, pinned data folder."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components._runtime.datasets import write_data
+from components._runtime.evidence import Clock, compose
+from components._runtime.loading import open_images, open_model
+from components._runtime.plan import Plan
+from components._runtime.sources import Acquired, acquire
+from defense_core.attacks import Probe, probe_from_spec
+from defense_core.bundle import Bundle, Origin, bundle_of, save_bundle
+from defense_core.config import from_mapping
+from defense_core.data import CleanSet, DataLimits
+from defense_core.evaluate import evaluate
+from defense_core.files import atomic_directory
+from defense_core.policy import Policy, parse_policy
+from defense_core.progress import NullProgress, Progress
+from defense_core.purify import method_named
+
+TRIAL_IMAGES = 16
+"""Images that a fetched model must answer with finite logits before anything else is done."""
+
+
+def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullProgress()) -> dict[str, Any]:
+    """Fetch and check everything that a run needs, before anything long is started.
+
+    Methods, their configurations, the policy and the probes are parsed too, so that a misspelt
+    key ends the run in its first seconds.
+
+    Args:
+        plan: what the run was asked to do.
+        out: folder that becomes the bundle; its origin names address, version and digest.
+        data: folder that becomes the run's images and probes, see :mod:`components._runtime.datasets`.
+
+    Returns:
+        Evidence ``fetch``: ``inputs`` hold the digests of source, clean set, test set,
+        configuration and policy that identify the run.
+
+    Raises:
+        SourceError, ArtifactError, DataError, ConfigError, PolicyError: of the kind that fits; neither
+            folder is left.
+    """
+    clock = Clock.start()
+    policy = check_plan(plan)
+    with tempfile.TemporaryDirectory(prefix="quarantine-fetch-") as scratch, atomic_directory(out) as bundle_folder:
+        limits = plan.loading.limits
+        acquired = acquire(
+            plan.model, _folder(scratch, "model"), max_bytes=limits.max_bytes, sha256=plan.loading.sha256, progress=progress
+        )
+        origin = Origin(acquired.uri, acquired.version_id, acquired.sha256)
+        opened = open_model(acquired.path, plan.spec, plan.loading)
+        # A bundle that was purified before keeps nothing of its old origin: this run fetched it from here.
+        bundle = bundle_of(opened.model, opened.spec, origin)
+        clean = _images(plan.clean, _folder(scratch, "clean"), bundle, progress, every_class=True)
+        test = _images(plan.test, _folder(scratch, "test"), bundle, progress, every_class=False) if plan.test else None
+        _try_out(bundle, clean, _probes(plan, bundle), progress)
+        digest = save_bundle(bundle, bundle_folder)
+        with atomic_directory(data) as data_folder:
+            write_data(data_folder, clean, test, plan.probes)
+    return _evidence(plan, policy, clock, acquired, bundle, digest, clean, test)
+
+
+def check_plan(plan: Plan) -> Policy:
+    """Parse everything in ``plan`` that can be parsed without the model; the parsed policy.
+
+    Raises:
+        ConfigError: an unknown method, or a configuration with an unknown key or a bad value.
+        PolicyError: a malformed policy.
+    """
+    for name in plan.methods:
+        from_mapping(method_named(name).config, plan.configs.get(name, {}), where=name)
+    return parse_policy(plan.policy)
+
+
+def _probes(plan: Plan, bundle: Bundle) -> list[Probe]:
+    return [probe_from_spec(spec, num_classes=bundle.spec.num_classes) for spec in plan.probes]
+
+
+def _images(uri: str, folder: Path, bundle: Bundle, progress: Progress, *, every_class: bool) -> CleanSet:
+    acquired = acquire(uri, folder, max_bytes=DataLimits().max_bytes, progress=progress)
+    return open_images(acquired.path, bundle, require_all_classes=every_class)
+
+
+def _try_out(bundle: Bundle, clean: CleanSet, probes: list[Probe], progress: Progress) -> None:
+    few = clean.subset(torch.arange(min(TRIAL_IMAGES, len(clean))))
+    evaluate(bundle.model, few, task=bundle.spec.task_object(), probes=probes, progress=progress)
+
+
+def _folder(scratch: str, name: str) -> Path:
+    folder = Path(scratch) / name
+    folder.mkdir()
+    return folder
+
+
+def _evidence(
+    plan: Plan, policy: Policy, clock: Clock, acquired: Acquired, bundle: Bundle, digest: str, clean: CleanSet, test: CleanSet | None
+) -> dict[str, Any]:
+    test_digest = test.digest if test is not None else None
+    identity = plan.identity(source=acquired.sha256, clean=clean.digest, test=test_digest, policy=policy.digest)
+    return compose(
+        "fetch",
+        clock,
+        inputs={
+            "source": acquired.sha256,
+            "clean": clean.digest,
+            "test": test_digest,
+            "config": identity.config,
+            "policy": identity.policy,
+        },
+        outputs={"model": digest},
+        results={
+            "uri": acquired.uri,
+            "version_id": acquired.version_id,
+            "bytes": acquired.bytes,
+            "identity": identity.digest,
+            "architecture": {"name": bundle.spec.architecture, "args": dict(bundle.spec.architecture_args)},
+            "input_size": list(bundle.spec.input_size),
+            "num_classes": bundle.spec.num_classes,
+            "class_names": list(bundle.spec.class_names),
+            "parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),
+            "clean_images": len(clean),
+            "clean_class_counts": list(clean.class_counts),
+            "test_images": len(test) if test is not None else None,
+            "methods": list(plan.methods),
+            "probes": [str(spec.get("name", spec.get("kind"))) for spec in plan.probes],
+            "policy": policy.name,
+        },
+        seed=plan.seed,
+    )

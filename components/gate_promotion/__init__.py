@@ -1,0 +1,1 @@
+"""Decide by policy and evidence whether a model may be promoted."""

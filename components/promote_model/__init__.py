@@ -1,0 +1,1 @@
+"""Register the decided model; move the alias only on allow."""

@@ -1,0 +1,37 @@
+"""KFP component: promote."""
+
+from kfp import dsl
+
+from components._runtime.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def promote_model(
+    bundle: dsl.Input[dsl.Model],
+    onnx: dsl.Input[dsl.Model],
+    decision: dsl.Input[dsl.Artifact],
+    run: str,
+    execution: str,
+    evidence: dsl.Output[dsl.Artifact],
+):
+    """Register the decided model; move the alias only on allow, quarantine it otherwise.
+
+    Args:
+        bundle: The chosen model.
+        onnx: Folder with model.onnx.
+        decision: Folder that the gate wrote.
+        run: JSON, where records go and what is promoted.
+        execution: Name of the execution where run names none.
+        evidence: What the registry now says.
+    """
+    from pathlib import Path
+
+    from components._runtime.step import step_scope
+
+    with step_scope("promote", run, execution) as scope:
+        from components._runtime import journal
+        from components.promote_model import step
+
+        done = step.promote_model(Path(bundle.path), Path(onnx.path), Path(decision.path), name=scope.settings.model_name,
+                                  alias=scope.settings.alias, connection=journal.open_connection())  # fmt: skip
+        scope.finish(done, evidence.path)

@@ -1,0 +1,1 @@
+"""Purify a model with one method."""

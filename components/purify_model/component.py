@@ -1,0 +1,52 @@
+"""KFP component: purify with one method."""
+
+from kfp import dsl
+
+from components._runtime.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def purify_model(
+    bundle: dsl.Input[dsl.Model],
+    data: dsl.Input[dsl.Dataset],
+    method: str,
+    configs: str,
+    loading: str,
+    seed: int,
+    device: str,
+    run: str,
+    execution: str,
+    purified: dsl.Output[dsl.Model],
+    evidence: dsl.Output[dsl.Artifact],
+):
+    """Purify the model with one method, on clean images only.
+
+    A method that diverges ends with the verdict UNKNOWN and without a model; the others go on.
+
+    Args:
+        bundle: The fetched model.
+        data: The run's images and probes; only the clean set is read.
+        method: Name of the purifier.
+        configs: JSON, configuration by method.
+        loading: JSON, limits and trusted modules.
+        seed: Seed of the splits and the method.
+        device: auto, cpu or cuda.
+        run: JSON, where records go and what is promoted.
+        execution: Name of the execution where run names none.
+        purified: The purified model, with result.json.
+        evidence: The method's configuration, facts and history.
+    """
+    from pathlib import Path
+
+    from components._runtime.step import step_scope
+
+    with step_scope(f"purify.{method}", run, execution) as scope:
+        from components._runtime import inputs
+        from components.purify_model import step
+
+        given = inputs.for_method(data.path, loading, configs, method)
+        done = step.purify_candidate(Path(bundle.path), given.clean, Path(purified.path), method=method, config=given.config,
+                                     report=given.report, loading=given.loading, seed=seed, device=device,
+                                     progress=scope.progress)  # fmt: skip
+        purified.metadata["digest"] = str(done["outputs"].get("model"))
+        scope.finish(done, evidence.path)

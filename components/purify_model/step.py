@@ -1,0 +1,137 @@
+"""Purify: a bundle becomes another bundle, with its history and the signals that a choice may rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components._runtime.evidence import Clock, compose, write_evidence
+from components._runtime.loading import open_model, open_splits, resolve_device, source_digest
+from components._runtime.plan import REPORT_SHARE, Loading
+from components.purify_model.signals import select_signals
+from defense_core.bundle import Bundle, bundle_of, save_bundle
+from defense_core.config import digest, from_mapping, to_mapping
+from defense_core.errors import MethodDiverged
+from defense_core.files import atomic_directory
+from defense_core.progress import NullProgress, Progress
+from defense_core.purify import Purified, method_named, purify
+from defense_core.purify.base import Method
+from defense_core.verdict import Finding, Verdict
+
+RESULT = "result.json"
+
+
+def purify_model(
+    model: Path,
+    clean: Path,
+    out: Path,
+    *,
+    method: str,
+    config: Mapping[str, Any] | None = None,
+    spec: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    report: float = REPORT_SHARE,
+    loading: Loading = Loading(),
+    progress: Progress = NullProgress(),
+) -> dict[str, Any]:
+    """Purify ``model`` with ``method`` on the *fit* split of ``clean``.
+
+    Args:
+        model: a bundle folder, or a model file that ``spec`` describes.
+        out: folder that becomes the purified bundle, with ``result.json`` (the evidence, which
+            holds the history, one row an epoch) beside it.
+        config: the method's configuration; missing keys have their defaults.
+        report: share of the clean set to leave for quoting; 0 where there is a test set.
+
+    Returns:
+        Evidence ``purify.<method>``.
+
+    Raises:
+        ConfigError: unknown method, unknown key, value out of range.
+        MethodDiverged: a loss or weight became NaN or Inf; nothing is left.
+        ArtifactError, DataError, Cancelled, StorageError: nothing is left.
+    """
+    clock = Clock.start()
+    row = method_named(method)
+    parsed = from_mapping(row.config, config or {}, where=method)
+    where = resolve_device(device)
+    with atomic_directory(out) as folder:
+        bundle = open_model(model, spec, loading)
+        splits = open_splits(clean, bundle, seed=seed, report=report)
+        task = bundle.spec.task_object()
+        purified = purify(
+            bundle.model, splits, parsed, method=method, task=task, seed=seed, device=where, progress=progress
+        )
+        outcome = save_bundle(bundle_of(purified.model, bundle.spec, bundle.origin), folder)
+        results = {
+            **_described(row, parsed),
+            "facts": purified.facts,
+            "history": _finite_rows(purified),
+            "select": select_signals(purified.model, splits.select, task=task, device=where, progress=progress),
+            "images": {"fit": len(splits.fit), "select": len(splits.select)},
+        }
+        evidence = compose(
+            f"purify.{method}",
+            clock,
+            inputs=_inputs(bundle, splits.digest, parsed),
+            outputs={"model": outcome},
+            results=results,
+            device=where,
+            seed=seed,
+        )
+        write_evidence(folder / RESULT, evidence)
+    return evidence
+
+
+def purify_candidate(model: Path, clean: Path, out: Path, *, method: str, **options: Any) -> dict[str, Any]:
+    """:func:`purify_model` for one of several parallel methods: divergence is an outcome, not an end.
+
+    A method that diverges leaves a folder with ``result.json`` only, whose verdict is UNKNOWN; it is
+    never selected, and the other methods go on. Every other error is raised.
+    """
+    clock = Clock.start()
+    try:
+        return purify_model(model, clean, out, method=method, **options)
+    except MethodDiverged as error:
+        finding = Finding("purify.diverged", Verdict.UNKNOWN, error.got, "finite losses and weights", str(error))
+    bundle = open_model(model, options.get("spec"), options.get("loading", Loading()))
+    seed = options.get("seed", 0)
+    row = method_named(method)
+    parsed = from_mapping(row.config, options.get("config") or {}, where=method)
+    splits = open_splits(clean, bundle, seed=seed, report=options.get("report", REPORT_SHARE))
+    evidence = compose(
+        f"purify.{method}",
+        clock,
+        inputs=_inputs(bundle, splits.digest, parsed),
+        results={**_described(row, parsed), "facts": {}, "history": [], "select": None},
+        verdict=Verdict.UNKNOWN,
+        findings=[finding],
+        device=resolve_device(options.get("device", "auto")),
+        seed=seed,
+    )
+    with atomic_directory(out) as folder:
+        write_evidence(folder / RESULT, evidence)
+    return evidence
+
+
+def _inputs(bundle: Bundle, splits_digest: str, config: Any) -> dict[str, str]:
+    return {
+        "source": source_digest(bundle),
+        "model": bundle.digest,
+        "clean": splits_digest,
+        "config": digest(config),
+    }
+
+
+def _described(row: Method, config: Any) -> dict[str, Any]:
+    return {"method": row.name, "control": row.control, "summary": row.summary, "config": to_mapping(config)}
+
+
+def _finite_rows(purified: Purified) -> list[dict[str, Any]]:
+    """History rows as JSON: numbers that JSON cannot hold are left out, which a chart shows as a gap."""
+    return [
+        {key: value for key, value in row.items() if not (isinstance(value, float) and not abs(value) < float("inf"))}
+        for row in purified.history
+    ]

@@ -1,0 +1,1 @@
+"""Collect every record of a run into one report, whatever failed."""

@@ -1,0 +1,1 @@
+"""Choose the best purified candidate by a declared rule."""

@@ -1,0 +1,38 @@
+"""KFP component: select."""
+
+from typing import List
+
+from kfp import dsl
+
+from components._runtime.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def select_model(
+    candidates: dsl.Input[List[dsl.Model]],
+    methods: list,
+    run: str,
+    execution: str,
+    selected: dsl.Output[dsl.Model],
+    evidence: dsl.Output[dsl.Artifact],
+):
+    """Choose the best candidate by a declared rule, blind to attacks.
+
+    Args:
+        candidates: What the purifiers left.
+        methods: Names of the purifiers, in order of preference.
+        run: JSON, where records go and what is promoted.
+        execution: Name of the execution where run names none.
+        selected: The chosen model.
+        evidence: The rule and every candidate's numbers.
+    """
+    from pathlib import Path
+
+    from components._runtime.step import step_scope
+
+    with step_scope("select", run, execution) as scope:
+        from components.select_model import step
+
+        chosen = step.select_model([Path(each.path) for each in candidates], Path(selected.path), order=methods)
+        selected.metadata["digest"] = chosen["outputs"]["model"]
+        scope.finish(chosen, evidence.path)

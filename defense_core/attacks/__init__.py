@@ -1,0 +1,11 @@
+"""Triggers and poisoned training: for benchmarks, tests, the demo and the positive control.
+
+Nothing under ``defense_core.purify`` or ``defense_core.scan`` may import this package.
+"""
+
+from defense_core.attacks.badnets import BadNets
+from defense_core.attacks.blended import Blended
+from defense_core.attacks.poison import Poisoned, poison
+from defense_core.attacks.probe import TRIGGERS, Probe, Trigger, probe_from_spec
+
+__all__ = ["TRIGGERS", "BadNets", "Blended", "Poisoned", "Probe", "Trigger", "poison", "probe_from_spec"]

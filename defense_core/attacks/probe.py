@@ -1,0 +1,99 @@
+"""A probe: a trigger, and the labels that the backdoor would answer with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from defense_core.attacks.badnets import BadNets
+from defense_core.attacks.blended import Blended
+from defense_core.config import from_mapping
+from defense_core.errors import ConfigError
+
+
+class Trigger(Protocol):
+    """A pure, deterministic change of images."""
+
+    def apply(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) to uint8 of the same shape; the input is left alone."""
+        ...
+
+
+TRIGGERS: dict[str, type[Any]] = {"badnets": BadNets, "blended": Blended}
+"""Trigger kinds by the name that probe files use."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A trigger with its label rule.
+
+    Attributes:
+        name: what reports call it.
+        kind: key of :data:`TRIGGERS`.
+        trigger: the change of the image.
+        num_classes: number of classes K.
+        target: the class that all triggered images are sent to (all-to-one), or ``None``
+            for all-to-all: label ``y`` is sent to ``(y + 1) mod K``.
+    """
+
+    name: str
+    kind: str
+    trigger: Trigger
+    num_classes: int
+    target: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.target is not None and not 0 <= self.target < self.num_classes:
+            raise ConfigError(
+                f"probe {self.name}: target is no class", expected=f"0..{self.num_classes - 1}", got=self.target
+            )
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Triggered uint8 images."""
+        return self.trigger.apply(images)
+
+    def expected(self, labels: Tensor) -> Tensor:
+        """Labels that the attacker wants, int64 (N,)."""
+        if self.target is None:
+            return (labels + 1) % self.num_classes
+        return torch.full_like(labels, self.target)
+
+    def eligible(self, labels: Tensor) -> Tensor:
+        """Samples that count for ASR: those whose label is not what the attacker wants, bool (N,)."""
+        return self.expected(labels) != labels
+
+    def to_spec(self) -> dict[str, Any]:
+        """The mapping that :func:`probe_from_spec` reads back."""
+        parameters = dataclasses.asdict(self.trigger)  # type: ignore[call-overload]
+        return {"name": self.name, "kind": self.kind, "target": self.target, **parameters}
+
+
+def probe_from_spec(spec: Mapping[str, Any], *, num_classes: int) -> Probe:
+    """Read a probe specification, e.g. ``{"kind": "badnets", "target": 0, "size": 3}``.
+
+    Args:
+        spec: ``kind`` is required; ``target`` defaults to 0, ``null`` means all-to-all;
+            ``name`` defaults to the kind; the rest are the trigger's own fields.
+
+    Raises:
+        ConfigError: unknown kind, unknown key, or a value out of range.
+    """
+    if not isinstance(spec, Mapping) or "kind" not in spec:
+        raise ConfigError(
+            "probe specification is malformed", expected="a mapping with a key kind", got=type(spec).__name__
+        )
+    kind = spec["kind"]
+    if kind not in TRIGGERS:
+        raise ConfigError("probe kind is unknown", expected="one of " + ", ".join(sorted(TRIGGERS)), got=repr(kind))
+    name = str(spec.get("name", kind))
+    target = spec.get("target", 0)
+    if target is not None and (isinstance(target, bool) or not isinstance(target, int)):
+        raise ConfigError(f"probe {name}: target is malformed", expected="a class number or null", got=repr(target))
+    parameters = {key: value for key, value in spec.items() if key not in ("name", "kind", "target")}
+    trigger = from_mapping(TRIGGERS[kind], parameters, where=f"probe {name}")
+    return Probe(name=name, kind=kind, trigger=trigger, num_classes=num_classes, target=target)

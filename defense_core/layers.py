@@ -1,0 +1,115 @@
+"""The units that methods rank, mask or zero, and the BatchNorm policy.
+
+A *unit* is one output filter of a convolution, or one output row of a linear layer. Every
+method walks a network through :func:`unit_layers`, so that all of them mean the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SHORTCUT_WORDS = ("shortcut", "downsample")
+Scope = Literal["auto", "conv", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitLayer:
+    """One weight tensor whose first dimension counts units.
+
+    Attributes:
+        name: the parameter's full name (``"layer1.0.conv1.weight"``).
+        weight: the parameter, (units, ...).
+        kind: ``"conv"`` or ``"linear"``.
+    """
+
+    name: str
+    weight: nn.Parameter
+    kind: Literal["conv", "linear"]
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.weight.shape[0]
+
+    def rows(self, values: Tensor) -> Tensor:
+        """``values``, shaped like the weight, as (units, fan_in)."""
+        return values.reshape(self.units, -1)
+
+
+def unit_layers(model: nn.Module, *, scope: Scope = "auto") -> list[UnitLayer]:
+    """Weights whose units a method may rank, in module order.
+
+    The classifier head is never among them, nor are shortcut projections (they carry no
+    unit of their own: their outputs are added to those of the main branch).
+
+    Args:
+        scope: ``"conv"``: convolutions only. ``"all"``: convolutions and linear layers,
+            attention projections included. ``"auto"``: convolutions in a network where they
+            outnumber the hidden linear layers (CNNs), else all (transformers, MLPs, mixers).
+    """
+    head = classifier_head(model)
+    layers: list[UnitLayer] = []
+    for name, module in model.named_modules():
+        if any(word in name.lower() for word in SHORTCUT_WORDS) or module is head:
+            continue
+        if isinstance(module, CONVOLUTIONS):
+            layers.append(UnitLayer(f"{name}.weight", module.weight, "conv"))
+        elif isinstance(module, nn.Linear):
+            layers.append(UnitLayer(f"{name}.weight", module.weight, "linear"))
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            layers.append(UnitLayer(f"{name}.in_proj_weight", module.in_proj_weight, "linear"))
+    convolutions = [layer for layer in layers if layer.kind == "conv"]
+    if scope == "conv" or (scope == "auto" and 2 * len(convolutions) > len(layers)):
+        return convolutions
+    return layers
+
+
+def classifier_head(model: nn.Module) -> nn.Module | None:
+    """The last linear layer in module order, or the last 1x1 convolution where there is none."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if linears:
+        return linears[-1]
+    convolutions = [m for m in model.modules() if isinstance(m, CONVOLUTIONS) and set(m.kernel_size) == {1}]
+    return convolutions[-1] if convolutions else None
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm layers leave their running statistics alone; their modes stay as they are.
+
+    In training mode they go on to normalise by the batch. Restored on every exit path.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode, each module's own mode restored on every exit path."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether every floating-point parameter and buffer is finite."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())

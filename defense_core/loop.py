@@ -1,0 +1,314 @@
+"""The one fine-tuning loop. Methods differ in the gradient step and in what follows it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from defense_core.config import require
+from defense_core.data import CleanSet
+from defense_core.errors import MethodDiverged
+from defense_core.layers import CONVOLUTIONS, evaluating, frozen_statistics, is_finite
+from defense_core.progress import Progress
+from defense_core.task import Task
+
+Precision = Literal["auto", "fp32", "bf16"]
+LossOf = Callable[[], Tensor]
+Step = Callable[[nn.Module, LossOf], Tensor]
+HistoryRow = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of the loop.
+
+    Attributes:
+        epochs: passes over the fit split.
+        batch_size: samples per step.
+        lr: peak learning rate of SGD.
+        momentum: SGD momentum.
+        weight_decay: L2 penalty of SGD.
+        schedule: ``constant``; ``cosine`` to zero; ``onecycle``: linear to the peak over the
+            first third, then linear to zero.
+        precision: ``fp32``; ``bf16`` autocast; ``auto``: bf16 where the device multiplies
+            bfloat16 natively (CUDA, CPUs with AMX) and the network is convolutional.
+        max_grad_norm: clip the gradient's global L2 norm to this; 0 leaves it.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine", "onecycle"] = "constant"
+    precision: Precision = "auto"
+    max_grad_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
+        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
+        require(self.lr > 0, "lr", "a positive rate", self.lr)
+        require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        require(self.max_grad_norm >= 0, "max_grad_norm", "0 or more", self.max_grad_norm)
+
+
+def working_copy(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A trainable deep copy on ``device``; the original is never touched again.
+
+    Convolutional weights are laid out channels-last, which is what the bfloat16 kernels of
+    CPUs and GPUs want.
+    """
+    duplicate = copy.deepcopy(model).to(device)
+    for parameter in duplicate.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(True)
+    if _is_convolutional(duplicate):
+        duplicate = duplicate.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return duplicate
+
+
+def finished(model: nn.Module, method: str) -> nn.Module:
+    """The purified model as it is handed over: CPU, float32, contiguous, eval mode.
+
+    Raises:
+        MethodDiverged: a weight or statistic is NaN or Inf.
+    """
+    if not is_finite(model):
+        raise MethodDiverged(
+            f"{method} diverged", expected="finite weights", got="NaN or Inf", hint="Lower its learning rate"
+        )
+    model = model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def plain_step(model: nn.Module, loss_of: LossOf) -> Tensor:
+    """Gradient of the loss."""
+    loss = loss_of()
+    loss.backward()
+    return loss.detach()
+
+
+def gradient_norm_step(*, radius: float, alpha: float, normalisation: Literal["global", "per_tensor"]) -> Step:
+    """Gradient of ``CE + lambda * ||grad CE||`` by finite difference (TSBD, stage 2).
+
+    ``G = (1 - alpha) * g1 + alpha * g2`` with ``g1 = grad CE(theta)``,
+    ``g2 = grad CE(theta + radius * g1 / ||g1||)`` and ``alpha = lambda / radius``: alpha 0
+    is plain fine-tuning, alpha 1 is SAM (Foret et al. 2021, eq. 2-3). BatchNorm running
+    statistics follow the unperturbed pass only.
+
+    Args:
+        radius: length of the ascent step in weight space.
+        alpha: weight of the perturbed gradient, in [0, 1].
+        normalisation: divide ``g1`` by its global L2 norm (the equation), or each tensor by
+            its own (a step about ``sqrt(number of tensors)`` times as long).
+    """
+
+    def step(model: nn.Module, loss_of: LossOf) -> Tensor:
+        loss = plain_step(model, loss_of)
+        if alpha == 0:
+            return loss
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        first = [parameter.grad.clone() for parameter in parameters]  # type: ignore[union-attr]
+        norms = torch._foreach_norm(first)
+        if normalisation == "global":
+            norms = [torch.linalg.vector_norm(torch.stack(norms))] * len(first)
+        before = [parameter.detach().clone() for parameter in parameters]
+        with torch.no_grad():
+            for parameter, gradient, norm in zip(parameters, first, norms, strict=True):
+                # A layer whose gradient vanishes (fully zeroed, dead) stays where it is.
+                parameter.add_(gradient * (radius / norm.clamp_min(1e-12)))
+                parameter.grad = None
+        with frozen_statistics(model):
+            loss_of().backward()
+        with torch.no_grad():
+            for parameter, old, gradient in zip(parameters, before, first, strict=True):
+                parameter.copy_(old)
+                second = parameter.grad if parameter.grad is not None else torch.zeros_like(gradient)
+                parameter.grad = gradient.mul_(1 - alpha).add_(second, alpha=alpha)
+        return loss
+
+    return step
+
+
+def tune(
+    model: nn.Module,
+    data: CleanSet,
+    *,
+    task: Task,
+    tuning: Tuning,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+    name: str,
+    step: Step = plain_step,
+    sign: float = 1.0,
+    after_step: Callable[[], None] | None = None,
+    after_epoch: Callable[[int], bool] | None = None,
+) -> list[HistoryRow]:
+    """Train ``model`` in place on ``data``.
+
+    Args:
+        model: in any mode; left in training mode. Parameters that require no gradient stay.
+        data: samples, moved to ``device`` once.
+        step: fills ``parameter.grad`` and returns the loss.
+        sign: -1 for gradient ascent.
+        after_step: called after each optimiser step (clamp, project, mask).
+        after_epoch: called with the number of finished epochs; true ends the loop early.
+
+    Returns:
+        One row per epoch: ``{"phase", "step", "loss", "lr"}``.
+
+    Raises:
+        MethodDiverged: the loss became NaN or Inf.
+        Cancelled: a stop was requested; checked after each step.
+    """
+    data = data.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(
+        trained, lr=tuning.lr, momentum=tuning.momentum, weight_decay=tuning.weight_decay, foreach=True
+    )
+    steps_per_epoch = len(batch_indices(len(data), tuning.batch_size, torch.Generator()))
+    rate = learning_rates(tuning, steps_per_epoch)
+    context = autocast(model, tuning.precision, device)
+    history: list[HistoryRow] = []
+    model.train()
+    with progress.phase(name, total=tuning.epochs * steps_per_epoch) as phase:
+        shown = math.nan
+        for epoch in range(tuning.epochs):
+            total = torch.zeros((), device=device)
+            for batch in batch_indices(len(data), tuning.batch_size, generator):
+                index = batch.to(device)
+                images = task.augmented(data.images[index], generator)
+                inputs = channels_last(task.inputs(images))
+                targets = data.labels[index]
+
+                def loss_of(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                    with context():
+                        outputs = model(inputs)
+                    return sign * task.losses(outputs, targets).mean()
+
+                for group in optimizer.param_groups:
+                    group["lr"] = next(rate)
+                optimizer.zero_grad(set_to_none=True)
+                total += step(model, loss_of)
+                if tuning.max_grad_norm:
+                    nn.utils.clip_grad_norm_(trained, tuning.max_grad_norm)
+                optimizer.step()
+                if after_step is not None:
+                    after_step()
+                phase.advance(loss=shown)
+            shown = float(total) / steps_per_epoch
+            if not math.isfinite(shown):
+                raise MethodDiverged(
+                    f"{name} diverged in epoch {epoch + 1}",
+                    expected="a finite loss",
+                    got=shown,
+                    hint="Lower its learning rate",
+                )
+            history.append(
+                {"phase": name, "step": epoch + 1, "loss": sign * shown, "lr": optimizer.param_groups[0]["lr"]}
+            )
+            if after_epoch is not None and after_epoch(epoch + 1):
+                break
+    return history
+
+
+def batch_indices(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
+    """A shuffled pass in batches. A last batch of one joins its neighbour, since batch
+    normalisation cannot train on one sample; a set of one sample is a batch of it twice."""
+    order = torch.randperm(count, generator=generator)
+    if count == 1:
+        return [order.repeat(2)]
+    batches = list(order.split(max(size, 2)))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        last = batches.pop()
+        batches[-1] = torch.cat([batches[-1], last])
+    return batches
+
+
+def learning_rates(tuning: Tuning, steps_per_epoch: int) -> Iterator[float]:
+    """The rate of each step, in order."""
+    total = max(1, tuning.epochs * steps_per_epoch)
+    for done in range(total):
+        if tuning.schedule == "cosine":
+            yield tuning.lr * 0.5 * (1 + math.cos(math.pi * done / total))
+        elif tuning.schedule == "onecycle":
+            rise = total / 3
+            yield tuning.lr * min((done + 1) / rise, (total - done) / (total - rise), 1.0)
+        else:
+            yield tuning.lr
+
+
+@torch.no_grad()
+def predictions(
+    model: nn.Module,
+    data: CleanSet,
+    *,
+    task: Task,
+    device: torch.device | str,
+    batch_size: int = 512,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Predicted labels in eval mode, int64 (N,), on the CPU; the model's modes are restored.
+
+    Raises:
+        MethodDiverged: the model returned NaN or Inf.
+    """
+    context = autocast(model, precision, device)
+    answers = []
+    with evaluating(model):
+        for images, _ in data.batches(batch_size):
+            with context():
+                outputs = model(channels_last(task.inputs(images.to(device))))
+            if not torch.isfinite(outputs).all():
+                raise MethodDiverged("the model's outputs are not finite", expected="finite logits", got="NaN or Inf")
+            answers.append(task.predict(outputs).cpu())
+    return torch.cat(answers)
+
+
+def accuracy(
+    model: nn.Module, data: CleanSet, *, task: Task, device: torch.device | str, precision: Precision = "fp32"
+) -> float:
+    """Share of ``data`` that the model labels as stated, in [0, 1]."""
+    answers = predictions(model, data, task=task, device=device, precision=precision)
+    return float((answers == data.labels.cpu()).float().mean())
+
+
+def autocast(
+    model: nn.Module, precision: Precision, device: torch.device | str
+) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Context that runs a forward pass in the precision asked for."""
+    kind = torch.device(device).type
+    wanted = precision == "bf16" or (precision == "auto" and _is_convolutional(model) and _multiplies_bfloat16(kind))
+    if not wanted:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(kind, dtype=torch.bfloat16)
+
+
+def channels_last(inputs: Tensor) -> Tensor:
+    """4-dimensional inputs in channels-last layout, others as they are."""
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+
+
+def _is_convolutional(model: nn.Module) -> bool:
+    convolutions = sum(isinstance(module, CONVOLUTIONS) for module in model.modules())
+    return convolutions > sum(isinstance(module, nn.Linear) for module in model.modules())
+
+
+def _multiplies_bfloat16(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.12
+    return kind == "cpu" and bool(capabilities.get("amx_bf16", False))

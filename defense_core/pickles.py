@@ -1,0 +1,155 @@
+"""Static check of pickles: every opcode and every global against an allow-list; nothing is run.
+
+The list is narrower than that of ``torch.load(..., weights_only=True)``: what a file of plain tensors
+needs, and nothing else. Anything that is not listed is refused, whether or not it is known to be bad.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+
+from defense_core.errors import CorruptArtifact, UnsafeArtifact
+
+MAX_PICKLE_BYTES = 16 << 20
+_MAX_OPCODES = 2_000_000
+# How pickletools reports damage, depending on where the bytes end or stop making sense.
+_DAMAGE = (ValueError, KeyError, IndexError, EOFError, OverflowError)
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file by torch < 1.6, torch/serialization.py
+
+# The opcodes that torch's weights-only unpickler implements; all others are refused there too.
+_OPCODES = frozenset({
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINSTRING", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "EMPTY_TUPLE", "TUPLE", "TUPLE1",
+    "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINGET", "LONG_BINGET", "BINPUT",
+    "LONG_BINPUT", "GLOBAL", "REDUCE", "BUILD", "NEWOBJ", "BINPERSID",
+})  # fmt: skip
+_DTYPES = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
+_STORAGES = frozenset({
+    "FloatStorage", "DoubleStorage", "HalfStorage", "BFloat16Storage", "LongStorage", "IntStorage", "ShortStorage",
+    "CharStorage", "ByteStorage", "BoolStorage", "ComplexFloatStorage", "ComplexDoubleStorage", "UntypedStorage",
+})  # fmt: skip
+_GLOBALS = (
+    frozenset(("torch", name) for name in _DTYPES | _STORAGES | {"Size", "device", "Tensor"})
+    | frozenset(("torch.storage", name) for name in _STORAGES | {"TypedStorage"})
+    | frozenset(
+        ("torch._utils", f"_rebuild_{name}")
+        for name in ("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state")
+    )
+    | frozenset(
+        {
+            ("torch.nn.parameter", "Parameter"),
+            ("collections", "OrderedDict"),
+            ("collections", "Counter"),
+            ("_codecs", "encode"),  # bytes in protocol 2
+            ("builtins", "set"),
+            ("__builtin__", "set"),
+        }
+    )
+)
+
+
+@dataclass(frozen=True)
+class PickleFacts:
+    """What one pickle is made of: ``module.name`` globals in order, and its first integer."""
+
+    globals: tuple[str, ...]
+    first_integer: int | None
+
+
+def check_pickle(stream: BinaryIO, *, where: str) -> PickleFacts:
+    """Read one pickle up to its STOP opcode and refuse what is not on the lists.
+
+    Args:
+        stream: positioned at the pickle's first byte; afterwards behind its last.
+        where: name of the file or member, for messages.
+
+    Raises:
+        UnsafeArtifact: an opcode or a global that is not allowed, or too many opcodes.
+        CorruptArtifact: the bytes are no complete pickle.
+    """
+    found: list[str] = []
+    first_integer: int | None = None
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count > _MAX_OPCODES:
+                raise UnsafeArtifact(f"pickle in {where} is too long", expected=f"at most {_MAX_OPCODES} opcodes")
+            if opcode.name not in _OPCODES:
+                raise _refused(where, f"pickle opcode {opcode.name}" + (f" {argument!r}"[:80] if argument else ""))
+            if opcode.name == "GLOBAL":
+                module, _, name = str(argument).partition(" ")
+                if (module, name) not in _GLOBALS:
+                    raise _refused(where, f"{module}.{name}")
+                found.append(f"{module}.{name}")
+            if first_integer is None and isinstance(argument, int) and opcode.name in ("LONG1", "BININT", "BININT2"):
+                first_integer = argument
+    except _DAMAGE as error:
+        raise CorruptArtifact(
+            f"pickle in {where} is damaged",
+            expected="a complete pickle",
+            got=str(error)[:200],
+            hint="Fetch the file again and compare its digest",
+        ) from error
+    return PickleFacts(tuple(found), first_integer)
+
+
+def check_torch_zip(archive: zipfile.ZipFile, root: str, *, where: str) -> None:
+    """Check ``data.pkl`` of a zip-format ``torch.save`` file."""
+    info = archive.getinfo(f"{root}data.pkl")
+    if info.file_size > MAX_PICKLE_BYTES:
+        raise UnsafeArtifact(
+            f"pickle in {where} is too large", expected=f"at most {MAX_PICKLE_BYTES} bytes", got=info.file_size
+        )
+    with archive.open(info) as stream:
+        check_pickle(stream, where=f"{where}:{info.filename}")  # type: ignore[arg-type]
+        if stream.read(1):
+            raise UnsafeArtifact(
+                f"bytes follow the pickle in {where}",
+                expected="nothing after STOP",
+                got="a second pickle or hidden data",
+            )
+
+
+def check_torch_legacy(stream: BinaryIO, *, where: str) -> None:
+    """Check the five pickles at the start of a file by torch < 1.6 (magic, version, system, object, storage keys)."""
+    magic = check_pickle(stream, where=where)
+    if magic.first_integer != _LEGACY_MAGIC:
+        raise CorruptArtifact(
+            f"{where} is a pickle but was not written by torch.save",
+            expected="a file by torch.save, or safetensors",
+            got="a plain pickle",
+            hint="Save model.state_dict() with safetensors or torch.save",
+        )
+    for _ in range(4):
+        check_pickle(stream, where=where)
+
+
+def refuse_if_pickle(stream: BinaryIO, *, where: str) -> None:
+    """Raise UnsafeArtifact if the bytes are a whole pickle that names code; say nothing otherwise.
+
+    For files of no known format: a pickle of protocol 0 or 1 has no mark at its start.
+    """
+    start = stream.tell()
+    try:
+        for count, _ in enumerate(pickletools.genops(stream)):
+            if count > _MAX_OPCODES:
+                return
+    except _DAMAGE:
+        # No pickle: the caller reports an unknown format.
+        return
+    stream.seek(start)
+    check_pickle(stream, where=where)
+
+
+def _refused(where: str, what: str) -> UnsafeArtifact:
+    return UnsafeArtifact(
+        f"{where} asks for {what}",
+        expected="a pickle of plain tensors",
+        got="a reference that may run code, so nothing was loaded",
+        hint="Have the file re-saved from a trusted machine as model.state_dict() in safetensors; whole pickled "
+        "models, numpy scalars and argparse namespaces are refused as well",
+    )

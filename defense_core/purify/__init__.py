@@ -1,0 +1,57 @@
+"""Purifiers. One method is one file, one frozen config, one function and one row here.
+
+A purifier sees the model, the clean set and its configuration; never a trigger, a poisoned
+sample or an attack's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from defense_core.data import Splits
+from defense_core.errors import ConfigError
+from defense_core.progress import Progress
+from defense_core.purify import fine_tuning, tsbd
+from defense_core.purify.base import Method, Purified
+from defense_core.task import Task
+
+METHODS: dict[str, Method] = {row.METHOD.name: row.METHOD for row in (fine_tuning, tsbd)}
+"""Every method by the name that ``--method`` takes."""
+
+__all__ = ["METHODS", "Method", "Purified", "method_named", "purify"]
+
+
+def method_named(name: str) -> Method:
+    """The registry's row. Raises ConfigError for an unknown name."""
+    if name not in METHODS:
+        raise ConfigError("method is unknown", expected="one of " + ", ".join(sorted(METHODS)), got=repr(name))
+    return METHODS[name]
+
+
+def purify(
+    model: nn.Module,
+    clean: Splits,
+    config: Any,
+    *,
+    method: str,
+    task: Task,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> Purified:
+    """Run the method called ``method`` with its own ``config`` object.
+
+    Raises:
+        ConfigError: unknown method, or a config of another method.
+        MethodDiverged: a loss or weight became NaN or Inf.
+        Cancelled: a stop was requested.
+    """
+    row = method_named(method)
+    if not isinstance(config, row.config):
+        raise ConfigError(
+            f"{method} was given another method's config", expected=row.config.__name__, got=type(config).__name__
+        )
+    return row.function(model, clean, config, task=task, seed=seed, device=device, progress=progress)

@@ -1,0 +1,115 @@
+"""What every purifier takes and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from defense_core.data import CleanSet, Splits
+from defense_core.loop import HistoryRow
+from defense_core.progress import Progress
+from defense_core.task import Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Purified:
+    """What a purifier hands over.
+
+    Attributes:
+        model: the purified network: CPU, float32, eval mode. The input model is untouched.
+        history: one row per epoch, ``{"phase", "step", "loss", ...}``, for charts.
+        facts: JSON-ready facts that evidence records (chosen hyper-parameters, counts).
+    """
+
+    model: nn.Module
+    history: tuple[HistoryRow, ...]
+    facts: dict[str, Any]
+
+
+class PurifyFunction(Protocol):
+    """Signature of every purifier."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        clean: Splits,
+        config: Any,
+        *,
+        task: Task,
+        seed: int,
+        device: torch.device | str,
+        progress: Progress,
+    ) -> Purified: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the registry.
+
+    Attributes:
+        name: what ``--method`` takes.
+        config: frozen dataclass with a default for every field.
+        function: the purifier.
+        summary: one line for ``--help`` and the docs.
+        zero_steps: configuration values with which the method must return an equal model.
+        control: true for the baseline that the others are compared with, never selected.
+    """
+
+    name: str
+    config: type[Any]
+    function: PurifyFunction
+    summary: str
+    zero_steps: dict[str, Any]
+    control: bool = False
+
+
+def chooser(clean: Splits) -> CleanSet:
+    """The split on which hyper-parameters are chosen: *select*, or *fit* where every class
+    has one image only and nothing could be set aside."""
+    return clean.select if len(clean.select) else clean.fit
+
+
+def strongest_within(
+    strengths: tuple[float, ...],
+    attempt: Callable[[float], tuple[float, T]],
+    *,
+    reference: float,
+    max_drop: float,
+    images: int,
+) -> tuple[float, T, list[dict[str, float]]]:
+    """The declared rule for every hyper-parameter that trades accuracy for removal.
+
+    Strengths are tried in ascending order while the accuracy on the *select* split stays
+    within ``max_drop`` of the unpurified model's; the last one that did is taken, or the
+    weakest where even that did not. Going up rather than down spends trials only while they
+    buy something. On a small split the bound is never tighter than two images.
+
+    Args:
+        strengths: candidates, at least one.
+        attempt: accuracy on the select split at a strength, in [0, 1], and what was made.
+        reference: accuracy of the unpurified model on the same images.
+        max_drop: permitted drop, in [0, 1].
+        images: size of the select split.
+
+    Returns:
+        The strength, what was made at it, and one row per trial.
+    """
+    allowed = max(max_drop, 2 / max(images, 1)) + 1e-9
+    first, *others = sorted(strengths)
+    chosen = first
+    reached, made = attempt(first)
+    trials = [{"strength": first, "accuracy": reached}]
+    for strength in others:
+        if reference - reached > allowed:
+            break
+        reached, candidate = attempt(strength)
+        trials.append({"strength": strength, "accuracy": reached})
+        if reference - reached <= allowed:
+            chosen, made = strength, candidate
+    return chosen, made, trials

@@ -1,0 +1,97 @@
+"""Plain fine-tuning on the clean set: the control that every purifier is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from defense_core.config import require
+from defense_core.data import Splits
+from defense_core.loop import HistoryRow, Precision, Tuning, accuracy, finished, tune, working_copy
+from defense_core.progress import Progress
+from defense_core.purify.base import Method, Purified, chooser, strongest_within
+from defense_core.task import Task
+
+
+@dataclass(frozen=True)
+class FineTuningConfig:
+    """Settings of plain fine-tuning.
+
+    Attributes:
+        lr: learning rate, or ``None`` to choose it from ``lr_grid`` by
+            :func:`~defense_core.purify.base.strongest_within`, the rule that every method uses.
+        lr_grid: candidates.
+        max_drop: permitted drop of accuracy on the *select* split, in [0, 1].
+        epochs: passes over the fit split.
+        batch_size: samples per step.
+        weight_decay: L2 penalty.
+        schedule: learning-rate schedule.
+        precision: see :class:`defense_core.loop.Tuning`.
+    """
+
+    lr: float | None = None
+    lr_grid: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
+    max_drop: float = 0.02
+    epochs: int = 20
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "cosine", "onecycle"] = "cosine"
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.lr is None or self.lr > 0, "lr", "a positive rate, or null", self.lr)
+        require(bool(self.lr_grid) and min(self.lr_grid) > 0, "lr_grid", "positive rates", self.lr_grid)
+        require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
+        require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
+
+
+def purify(
+    model: nn.Module,
+    clean: Splits,
+    config: FineTuningConfig,
+    *,
+    task: Task,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> Purified:
+    """Minimise the cross-entropy on the fit split by SGD, all parameters, BatchNorm in training mode."""
+
+    def attempt(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
+        tuned = working_copy(model, device)
+        tuning = Tuning(
+            config.epochs,
+            config.batch_size,
+            lr,
+            weight_decay=config.weight_decay,
+            schedule=config.schedule,
+            precision=config.precision,
+        )
+        name = f"fine-tune lr={lr:g}"
+        rows = tune(tuned, clean.fit, task=task, tuning=tuning, seed=seed, device=device, progress=progress, name=name)
+        return select_accuracy(tuned), (tuned, rows)
+
+    def select_accuracy(network: nn.Module) -> float:
+        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
+
+    lr, (purified, history), trials = strongest_within(
+        config.lr_grid if config.lr is None else (config.lr,),
+        attempt,
+        reference=select_accuracy(working_copy(model, device)),
+        max_drop=config.max_drop,
+        images=len(chooser(clean)),
+    )
+    return Purified(finished(purified, "fine_tuning"), tuple(history), {"lr": lr, "lr_trials": trials})
+
+
+METHOD = Method(
+    name="fine_tuning",
+    config=FineTuningConfig,
+    function=purify,
+    summary="plain fine-tuning on the clean set, the control",
+    zero_steps={"epochs": 0},
+    control=True,
+)

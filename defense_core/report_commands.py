@@ -1,0 +1,73 @@
+"""How to do a run again, as commands that can be pasted into a shell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from defense_core.report_text import at, command, mappings_at, text
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and what it is for."""
+
+    why: str
+    line: str
+
+
+def commands(evidence: Mapping[str, Mapping[str, Any]], *, policy: str) -> tuple[Command, ...]:
+    """Commands that repeat the run and check its parts.
+
+    Places of the clean set, probes and policy are not in the evidence, only their digests: they
+    appear as names to be replaced.
+    """
+    fetch = at(evidence, "fetch", "results")
+    found = []
+    if address := _address(fetch):
+        found.append(Command("Run the whole pipeline again on the same bytes", _run(evidence, fetch, address, policy)))
+    digest = text(at(evidence, "fetch", "inputs", "source"), 100)
+    if address.startswith("s3://") and digest:
+        # The file is whatever the operator downloads; the digest is what counts.
+        found.append(
+            Command(f"Check a copy of the model that came in; it has to print {digest}", "sha256sum MODEL_FILE")
+        )
+    if onnx := text(at(evidence, "export", "outputs", "onnx"), 100):
+        found.append(Command(f"Check the ONNX file; it has to print {onnx}", "sha256sum model.onnx"))
+    if evidence:
+        line = command("quarantine gate", [("--policy", f"{policy or 'POLICY'}.yaml"), ("--evidence", "EVIDENCE_DIR")])
+        found.append(Command("Decide again, offline, from the evidence alone", line))
+    return tuple(found)
+
+
+def _address(fetch: Any) -> str:
+    uri, version = text(at(fetch, "uri"), 1000), text(at(fetch, "version_id"), 200)
+    return f"{uri}?versionId={version}" if uri.startswith("s3://") and version and "?" not in uri else uri
+
+
+def _run(evidence: Mapping[str, Mapping[str, Any]], fetch: Any, address: str, policy: str) -> str:
+    arguments = at(fetch, "architecture", "args")
+    name = at(fetch, "architecture", "name")
+    seeds = [seed for each in evidence.values() if isinstance(seed := at(each, "environment", "seed"), int)]
+    methods = at(fetch, "methods")
+    options: list[tuple[str, Any]] = [
+        ("--model", address),
+        ("--architecture", name if isinstance(name, str) else at(fetch, "architecture")),
+        (
+            "--architecture-args",
+            json.dumps(arguments, sort_keys=True, default=str) if isinstance(arguments, Mapping) else None,
+        ),
+        ("--clean", "CLEAN_SET"),
+    ]
+    if at(fetch, "test_images"):
+        options.append(("--test", "TEST_SET"))
+    probes = {
+        text(probe.get("name"), 60) for each in evidence.values() for probe in mappings_at(each, "results", "probes")
+    }
+    options += [("--probe", f"{probe}.yaml") for probe in sorted(probes)]
+    if isinstance(methods, (list, tuple)):
+        options += [("--method", method) for method in methods]
+    options += [("--policy", f"{policy or 'POLICY'}.yaml"), ("--seed", str(seeds[0]) if seeds else None)]
+    return command("quarantine run", options)

@@ -1,0 +1,1 @@
+"""Wires steps into one pipeline, and the command line."""

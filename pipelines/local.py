@@ -1,0 +1,186 @@
+"""Run the pipeline on this machine: the same definition as on a cluster, by kfp.local, in a work folder.
+
+What happened is read from the run's records, never from kfp's state.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from components._runtime.evidence import REPORT_PAGE
+from components._runtime.environment import local_environment
+from components._runtime.outcome import RunOutcome, outcome_of
+from components._runtime.plan import Plan, RunSettings
+from components._runtime.step import STEP_LINE, failure_record, interruptible
+from components._runtime.store import EvidenceStore, open_store
+from components.report.step import report_run
+from defense_core.errors import Cancelled, QuarantineError, StorageError
+from defense_core.files import write_atomic
+
+STOP_GRACE_S = 20.0
+"""Time for the steps to record why they stopped, before they are killed."""
+
+EVIDENCE_FOLDER = "evidence"
+LOG_NAME = "pipeline.log"
+
+logger = logging.getLogger("quarantine")
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """How a run on this machine ended.
+
+    Attributes:
+        name: of the execution.
+        outcome: decision, failed step and exit code, from the records.
+        evidence: folder with one JSON file a step, failure records, and the report.
+        report: the HTML page; ``None`` where even that could not be written.
+        log: everything that the steps and kfp said.
+        tracking_uri: where MLflow's records are.
+        promotion: ``results`` of promote; ``None`` where it was not reached.
+        seconds: wall time.
+    """
+
+    name: str
+    outcome: RunOutcome
+    evidence: Path
+    report: Path | None
+    log: Path
+    tracking_uri: str
+    promotion: Mapping[str, Any] | None
+    seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        """0 allowed or observed, 1 denied, 2 undecided; that of the failed step's error otherwise."""
+        return self.outcome.exit_code
+
+
+def run_local(
+    plan: Plan,
+    work: Path,
+    *,
+    model_name: str,
+    alias: str = "champion",
+    name: str = "",
+    on_line: Callable[[str], None] = lambda line: None,
+) -> LocalRun:
+    """Run the pipeline; every failure of a step is in the result, and the report is written whatever failed.
+
+    Args:
+        plan: what to do.
+        work: folder for artifacts, evidence and log; kept. Runs in one folder share the MLflow file.
+        model_name: the registered model.
+        alias: what moves on allow.
+        name: of the execution; empty: the time.
+        on_line: called with every message that a step logs; what kfp says is in the log only.
+
+    MLflow is where ``MLFLOW_TRACKING_URI`` says; without it, in ``mlflow.db`` in ``work``.
+
+    Raises:
+        StorageError: ``work`` cannot be written, or holds a run of this name.
+    """
+    started = time.monotonic()
+    work = Path(work).absolute()
+    name = name or datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S-%f")
+    settings = RunSettings(evidence=str(work / EVIDENCE_FOLDER), model_name=model_name, alias=alias, name=name)
+    folder, root = work / EVIDENCE_FOLDER / name, work / "artifacts" / name
+    if folder.exists() or root.exists():
+        raise StorageError(f"{work} holds a run called {name}", expected="a new name", hint="Name the run otherwise, or not at all")
+    request, log = root / "request.json", root / LOG_NAME
+    arguments = {**plan.arguments(), "run": settings.to_json()}
+    write_atomic(request, json.dumps({"root": str(root), "workspace": str(root / "workspace"), "arguments": arguments}).encode())
+    environment = local_environment(work)
+    store = open_store(settings.evidence, name)
+    stopped = _run_worker(request, log, environment.variables, on_line)
+    _finish_report(settings, store, folder, environment.variables, stopped)
+    records = store.records()
+    page = folder / REPORT_PAGE
+    promotion = records.evidence.get("promote", {}).get("results")
+    return LocalRun(
+        name=name,
+        outcome=outcome_of(records, stopped=stopped),
+        evidence=folder,
+        report=page if page.is_file() else None,
+        log=log,
+        tracking_uri=environment.tracking_uri,
+        promotion=promotion,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _run_worker(request: Path, log: Path, variables: Mapping[str, str], on_line: Callable[[str], None]) -> str:
+    """Run the worker to its end; why it was stopped, or an empty string."""
+    command = [sys.executable, "-m", "pipelines.local_worker", str(request)]
+    with (
+        open(log, "w", encoding="utf-8") as sink,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(variables),
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        try:
+            with interruptible():
+                assert process.stdout is not None
+                for line in process.stdout:
+                    sink.write(line)
+                    # kfp indents what follows a parallel part ever deeper.
+                    said = STEP_LINE.match(line.strip())
+                    if said:
+                        on_line(said["message"])
+                process.wait()
+        except Cancelled as error:
+            _stop_group(process)
+            return str(error)
+    return "" if process.returncode == 0 else f"the orchestrator ended with exit code {process.returncode}; see {log}"
+
+
+def _stop_group(process: subprocess.Popen[str]) -> None:
+    """Ask the worker and every step to stop; kill those that do not within the grace time."""
+    for number, patience_s in ((signal.SIGINT, STOP_GRACE_S), (signal.SIGKILL, 5.0)):
+        if not _signalled(process, number):
+            return
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            if not _signalled(process, 0):
+                return
+            time.sleep(0.05)
+
+
+def _signalled(process: subprocess.Popen[str], number: int) -> bool:
+    """Whether the group had a process to receive the signal (0: only ask)."""
+    # The worker leads the group; it must be reaped, or the group would live on as a zombie.
+    process.poll()
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _finish_report(settings: RunSettings, store: EvidenceStore, folder: Path, variables: Mapping[str, str], stopped: str) -> None:
+    """Write the report here where the exit handler could not: it does not run when the run is stopped."""
+    if (folder / REPORT_PAGE).is_file() or "report" in store.records().failures:
+        return
+    try:
+        report_run(settings, store, None, environment=variables, orchestrator_message=stopped)
+    except QuarantineError as error:
+        logger.error("report failed: %s", error)
+        store.put_failure("report", failure_record("report", error))

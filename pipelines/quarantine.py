@@ -1,0 +1,109 @@
+"""The pipeline: fetch → evaluate before → for each method: purify, evaluate → select → export → gate → promote; report always.
+
+One definition for a laptop and a cluster. Parameters are strings, JSON strings, one int and one list:
+see :meth:`components._runtime.plan.Plan.arguments`.
+"""
+
+from typing import Any, List
+
+from kfp import dsl
+
+from components.evaluate_model.component import evaluate_model
+from components.export_onnx.component import export_onnx
+from components.fetch_model.component import fetch_model
+from components.gate_promotion.component import gate_promotion
+from components.promote_model.component import promote_model
+from components.purify_model.component import purify_model
+from components.report.component import report
+from components.select_model.component import select_model
+from pipelines.resources import with_resources
+
+PIPELINE_NAME = "model-quarantine"
+
+
+def _task(task: dsl.PipelineTask, component: str) -> dsl.PipelineTask:
+    # A cached task would leave no record in this run's store, and the registry would not be asked.
+    task.set_caching_options(False)
+    return with_resources(task, component)
+
+
+@dsl.pipeline(
+    name=PIPELINE_NAME,
+    description="Fetch a model, purify it, measure it, and promote it only if a policy allows.",
+)
+def quarantine(
+    model: str,
+    clean: str,
+    policy: str,
+    run: str,
+    test: str = "",
+    spec: str = "{}",
+    probes: str = "[]",
+    methods: List[str] = ["tsbd", "fine_tuning"],  # noqa: B006 - KFP reads the default, nothing changes it
+    configs: str = "{}",
+    loading: str = "{}",
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Quarantine one model.
+
+    Args:
+        model: s3://bucket/key[?versionId=...], models:/name/3, file:// or a path.
+        clean: Address or path of the clean set, parquet or npz.
+        policy: JSON, the policy.
+        run: JSON, evidence store, registered model, alias, and the execution's name or nothing.
+        test: Address or path of the test set; empty: the report split of the clean set is quoted.
+        spec: JSON, how to read a bare state dict; {} for a bundle.
+        probes: JSON, a list of trigger specifications.
+        methods: Names of the purifiers, in order of preference.
+        configs: JSON, configuration by method.
+        loading: JSON, limits, expected digest and trusted modules.
+        seed: Seed of the splits and methods.
+        device: auto, cpu or cuda.
+    """
+    records: dict[str, Any] = {"run": run, "execution": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+    shared: dict[str, Any] = {"loading": loading, "seed": seed, **records}
+    last = _task(report(**records), "report")
+    with dsl.ExitHandler(last, name="quarantine-steps"):
+        fetched = _task(
+            fetch_model(
+                model=model, clean=clean, test=test, policy=policy, spec=spec, probes=probes, methods=methods, configs=configs,
+                device=device, **shared,
+            ),
+            "fetch_model",
+        )  # fmt: skip
+        bundle, data = fetched.outputs["bundle"], fetched.outputs["data"]
+        before = _task(evaluate_model(bundle=bundle, data=data, name="before", device=device, **shared), "evaluate_model")
+        with dsl.ParallelFor(methods, name="methods") as method:
+            purified = _task(
+                purify_model(bundle=bundle, data=data, method=method, configs=configs, device=device, **shared), "purify_model"
+            )
+            evaluated = _task(
+                evaluate_model(
+                    bundle=purified.outputs["purified"], data=data, name=method, reference=bundle, device=device, **shared
+                ),
+                "evaluate_model",
+            )
+        selected = _task(
+            select_model(candidates=dsl.Collected(purified.outputs["purified"]), methods=methods, **records), "select_model"
+        )
+        chosen = selected.outputs["selected"]
+        exported = _task(export_onnx(bundle=chosen, data=data, **shared), "export_onnx")
+        gate = _task(
+            gate_promotion(
+                fetched=fetched.outputs["evidence"],
+                before=before.outputs["evidence"],
+                purified=dsl.Collected(purified.outputs["evidence"]),
+                evaluated=dsl.Collected(evaluated.outputs["evidence"]),
+                selected=selected.outputs["evidence"],
+                exported=exported.outputs["evidence"],
+                policy=policy,
+                **records,
+            ),
+            "gate_promotion",
+        )
+        _task(
+            promote_model(bundle=chosen, onnx=exported.outputs["onnx"], decision=gate.outputs["decision"], **records),
+            "promote_model",
+        )
+

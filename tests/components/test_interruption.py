@@ -1,0 +1,172 @@
+"""SIGINT and SIGTERM in the middle of each step: no output, a failure record, nothing promoted, exit code 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import components.evaluate_model.step
+import components.export_onnx.step
+import components.fetch_model.step
+import components.gate_promotion.step
+import components.promote_model.step
+import components.purify_model.step
+import components.report.step
+import components.select_model.step
+from components._runtime.mlflow_connection import MlflowSettings, connect
+from components._runtime.plan import RunSettings
+from components._runtime.step import interruptible, step_scope
+from components._runtime.store import open_store
+from components.evaluate_model.component import evaluate_model
+from components.export_onnx.component import export_onnx
+from components.fetch_model.component import fetch_model
+from components.gate_promotion.component import gate_promotion
+from components.promote_model.component import promote_model
+from components.purify_model.component import purify_model
+from components.report.component import report
+from components.select_model.component import select_model
+from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, Cancelled
+from tests.finished_chain import Chain
+
+
+def artifact(path: Path) -> Any:
+    return SimpleNamespace(path=str(path), metadata={})
+
+
+def evidence_of(chain: Chain, tmp_path: Path, name: str) -> Any:
+    from components._runtime.evidence import write_evidence
+
+    write_evidence(tmp_path / "in" / name, chain.evidence[name])
+    return artifact(tmp_path / "in" / name)
+
+
+def call_of(step: str, chain: Chain, tmp_path: Path) -> tuple[Callable[..., None], dict[str, Any]]:
+    """A component and its arguments; whatever it writes lies in ``tmp_path/out``."""
+    out = {name: artifact(tmp_path / "out" / name) for name in ("one", "two", "evidence")}
+    (tmp_path / "out").mkdir()
+    given = {"data": artifact(chain["data"]), "loading": "{}", "seed": 0}
+    arguments = chain.plan.arguments()
+    named: dict[str, Any] = {
+        "fetch": (fetch_model, {**arguments, "bundle": out["one"], "data": out["two"]}),
+        "purify.tsbd": (
+            purify_model,
+            {**given, "bundle": artifact(chain["bundle"]), "method": "tsbd", "configs": arguments["configs"], "device": "cpu"}
+            | {"purified": out["one"]},
+        ),
+        "evaluate.before": (evaluate_model, {**given, "bundle": artifact(chain["bundle"]), "name": "before", "device": "cpu"}),
+        "select": (select_model, {"candidates": [artifact(chain["tsbd"])], "methods": ["tsbd"], "selected": out["one"]}),
+        "export": (export_onnx, {**given, "bundle": artifact(chain["selected"]), "onnx": out["one"]}),
+        "gate": (
+            gate_promotion,
+            {
+                "fetched": evidence_of(chain, tmp_path, "fetch"),
+                "before": evidence_of(chain, tmp_path, "evaluate.before"),
+                "purified": [evidence_of(chain, tmp_path, "purify.tsbd")],
+                "evaluated": [evidence_of(chain, tmp_path, "evaluate.tsbd")],
+                "selected": evidence_of(chain, tmp_path, "select"),
+                "exported": evidence_of(chain, tmp_path, "export"),
+                "policy": arguments["policy"],
+                "decision": out["one"],
+            },
+        ),
+        "promote": (
+            promote_model,
+            {"bundle": artifact(chain["selected"]), "onnx": artifact(chain["onnx"]), "decision": artifact(chain["decision"])},
+        ),
+        "report": (report, {"status": None, "page": out["one"]}),
+    }
+    component, inputs = named[step]
+    if step != "report":
+        inputs = {**inputs, "evidence": out["evidence"]}
+    return component.python_func, inputs
+
+
+# In the middle of each step: where its output is half made, or the registry is about to be touched.
+MIDDLE = {
+    "fetch": (components.fetch_model.step, "save_bundle"),
+    "purify.tsbd": (components.purify_model.step, "select_signals"),
+    "evaluate.before": (components.evaluate_model.step, "evaluate"),
+    "select": (components.select_model.step, "bundle_digest"),
+    "export": (components.export_onnx.step, "write_evidence"),
+    "gate": (components.gate_promotion.step, "write_decision"),
+    "promote": (components.promote_model.step, "promote"),
+    "report": (components.report.step, "_rendered"),
+}
+
+
+@pytest.mark.parametrize("step", MIDDLE)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_step(
+    step: str, number: signal.Signals, finished: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name = MIDDLE[step]
+    real = getattr(module, name)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        done = real(*arguments, **options) if step != "promote" else None
+        os.kill(os.getpid(), number)
+        return done
+
+    monkeypatch.setattr(module, name, interrupted)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    settings = RunSettings(evidence=str(tmp_path / "store"), model_name="model", name="run")
+    function, arguments = call_of(step, finished, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        function(**arguments, run=settings.to_json(), execution="")
+    assert ended.value.code == EXIT_UNKNOWN
+    assert list((tmp_path / "out").iterdir()) == []
+    records = open_store(settings.evidence, "run").records()
+    assert records.evidence == {}
+    assert records.failures[step]["error"] == "Cancelled"
+    assert number.name in records.failures[step]["message"]
+    if step == "promote":
+        assert not connect(MlflowSettings(f"sqlite:///{tmp_path / 'mlflow.db'}")).client.search_registered_models()
+
+
+def test_the_handlers_of_before_are_back() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(Cancelled, match="SIGTERM"), interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_swallowed_signal_still_stops_the_next_step() -> None:
+    with interruptible() as stop:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            pass
+        assert stop()
+
+
+def test_outside_the_main_thread_signals_stay_as_they_are() -> None:
+    seen: list[bool] = []
+
+    def body() -> None:
+        with interruptible() as stop:
+            seen.append(stop())
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_malformed_run_settings_end_with_usage() -> None:
+    with pytest.raises(SystemExit) as ended, step_scope("fetch", "{"):
+        pass
+    assert ended.value.code == EXIT_USAGE
+
+
+def test_a_defect_is_recorded_and_raised_on(tmp_path: Path) -> None:
+    settings = RunSettings(evidence=str(tmp_path), model_name="model", name="run")
+    with pytest.raises(ZeroDivisionError), step_scope("export", settings.to_json()):
+        _ = 1 / 0
+    assert open_store(str(tmp_path), "run").records().failures["export"]["error"] == "ZeroDivisionError"

@@ -1,0 +1,67 @@
+"""Settings from the environment, and what importing the connection costs nothing of."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from components._runtime.mlflow_connection import MlflowSettings, without_credentials
+from defense_core.errors import ConfigError
+
+
+def test_settings_come_from_mlflow_variables() -> None:
+    settings = MlflowSettings.from_environment(
+        {
+            "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
+            "MLFLOW_REGISTRY_URI": "http://127.0.0.1:5001",
+            "MLFLOW_EXPERIMENT_NAME": "gates",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "7",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+            "QUARANTINE_MLFLOW_ARTIFACT_ROOT": "s3://bucket/mlflow",
+        }
+    )
+    assert settings == MlflowSettings(
+        tracking_uri="http://127.0.0.1:5000",
+        registry_uri="http://127.0.0.1:5001",
+        experiment="gates",
+        artifact_root="s3://bucket/mlflow",
+        timeout_s=7,
+        max_retries=0,
+    )
+    assert settings.is_remote
+    assert not MlflowSettings.from_environment({"MLFLOW_TRACKING_URI": "sqlite:////tmp/mlflow.db"}).is_remote
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"MLFLOW_TRACKING_URI": ""}, "MLFLOW_TRACKING_URI"),
+        ({"MLFLOW_HTTP_REQUEST_TIMEOUT": "soon"}, "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+        ({"MLFLOW_HTTP_REQUEST_TIMEOUT": "0"}, "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+        ({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "-1"}, "MLFLOW_HTTP_REQUEST_MAX_RETRIES"),
+        ({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "99"}, "MLFLOW_HTTP_REQUEST_MAX_RETRIES"),
+    ],
+)
+def test_bad_settings_name_the_variable(changes: dict[str, str], named: str) -> None:
+    environment = {"MLFLOW_TRACKING_URI": "sqlite:////tmp/mlflow.db", **changes}
+    with pytest.raises(ConfigError) as caught:
+        MlflowSettings.from_environment(environment)
+    assert named in str(caught.value)
+
+
+def test_credentials_are_never_shown() -> None:
+    assert without_credentials("https://user:pass@host/path") == "https://host/path"
+    assert without_credentials("postgresql://u:p@db:5432/x") == "postgresql://db:5432/x"
+    assert without_credentials("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
+
+
+def test_mlflow_is_imported_only_when_it_is_used() -> None:
+    modules = ("mlflow_connection", "tracking", "promotion", "registered_files", "release", "model_versions")
+    code = "import sys\n" + "\n".join(f"import components._runtime.{name}" for name in modules)
+    code += "\nprint(sorted({'mlflow', 'boto3', 'sqlalchemy', 'onnx', 'torch'} & set(sys.modules)))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,161 @@
+"""The steps that talk to MLflow: promote and report, on an SQLite store."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components._runtime import journal
+from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.plan import RunSettings, identity_of
+from components._runtime.step import failure_record
+from components._runtime.store import open_store
+from components.gate_promotion.step import gate_promotion
+from components.promote_model.step import promote_model
+from components.report.step import report_run
+from defense_core import errors
+from tests.finished_chain import Chain
+from tests.small_model import DENYING, POLICY
+
+
+@pytest.fixture(scope="module")
+def connection(tmp_path_factory: pytest.TempPathFactory) -> MlflowConnection:
+    return connect(MlflowSettings(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"))
+
+
+def alias_of(connection: MlflowConnection, name: str) -> str | None:
+    version = connection.client.get_registered_model(name).aliases.get("champion")
+    return None if version is None else str(version)
+
+
+def promoted(chain: Chain, connection: MlflowConnection, name: str) -> dict[str, Any]:
+    return promote_model(
+        chain["selected"], chain["onnx"], chain["decision"], name=name, alias="champion", connection=connection
+    )
+
+
+def decided(chain: Chain, tmp_path: Path, policy: dict[str, Any]) -> Chain:
+    """The chain under another policy."""
+    from defense_core.policy import parse_policy
+
+    evidence = json.loads(json.dumps(chain.evidence))
+    evidence["fetch"]["inputs"]["policy"] = parse_policy(policy).digest
+    gate_promotion(evidence, policy, tmp_path / "judged")
+    (chain["decision"]).rename(tmp_path / "old")
+    (tmp_path / "judged").rename(chain["decision"])
+    return replace(chain, evidence=evidence)
+
+
+def test_allow_moves_the_alias_once(chain: Chain, connection: MlflowConnection) -> None:
+    first = promoted(chain, connection, "allowed")
+    again = promoted(chain, connection, "allowed")
+    assert first["results"]["alias_moved"]
+    assert alias_of(connection, "allowed") == first["results"]["version"] == again["results"]["version"]
+    assert again["results"]["reused"]
+    assert first["inputs"]["model"] == chain.evidence["select"]["outputs"]["model"]
+
+
+def test_deny_quarantines_and_moves_nothing(chain: Chain, connection: MlflowConnection, tmp_path: Path) -> None:
+    evidence = promoted(decided(chain, tmp_path, DENYING), connection, "denied")
+    assert evidence["results"]["outcome"] == "deny"
+    assert evidence["results"]["decision"] == "quarantined"
+    assert alias_of(connection, "denied") is None
+
+
+def test_a_policy_that_observes_registers_nothing(chain: Chain, connection: MlflowConnection, tmp_path: Path) -> None:
+    evidence = promoted(decided(chain, tmp_path, {**POLICY, "promote": False}), connection, "observed")
+    assert evidence["results"]["registered"] is False
+    assert not connection.client.search_registered_models("name = 'observed'")
+
+
+@pytest.mark.parametrize("damaged", ["onnx/model.onnx", "selected/model.safetensors", "selected/bundle.json"])
+def test_other_files_than_decided_are_not_registered(damaged: str, chain: Chain, connection: MlflowConnection) -> None:
+    path = chain[damaged]
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(errors.QuarantineError):
+        promoted(chain, connection, "tampered")
+    assert not connection.client.search_registered_models("name = 'tampered'")
+
+
+def test_an_edited_decision_is_not_carried_out(chain: Chain, connection: MlflowConnection, tmp_path: Path) -> None:
+    denied = decided(chain, tmp_path, DENYING)
+    path = denied["decision"] / "decision.json"
+    path.write_text(path.read_text().replace('"outcome":"deny"', '"outcome":"allow"'))
+    with pytest.raises(errors.EvidenceMismatch):
+        promoted(denied, connection, "forged")
+    assert not connection.client.search_registered_models("name = 'forged'")
+
+
+def test_another_policy_than_the_runs_is_refused(chain: Chain, connection: MlflowConnection, tmp_path: Path) -> None:
+    # The decision replays, but fetch speaks of the strict policy.
+    gate_promotion(chain.evidence, {**POLICY, "name": "swapped"}, tmp_path / "judged")
+    with pytest.raises(errors.EvidenceMismatch, match="another policy"):
+        promote_model(
+            chain["selected"], chain["onnx"], tmp_path / "judged", name="swapped", alias="champion", connection=connection
+        )
+
+
+# -- report ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(connection: MlflowConnection) -> dict[str, str]:
+    return {"MLFLOW_TRACKING_URI": connection.settings.tracking_uri}
+
+
+def test_the_report_logs_every_number(chain: Chain, connection: MlflowConnection, environment: dict[str, str], tmp_path: Path) -> None:
+    settings = RunSettings(evidence=str(tmp_path / "store"), model_name="m", name="whole")
+    store = open_store(settings.evidence, settings.name)
+    gate = gate_promotion(chain.evidence, POLICY)
+    done = promoted(chain, connection, "reported")
+    for evidence in (*chain.evidence.values(), gate, done):
+        store.put(evidence)
+    journal.begin(connection, chain.plan, settings, chain.evidence["fetch"])
+    outcome = report_run(settings, store, tmp_path / "page.html", environment=environment)
+    assert (outcome.decision, outcome.failed_step, outcome.exit_code) == ("allow", "", 0)
+    page = (tmp_path / "page.html").read_text()
+    assert page == (tmp_path / "store" / "whole" / "report.html").read_text()
+    assert chain.evidence["export"]["outputs"]["onnx"].removeprefix("sha256:") in page
+    run = connection.client.get_run(journal.parent_run(connection, identity_of(chain.evidence["fetch"])).run_id)
+    assert run.data.tags["quarantine.decision"] == "allow"
+    assert run.data.metrics["before/acc"] == chain.evidence["evaluate.before"]["results"]["acc"]["value"]
+    nested = connection.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    assert {each.info.run_name for each in nested} == {"tsbd", "fine_tuning"}
+    for each in nested:
+        measured = chain.evidence[f"evaluate.{each.info.run_name}"]["results"]
+        assert each.data.metrics["asr/badnets"] == measured["probes"][0]["asr"]["value"]
+        assert each.data.params["config.epochs"] == "1"
+    # Once more, as a retried exit handler would: nothing contradicts.
+    assert report_run(settings, store, None, environment=environment) == outcome
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_report_of_a_run_that_failed_at_once(recorded: bool, environment: dict[str, str], tmp_path: Path) -> None:
+    settings = RunSettings(evidence=str(tmp_path), model_name="m", name=f"failed-{recorded}")
+    store = open_store(settings.evidence, settings.name)
+    why = "bucket nowhere does not exist"
+    if recorded:
+        store.put_failure("fetch", failure_record("fetch", errors.SourceNotFound(why)))
+    outcome = report_run(settings, store, None, environment=environment, orchestrator_message="" if recorded else why)
+    assert outcome.failed_step == "fetch"
+    assert outcome.exit_code == (errors.EXIT_USAGE if recorded else errors.EXIT_UNKNOWN)
+    page = (tmp_path / settings.name / "report.html").read_text()
+    assert "fetch" in page
+    assert why in page
+
+
+def test_the_report_is_written_though_mlflow_is_down(finished: Chain, tmp_path: Path) -> None:
+    settings = RunSettings(evidence=str(tmp_path), model_name="m", name="down")
+    store = open_store(settings.evidence, settings.name)
+    store.put(finished.evidence["fetch"])
+    # A folder is no database.
+    (tmp_path / "mlflow.db").mkdir()
+    with pytest.raises(errors.RegistryUnavailable):
+        report_run(settings, store, None, environment={"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"})
+    assert (tmp_path / "down" / "report.html").is_file()

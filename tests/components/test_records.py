@@ -1,0 +1,95 @@
+"""Records of a run: evidence and failures in a store, and how a run's end is read from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components._runtime.evidence import Clock, compose
+from components._runtime.outcome import outcome_of
+from components._runtime.step import failure_record, redacted
+from components._runtime.store import Records, open_store
+from defense_core import errors
+from tests.finished_chain import Chain
+
+SOURCE = "sha256:" + "1" * 64
+
+
+def fetch_evidence(**results: Any) -> dict[str, Any]:
+    return compose("fetch", Clock.start(), inputs={"source": SOURCE}, results=results)
+
+
+def test_a_retried_step_keeps_its_first_evidence(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), "run")
+    first, second = fetch_evidence(n=1), fetch_evidence(n=2)
+    store.put(first)
+    store.put(second)
+    assert store.records().evidence == {"fetch": first}
+
+
+def test_evidence_never_changes(tmp_path: Path) -> None:
+    store = open_store(tmp_path.as_uri(), "run")
+    store.put(fetch_evidence())
+    with pytest.raises(errors.EvidenceMismatch, match="differs"):
+        store.put({**fetch_evidence(), "outputs": {"model": SOURCE}})
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["fetch.json"]
+
+
+def test_a_failure_is_forgotten_once_the_step_succeeds(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), "run")
+    store.put_failure("fetch", failure_record("fetch", errors.TransferFailed("cut", hint="Run it again")))
+    assert store.records().failures["fetch"]["message"] == "cut. Run it again."
+    assert outcome_of(store.records()).failed_step == "fetch"
+    assert outcome_of(store.records()).exit_code == errors.EXIT_UNKNOWN
+    store.put(fetch_evidence())
+    assert store.records().failures == {}
+
+
+def test_a_damaged_record_is_named_not_hidden(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), "run")
+    store.put(fetch_evidence())
+    (tmp_path / "run" / "select.json").write_text("{")
+    records = store.records()
+    assert list(records.damaged) == ["select.json"]
+    assert outcome_of(records).failed_step == "select"
+    assert outcome_of(records).exit_code == errors.EXIT_USAGE
+
+
+def test_a_step_that_was_killed_is_the_first_without_a_record() -> None:
+    records = Records({"fetch": fetch_evidence(methods=["tsbd"]), "evaluate.before": {}})
+    outcome = outcome_of(records)
+    assert outcome.failed_step == "purify.tsbd"
+    assert outcome.decision == "none"
+    assert "killed" in outcome.why
+    assert outcome_of(records, stopped="stopped by SIGINT.").why == "stopped by SIGINT."
+
+
+@pytest.mark.parametrize(("decision", "code"), [("allow", 0), ("observe", 0), ("deny", 1), ("unknown", 2)])
+def test_the_exit_code_is_the_decisions(decision: str, code: int, finished: Chain) -> None:
+    gate = {"results": {"outcome": decision}}
+    records = Records({**finished.evidence, "gate": gate, "promote": {}})
+    assert outcome_of(records).exit_code == code
+    assert outcome_of(records).failed_step == ""
+
+
+def test_failures_are_named_in_the_order_of_the_pipeline(finished: Chain) -> None:
+    failure = {"message": "m", "exit_code": 2}
+    records = Records({"fetch": finished.evidence["fetch"]}, {"report": failure, "select": failure, "purify.tsbd": failure})
+    assert outcome_of(records).failed_step == "purify.tsbd"
+
+
+def test_a_failure_record_holds_no_credentials() -> None:
+    secret = "p4ssw0rd-canary"
+    error = errors.RegistryUnavailable(
+        "cannot reach http://user:" + secret + "@host/x", got=f"https://b/k?X-Amz-Signature={secret}&a=1"
+    )
+    assert secret not in json.dumps(failure_record("fetch", error))
+    assert redacted(f"s3://k?AWSAccessKeyId={secret}") == "s3://k?AWSAccessKeyId=…"
+
+
+def test_a_defect_is_recorded_with_its_type() -> None:
+    record = failure_record("export", ZeroDivisionError("division by zero"))
+    assert (record["error"], record["step"], record["exit_code"]) == ("ZeroDivisionError", "export", errors.EXIT_UNKNOWN)

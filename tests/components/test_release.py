@@ -1,0 +1,120 @@
+"""What a model version is made of, and how it is compared with the evidence; MLflow is not needed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components._runtime.registered_files import folder_manifest, manifest_differences
+from components._runtime.release import Identity, evidence_digest, model_files, stage, without_evidence
+from defense_core.errors import ConfigError, CorruptArtifact, DigestMismatch, SourceNotFound, UnsafeArtifact
+from defense_core.files import sha256_file
+from tests.integration.releases import IDENTITY, digest_of, make_release
+
+
+def staged(folder: Path, **changes: object) -> tuple[Path, dict[str, str]]:
+    release = make_release(folder / "in", **changes)  # type: ignore[arg-type]
+    out = folder / "out"
+    out.mkdir(parents=True)
+    return out, dict(stage(release, out))
+
+
+def test_the_same_release_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert staged(tmp_path / "a")[1] == staged(tmp_path / "b")[1]
+
+
+def test_other_evidence_changes_the_evidence_digest_only(tmp_path: Path) -> None:
+    first = staged(tmp_path / "a")[1]
+    second = staged(tmp_path / "b", note="later")[1]
+    assert evidence_digest(first) != evidence_digest(second)
+    assert without_evidence(first) == without_evidence(second)
+    assert manifest_differences(first, second) == ["evidence/fetch.json changed"]
+
+
+def test_the_model_description_is_valid_for_mlflow(tmp_path: Path) -> None:
+    out, manifest = staged(tmp_path)
+    description = yaml.safe_load((out / "MLmodel").read_text())
+    assert description["flavors"]["python_function"]["loader_module"] == "mlflow.onnx"
+    assert json.loads(description["signature"]["inputs"])[0]["tensor-spec"]["shape"] == [-1, 3, 2, 2]
+    assert set(model_files(manifest)) == {"model.onnx", "bundle/bundle.json", "bundle/model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("victim", "difference"),
+    [
+        ("bundle/model.safetensors", "bundle/model.safetensors changed"),
+        ("bundle/extra.py", "bundle/extra.py unexpected"),
+        ("exported.onnx", "model.onnx changed"),
+    ],
+)
+def test_what_contradicts_the_evidence_is_named(tmp_path: Path, victim: str, difference: str) -> None:
+    release = make_release(tmp_path / "in")
+    (tmp_path / "in" / victim).write_bytes(b"spoilt")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DigestMismatch) as caught:
+        stage(release, tmp_path / "out")
+    assert caught.value.got == difference
+
+
+def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
+    release = replace(make_release(tmp_path / "in"), bundle_digest=digest_of("another"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DigestMismatch, match=r"bundle/bundle\.json changed"):
+        stage(release, tmp_path / "out")
+
+
+@pytest.mark.parametrize("victim", ["exported.onnx", "bundle/bundle.json", "evidence"])
+def test_a_missing_input_is_named(tmp_path: Path, victim: str) -> None:
+    release = make_release(tmp_path / "in")
+    path = tmp_path / "in" / victim
+    path.rename(tmp_path / "away")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SourceNotFound, match=path.name):
+        stage(release, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["not json", "[1, 2]"])
+def test_an_unreadable_bundle_description(tmp_path: Path, text: str) -> None:
+    release = make_release(tmp_path / "in")
+    (release.bundle_dir / "bundle.json").write_text(text)
+    release = replace(release, bundle_digest=sha256_file(release.bundle_dir / "bundle.json"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CorruptArtifact, match=r"bundle\.json"):
+        stage(release, tmp_path / "out")
+
+
+def test_a_link_is_never_registered(tmp_path: Path) -> None:
+    release = make_release(tmp_path / "in")
+    (release.evidence_dir / "keys.json").symlink_to("/etc/hostname")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnsafeArtifact, match=r"keys\.json"):
+        stage(release, tmp_path / "out")
+
+
+def test_manifests_name_every_difference(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    manifest = folder_manifest(tmp_path)
+    assert set(manifest) == {"sub/a", "b"}
+    other = {"sub/a": digest_of("x"), "c": digest_of("c")}
+    assert manifest_differences(manifest, other) == ["b missing", "c unexpected", "sub/a changed"]
+    assert manifest_differences(manifest, manifest) == []
+
+
+@pytest.mark.parametrize("value", ["", "sha256:", "abc", "sha256:" + "A" * 64, "md5:" + "0" * 64])
+@pytest.mark.parametrize("field", ["source", "config", "policy"])
+def test_an_identity_is_made_of_digests(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        replace(IDENTITY, **{field: value})
+
+
+def test_identities_differ_in_every_field() -> None:
+    others = [replace(IDENTITY, **{field: digest_of("other")}) for field in ("source", "config", "policy")]
+    assert len({IDENTITY.digest, *(other.digest for other in others)}) == 4
+    same = Identity(source=IDENTITY.source, config=IDENTITY.config, policy=IDENTITY.policy)
+    assert same.digest == IDENTITY.digest

@@ -1,0 +1,81 @@
+"""The compiled pipeline: golden, the same every time, without secrets, with the declared shape."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components._runtime.image import IMAGE
+from pipelines import compile as compiling
+from pipelines.resources import metadata_of
+
+CANARY = "canary-7f3a9c-secret"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load(compiling.compile_pipeline())
+    return document
+
+
+def test_the_golden_copy_is_the_pipeline() -> None:
+    assert compiling.drift() == [], "run: python -m pipelines.compile --update"
+
+
+def test_drift_is_found(tmp_path: Path) -> None:
+    golden = tmp_path / "quarantine.yaml"
+    golden.write_text(compiling.GOLDEN.read_text().replace("name: model-quarantine", "name: other"))
+    assert "-  name: other" in compiling.drift(golden)
+    assert compiling.drift(tmp_path / "missing.yaml") != []
+
+
+def test_another_process_compiles_the_same_bytes_without_secrets(tmp_path: Path) -> None:
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI")
+    environment = {**os.environ, **dict.fromkeys(names, CANARY), "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"}
+    root = Path(compiling.__file__).parent.parent
+    command = [sys.executable, "-m", "pipelines.compile", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True)
+    data = (tmp_path / "quarantine.yaml").read_bytes()
+    assert data == compiling.GOLDEN.read_bytes()
+    assert CANARY.encode() not in data
+    assert str(root).encode() not in data
+
+
+def test_check_exits_with_one_on_drift(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert compiling.main(["--check"]) == 0
+    monkeypatch.setattr(compiling, "drift", lambda: ["-a", "+b"])
+    assert compiling.main(["--check"]) == 1
+
+
+def test_every_step_uses_the_one_image(compiled: dict[str, Any]) -> None:
+    executors = compiled["deploymentSpec"]["executors"]
+    assert {executor["container"]["image"] for executor in executors.values()} == {IMAGE}
+    for executor in executors.values():
+        assert "pip install" not in " ".join(executor["container"]["command"])
+
+
+def test_no_step_is_cached_and_each_asks_for_memory(compiled: dict[str, Any]) -> None:
+    dags = [compiled["root"]["dag"], *(part["dag"] for part in compiled["components"].values() if "dag" in part)]
+    tasks = [task for dag in dags for name, task in dag["tasks"].items() if not name.startswith(("for-loop", "quarantine-steps", "exit-handler"))]
+    assert len(tasks) == 9
+    assert all(not task.get("cachingOptions") for task in tasks if "iteratorPolicy" not in task and "parameterIterator" not in task)
+    purify = compiled["deploymentSpec"]["executors"]["exec-purify-model"]["container"]["resources"]
+    assert purify["resourceMemoryLimit"] == metadata_of("purify_model")["resources"]["memory_limit"]
+
+
+def test_the_report_is_an_exit_handler(compiled: dict[str, Any]) -> None:
+    task = compiled["root"]["dag"]["tasks"]["report"]
+    assert task["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert "taskFinalStatus" in task["inputs"]["parameters"]["status"]
+
+
+def test_purify_is_given_no_probe_and_no_registry(compiled: dict[str, Any]) -> None:
+    inputs = compiled["components"]["comp-purify-model"]["inputDefinitions"]
+    assert "probes" not in inputs["parameters"]
+    assert set(inputs["artifacts"]) == {"bundle", "data"}

@@ -1,0 +1,108 @@
+"""The whole pipeline by kfp.local on a tiny model: allowed, denied, failed, stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components._runtime.mlflow_connection import MlflowSettings, connect
+from components._runtime.plan import Plan
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, EXIT_USAGE, StorageError
+from pipelines.local import LocalRun, run_local
+from tests.small_model import DENYING, make_inputs
+
+STEPS = {"fetch", "select", "export", "gate", "promote"} | {
+    f"{step}.{method}" for step in ("purify", "evaluate") for method in ("tsbd", "fine_tuning")
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def run(tmp_path: Path, **changes: Any) -> LocalRun:
+    plan = make_inputs(tmp_path / "inputs", **changes)
+    return run_local(plan, tmp_path / "work", model_name="digits", name="first")
+
+
+def registry(ended: LocalRun) -> Any:
+    return connect(MlflowSettings(ended.tracking_uri)).client
+
+
+def test_a_run_that_is_allowed(tmp_path: Path) -> None:
+    said: list[str] = []
+    plan = make_inputs(tmp_path / "inputs")
+    ended = run_local(plan, tmp_path / "work", model_name="digits", name="first", on_line=said.append)
+    assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("allow", "", EXIT_PASS), ended.log.read_text()[-3000:]
+    assert {path.stem for path in ended.evidence.glob("*.json")} == STEPS | {"evaluate.before", "report"}
+    assert ended.report is not None
+    assert "allow" in json.loads((ended.evidence / "report.json").read_text())["outcome"]
+    assert ended.promotion is not None
+    assert ended.promotion["alias_moved"]
+    client = registry(ended)
+    assert str(client.get_registered_model("digits").aliases["champion"]) == ended.promotion["version"]
+    (parent,) = [
+        each
+        for each in client.search_runs([client.get_experiment_by_name("model-quarantine").experiment_id])
+        if "mlflow.parentRunId" not in each.data.tags
+    ]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["quarantine.execution"] == "first"
+    assert "promote: PASS" in said
+    assert not any("KFP" in line for line in said)
+    sources = {json.loads(path.read_text())["inputs"]["source"] for path in ended.evidence.glob("[efgps]*.json")}
+    assert len(sources) == 1
+    with pytest.raises(StorageError, match="first"):
+        run_local(plan, tmp_path / "work", model_name="digits", name="first")
+
+
+def test_a_run_that_is_denied(tmp_path: Path) -> None:
+    ended = run(tmp_path, policy=DENYING, methods=("tsbd",), configs={"tsbd": {"epochs": 1, "unlearn_epochs": 1}})
+    assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("deny", "", EXIT_FAIL), ended.log.read_text()[-3000:]
+    assert ended.report is not None
+    assert "severe" in ended.report.read_text()
+    assert ended.promotion is not None
+    assert ended.promotion["decision"] == "quarantined"
+    assert not registry(ended).get_registered_model("digits").aliases
+
+
+def test_a_run_in_which_purification_fails(tmp_path: Path) -> None:
+    # No machine has a hundred GPUs: fetch, which needs none, passes, and purify does not.
+    ended = run(tmp_path, device="cuda:99")
+    assert ended.outcome.failed_step.startswith("purify."), ended.log.read_text()[-3000:]
+    assert ended.outcome.decision == "none"
+    assert ended.exit_code in (EXIT_USAGE, EXIT_UNKNOWN)
+    assert ended.report is not None
+    page = ended.report.read_text()
+    assert ended.outcome.failed_step in page
+    assert (ended.evidence / f"{ended.outcome.failed_step}.failed.json").is_file()
+    assert ended.promotion is None
+    client = registry(ended)
+    assert not client.search_registered_models()
+    (parent,) = [
+        each
+        for each in client.search_runs([client.get_experiment_by_name("model-quarantine").experiment_id])
+        if "mlflow.parentRunId" not in each.data.tags
+    ]
+    assert parent.info.status == "FAILED"
+    assert parent.data.tags["quarantine.failed_step"] == ended.outcome.failed_step
+
+
+def test_a_run_that_is_stopped(tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        if line == "fetch begins":
+            raise KeyboardInterrupt
+
+    plan: Plan = make_inputs(tmp_path / "inputs")
+    ended = run_local(plan, tmp_path / "work", model_name="digits", name="first", on_line=stop)
+    assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("none", "fetch", EXIT_UNKNOWN)
+    assert "stopped by SIGINT" in ended.outcome.why
+    assert ended.report is not None
+    assert "SIGINT" in ended.report.read_text()
+    assert ended.promotion is None
+    assert not list((tmp_path / "work").rglob("model.safetensors"))

@@ -1,0 +1,512 @@
+"""The report: says what the evidence says, escapes what is not ours, and is there whatever failed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+import time
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from defense_core.evaluate.metrics import Proportion
+from defense_core.report import build_report, render_report
+from defense_core.report_text import command, percent, plain, points, size, text
+
+Evidences = dict[str, dict[str, Any]]
+
+
+def sha(name: str) -> str:
+    return "sha256:" + hashlib.sha256(name.encode()).hexdigest()
+
+
+SOURCE, MODEL, PURIFIED, CONTROL, ONNX = map(sha, ("source", "model", "purified", "control", "onnx"))
+
+
+def record(name: str, inputs: dict[str, Any], outputs: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    environment = {"version": "0.1.0", "torch": "2.15.0", "device": "cpu", "seed": 7, "seconds": 2.5}
+    return {
+        "schema": 1,
+        "step": name.partition(".")[0],
+        "name": name,
+        "inputs": {"source": SOURCE, **inputs},
+        "outputs": outputs,
+        "results": results,
+        "verdict": "PASS",
+        "findings": [],
+        "environment": {**environment, "started": "2026-11-21T01:12:09+00:00"},
+    }
+
+
+def measured(correct: int, fooled: int, der: float | None) -> dict[str, Any]:
+    classes = [{"label": k, "acc": 0.9, "acc_before": 0.95, "drop": 0.05, "trials": 20} for k in range(3)]
+    probe = {
+        "name": "patch",
+        "kind": "badnets",
+        "target": 0,
+        "asr": Proportion(fooled, 180).to_results(),
+        "ra": Proportion(180 - fooled, 180).to_results(),
+        "der": der,
+    }
+    return {"images": 200, "acc": Proportion(correct, 200).to_results(), "classes": classes, "probes": [probe]}
+
+
+def rule(name: str, verdict: str = "PASS", effect: str = "block", value: Any = 0.01) -> dict[str, Any]:
+    why = {"PASS": "Met", "FAIL": "Not met", "UNKNOWN": "Not decided"}[verdict] + f": reason of {name}."
+    return {"rule": name, "verdict": verdict, "value": value, "bound": "<= 0.05", "why": why, "effect": effect}
+
+
+def decision(outcome: str, verdict: str, *rules: dict[str, Any]) -> dict[str, Any]:
+    digests = {"policy_digest": sha("policy"), "evidence_digest": sha("evidence")}
+    return {"verdict": verdict, "outcome": outcome, "policy_name": "standard", **digests, "findings": list(rules)}
+
+
+def whole_run() -> Evidences:
+    fetch = {
+        "uri": "s3://incoming/digits.pt",
+        "version_id": "v-17",
+        "bytes": 714211,
+        "architecture": {"name": "small_cnn", "args": {"width": 8}},
+        "input_size": [1, 8, 8],
+        "num_classes": 3,
+        "class_names": ["zero", "one", "two"],
+        "parameters": 5000,
+        "methods": ["tsbd", "fine_tuning"],
+    }
+    history = [{"phase": "unlearn", "step": k, "loss": 0.1 * k, "lr": 0.1} for k in (1, 2)]
+    history += [{"phase": "repair", "step": k, "loss": 1.0 / k, "lr": 0.1} for k in (1, 2, 3)]
+    facts = {"units": {"conv10.weight": 2, "conv2.weight": 5}, "zeroed": {"conv10.weight": 18, "conv2.weight": 40}}
+    row = {"name": "clean", "images": 200, "max_abs_diff": 3.1e-6, "bound_abs": 1e-4, "argmax_agreement": 1.0}
+    row["bound_agreement"] = 0.999
+    export = {"opset": 18, "sha256": ONNX, "bytes": 12345, "dynamic_batch": True, "parity": [row]}
+    tsbd = {"method": "tsbd", "control": False, "facts": facts, "history": history}
+    tuned = {"method": "fine_tuning", "control": True, "facts": {}, "history": history[:2]}
+    chosen = {
+        "method": "tsbd",
+        "rule": "the best on the select split",
+        "candidates": [{"method": "tsbd", "accuracy": 0.97}],
+    }
+    registered = {"name": "digits", "version": "4", "decision": "allow", "alias": "champion", "alias_version": "4"}
+    decided = decision("allow", "PASS", rule("accuracy-held"), rule("one-class", "FAIL", "warn"))
+    records = [
+        record("fetch", {}, {"model": MODEL}, fetch),
+        record("evaluate.before", {"model": MODEL}, {}, measured(196, 178, None)),
+        record("purify.tsbd", {"model": MODEL}, {"model": PURIFIED}, tsbd),
+        record("purify.fine_tuning", {"model": MODEL}, {"model": CONTROL}, tuned),
+        record("evaluate.tsbd", {"model": PURIFIED, "reference": MODEL}, {}, measured(194, 4, 0.97)),
+        record("evaluate.fine_tuning", {"model": CONTROL, "reference": MODEL}, {}, measured(195, 90, 0.74)),
+        record("select", {}, {"model": PURIFIED}, chosen),
+        record("export", {"model": PURIFIED}, {"onnx": ONNX}, export),
+        record("gate", {"model": PURIFIED, "onnx": ONNX}, {}, decided),
+        record("promote", {"model": PURIFIED, "onnx": ONNX}, {}, registered),
+    ]
+    return {each["name"]: each for each in records}
+
+
+class Balance(HTMLParser):
+    """Fails on tags that do not match; collects what a test wants to know."""
+
+    VOID = frozenset({"meta", "link", "br", "hr", "img", "input", "use", "path"})
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open, f"</{tag}> closes nothing"
+            assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).replace("\u00a0", " ").split())
+
+
+def parsed(page: str) -> Balance:
+    reader = Balance()
+    reader.feed(page)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def rendered(evidence: Evidences, **parts: Any) -> Balance:
+    return parsed(render_report(build_report(evidence, **parts)))
+
+
+# -- what it says ----------------------------------------------------------------------
+
+
+def test_first_screen_says_verdict_origin_result_and_reasons() -> None:
+    page = rendered(whole_run())
+    said = page.text
+    for words in (
+        "Allowed: the model purified with TSBD met the one blocking rule of policy “standard”.",
+        "Registered as digits, version 4; the alias champion points to it.",
+        "s3://incoming/digits.pt",
+        "v-17",
+        SOURCE.removeprefix("sha256:"),
+        PURIFIED.removeprefix("sha256:"),
+        ONNX.removeprefix("sha256:"),
+        "Met: reason of accuracy-held.",
+        "warning only",
+    ):
+        assert words in said, words
+    assert said.index("Allowed: the model") < said.index("What came in") < said.index("Before, after and control")
+
+
+def test_figures_carry_their_intervals_and_the_control() -> None:
+    said = rendered(whole_run()).text
+    low, high = Proportion(4, 180).to_results()["low"], Proportion(4, 180).to_results()["high"]
+    assert f"2.2 % {100 * low:.1f}–{100 * high:.1f} %" in said
+    assert "Fine-tuning control patch" in said
+    assert "TSBD chosen patch" in said
+
+
+def test_json_is_of_the_same_facts_and_reads_back() -> None:
+    report = build_report(whole_run())
+    mapping = json.loads(report.to_json())
+    assert mapping["schema"] == 1
+    assert mapping["outcome"] == "allow"
+    assert mapping["headline"] == report.headline
+    assert [row["method"] for row in mapping["figures"]] == ["before", "tsbd", "fine_tuning"]
+    assert [row["role"] for row in mapping["figures"]] == ["before", "after", "control"]
+    assert mapping["layers"][0] == {"layer": "conv2.weight", "units": 5, "total": None, "weights": 40}
+    assert mapping["parity"][0]["passed"] is True
+
+
+def test_what_is_not_met_stands_first_and_names_its_reason() -> None:
+    evidence = whole_run()
+    evidence["gate"]["results"] = decision(
+        "deny", "FAIL", rule("a"), rule("b", "UNKNOWN"), rule("c", "FAIL", "warn"), rule("d", "FAIL", value=0.4)
+    )
+    del evidence["promote"]
+    report = build_report(evidence)
+    assert report.outcome == "deny"
+    assert (
+        report.headline
+        == "Denied: 1 of 3 blocking rules of policy “standard” is not met, and 1 rule could not be decided."
+    )
+    assert [row.rule for row in report.rules] == ["d", "c", "b", "a"]
+    assert "held back" in rendered(evidence).text
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict", "words"),
+    [("unknown", "UNKNOWN", "Undecided, so not promoted"), ("observe", "PASS", "Observed only")],
+)
+def test_other_outcomes_are_not_called_allowed(outcome: str, verdict: str, words: str) -> None:
+    evidence = whole_run()
+    del evidence["promote"]
+    given = decision(outcome, verdict, rule("a", "UNKNOWN" if outcome == "unknown" else "PASS"))
+    page = rendered(evidence, decision=given)
+    assert words in page.text
+    assert "Allowed" not in page.text
+
+
+def forged(change: str) -> Evidences:
+    evidence = whole_run()
+    results = evidence["gate"]["results"]
+    if change == "no rules":
+        results["findings"] = []
+    elif change == "failing rule":
+        results["findings"].append(rule("forged", "FAIL"))
+    elif change == "unknown effect":
+        results["findings"].append(rule("forged", "FAIL", "ignore-me"))
+    elif change == "skipped failure":
+        results["findings"].append(rule("forged", "FAIL", "skipped"))
+    elif change == "verdict":
+        results["verdict"] = "UNKNOWN"
+    else:
+        evidence["export"]["inputs"]["model"] = CONTROL
+    return evidence
+
+
+@pytest.mark.parametrize(
+    "change", ["no rules", "failing rule", "unknown effect", "skipped failure", "verdict", "chain"]
+)
+def test_an_allow_that_its_own_record_contradicts_is_never_shown_as_allowed(change: str) -> None:
+    page = rendered(forged(change))
+    assert "Not to be trusted: the decision says allow, but" in page.text
+    assert "✓ Allowed" not in page.text
+
+
+def test_a_broken_chain_is_named() -> None:
+    report = build_report(forged("chain"))
+    assert report.broken == ("export",)
+    assert "The chain is broken at export" in parsed(render_report(report)).text
+    assert build_report(whole_run()).broken == ()
+
+
+def test_residual_risk_without_probes_says_that_nothing_is_known() -> None:
+    evidence = whole_run()
+    for each in evidence.values():
+        if each["step"] == "evaluate":
+            each["results"]["probes"] = []
+    page = rendered(evidence)
+    assert "No trigger is known for this model. Attack success was therefore not measured" in page.text
+    assert "not measured" in page.text
+
+
+def test_residual_risk_with_a_probe_gives_its_upper_end() -> None:
+    risks = " ".join(build_report(whole_run()).risks).replace("\u00a0", " ")
+    high = Proportion(4, 180).to_results()["high"]
+    assert (
+        f"patch (badnets) still worked on 4 of 180 images; with 95 % confidence on at most {100 * high:.1f} %" in risks
+    )
+    assert "says nothing about triggers of another" in risks
+    assert "The smallest class has 20" in risks
+    assert "No backdoor scan was part of this run" in risks
+
+
+def test_commands_can_be_pasted() -> None:
+    evidence = whole_run()
+    evidence["fetch"]["results"]["uri"] = "s3://incoming/$(touch canary); rm -rf ~.pt"
+    lines = [each.line for each in build_report(evidence).commands]
+    assert "'s3://incoming/$(touch canary); rm -rf ~.pt?versionId=v-17'" in lines[0]
+    assert "--architecture-args '{\"width\": 8}'" in lines[0]
+    assert "--seed 7" in lines[0]
+    assert any(line.startswith("quarantine gate --policy") or "quarantine gate" in line for line in lines)
+
+
+# -- whatever is there -----------------------------------------------------------------
+
+
+def test_a_run_that_failed_at_its_first_step_has_a_page() -> None:
+    failure = {
+        "name": "fetch",
+        "error": "SourceNotFound",
+        "message": "s3://incoming/x.pt does not exist: expected an object, got 404. Check the key.",
+        "hint": "Check the key",
+    }
+    page = rendered({}, failures=[failure])
+    assert "Stopped at fetch: no decision was made." in page.text
+    assert "expected an object, got 404" in page.text
+    assert "No policy was applied in this run, so nothing was allowed." in page.text
+    assert "nothing goes out" in page.text
+
+
+def test_nothing_at_all_still_gives_a_page() -> None:
+    assert "Incomplete: no decision was made." in rendered({}).text
+
+
+def test_every_prefix_of_a_run_gives_a_page() -> None:
+    whole = whole_run()
+    for length in range(len(whole)):
+        part = dict(list(whole.items())[:length])
+        report = build_report(part, failures=[{"name": "next", "error": "Cancelled", "message": "stopped"}])
+        assert parsed(render_report(report)).text
+        assert report.outcome == ("allow" if "gate" in part else "stopped")
+
+
+def test_an_allow_whose_promotion_failed_is_not_finished() -> None:
+    evidence = whole_run()
+    del evidence["promote"]
+    page = rendered(evidence, failures=[{"name": "promote", "error": "RegistryUnavailable", "message": "no answer"}])
+    assert "Allowed, but not finished: the step promote failed." in page.text
+    assert "Nothing was registered." in page.text
+    assert "✕ did not finish" in page.text
+
+
+@pytest.mark.parametrize("junk", [None, 0, "text", [], [1, None], {"a": 1}, float("nan"), True, -3, 1e308])
+def test_any_value_of_the_wrong_type_is_a_gap_not_a_crash(junk: Any) -> None:
+    whole = whole_run()
+    for name in whole:
+        for key in ("inputs", "outputs", "results", "environment", "verdict"):
+            evidence = copy.deepcopy(whole)
+            evidence[name][key] = junk
+            build_report(evidence).to_json()
+        for part in ("inputs", "outputs", "results", "environment"):
+            for key in whole[name][part]:
+                evidence = copy.deepcopy(whole)
+                evidence[name][part][key] = junk
+                build_report(evidence).to_json()
+    worst = {name: {**each, "results": junk} for name, each in whole.items()}
+    assert parsed(render_report(build_report(worst, decision={"outcome": junk, "findings": junk}))).text
+
+
+def test_an_evaluation_without_figures_is_named() -> None:
+    evidence = whole_run()
+    evidence["evaluate.fine_tuning"]["results"] = {}
+    assert "Fine-tuning: its evaluation holds no figures." in rendered(evidence).text
+
+
+# -- strings from outside --------------------------------------------------------------
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"'><img src=x onerror=alert(2)>",
+    "</style></svg><iframe src=//evil.example>",
+    "{{ 7 * 7 }}{% include '/etc/passwd' %}",
+    "$\\frac{$",
+    "javascript:alert(3)",
+    "--><!--",
+    "&lt;b&gt;",
+)
+
+
+def poisoned(value: Any, poison: str) -> Any:
+    """Poison before every string but digests and the words that steer the page."""
+    if isinstance(value, str):
+        keep = value.startswith("sha256:") or value in ("PASS", "FAIL", "UNKNOWN", "allow", "tsbd", "block", "warn")
+        return value if keep else poison + value
+    if isinstance(value, list):
+        return [poisoned(item, poison) for item in value]
+    if isinstance(value, dict):
+        return {key if key in KEYS else poison + key: poisoned(item, poison) for key, item in value.items()}
+    return value
+
+
+def keys_of(value: Any) -> set[str]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    own = {key for key in value if "conv" not in key} if isinstance(value, dict) else set()
+    return own.union(*map(keys_of, inner))
+
+
+KEYS = keys_of(whole_run())
+
+
+@pytest.mark.parametrize("poison", HOSTILE)
+def test_hostile_strings_are_text(poison: str) -> None:
+    plain_page = render_report(
+        build_report(whole_run(), failures=[{"name": "a", "error": "b", "message": "c", "hint": "d"}])
+    )
+    failure = {"name": poison, "error": poison, "message": poison + " message", "hint": poison}
+    evidence = {name: poisoned(each, poison) for name, each in whole_run().items()}
+    page = render_report(build_report(evidence, failures=[failure]))
+    reader, wanted = parsed(page), parsed(plain_page)
+    assert {tag for tag, _ in reader.tags} <= {tag for tag, _ in wanted.tags} | {"li", "code"}
+    assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
+    assert " ".join(poison.split()) in reader.text
+
+
+def test_control_and_direction_characters_never_reach_the_page() -> None:
+    evidence = whole_run()
+    evidence["fetch"]["results"]["uri"] = "s3://b/\u202egpj.tp\x00\x1b[31m\u200b\ud800\n\r\nx"
+    page = render_report(build_report(evidence))
+    page.encode()
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u200b\ud800-\udfff]", page)
+    build_report(evidence).to_json()
+
+
+def test_the_page_asks_nobody() -> None:
+    page = render_report(build_report(whole_run()))
+    reader = parsed(page)
+    tags = {tag for tag, _ in reader.tags}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "image", "foreignobject"}
+    targets = [
+        v or ""
+        for _, attributes in reader.tags
+        for name, v in attributes.items()
+        if name in ("href", "src", "xlink:href")
+    ]
+    assert targets
+    assert all(target.startswith("#") for target in targets)
+    assert not re.search(r"@import|url\((?!#)|https?://", page)
+    policy = next(a["content"] for tag, a in reader.tags if tag == "meta" and a.get("http-equiv"))
+    assert "default-src 'none'" in str(policy)
+
+
+# -- form ------------------------------------------------------------------------------
+
+
+def test_same_evidence_gives_the_same_bytes() -> None:
+    first, second = build_report(whole_run()), build_report(dict(reversed(whole_run().items())))
+    assert first.to_json() == second.to_json()
+    assert render_report(first) == render_report(second)
+
+
+def test_identifiers_are_unique_and_links_lead_somewhere() -> None:
+    reader = rendered(whole_run())
+    identifiers = [a["id"] for _, a in reader.tags if "id" in a]
+    assert len(identifiers) == len(set(identifiers))
+    for _, attributes in reader.tags:
+        for name in ("href", "aria-labelledby"):
+            if attributes.get(name):
+                assert str(attributes[name]).removeprefix("#") in identifiers
+
+
+def test_page_can_be_used_without_eyes_or_mouse() -> None:
+    reader = rendered(whole_run())
+    tags = [tag for tag, _ in reader.tags]
+    assert tags.count("main") == tags.count("h1") == tags.count("nav") == 1
+    assert dict(reader.tags)["html"] == {"lang": "en"}
+    assert all(a.get("scope") in ("col", "row") for tag, a in reader.tags if tag == "th")
+    assert all(a.get("aria-hidden") == "true" for tag, a in reader.tags if tag == "svg")
+    assert all(a.get("aria-label") for tag, a in reader.tags if tag == "figure")
+    regions = [a for tag, a in reader.tags if a.get("role") == "region"]
+    assert regions
+    assert all(a.get("tabindex") == "0" and a.get("aria-label") for a in regions)
+    levels = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first: str, second: str) -> float:
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_is_at_least_aa_in_both_schemes() -> None:
+    page = render_report(build_report(whole_run()))
+    blocks = re.findall(r":root \{(.*?)\}", page, flags=re.DOTALL)[:2]
+    for block in blocks:
+        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})\b", block))
+        for tone in ("pass", "fail", "unknown", "neutral"):
+            assert contrast(colours[tone], colours[f"{tone}-bg"]) >= 4.5, tone
+            assert contrast(colours[tone], colours["card"]) >= 4.5, tone
+        for name in ("ink", "muted", "accent"):
+            assert contrast(colours[name], colours["card"]) >= 4.5, name
+            assert contrast(colours[name], colours["page"]) >= 4.5, name
+        assert contrast(colours["control"], colours["card"]) >= 3
+    assert len(blocks) == 2
+
+
+def test_a_large_run_stays_small_and_quick() -> None:
+    evidence = whole_run()
+    rows = [{"label": k, "acc": 0.9, "acc_before": 0.95, "drop": 0.05, "trials": 9} for k in range(1000)]
+    evidence["evaluate.tsbd"]["results"]["classes"] = rows
+    units = {f"blocks.{k}.attn.qkv.weight": k for k in range(300)}
+    evidence["purify.tsbd"]["results"]["facts"] = {"units": units, "zeroed": units}
+    evidence["purify.tsbd"]["results"]["history"] = [{"phase": "repair", "step": k, "loss": 1.0} for k in range(5000)]
+    for k in range(20):
+        evidence[f"evaluate.m{k}"] = record(f"evaluate.m{k}", {"model": MODEL}, {}, measured(190, k, 0.9))
+        evidence[f"purify.m{k}"] = record(f"purify.m{k}", {"model": MODEL}, {"model": sha(str(k))}, {"method": f"m{k}"})
+    started = time.perf_counter()
+    page = render_report(build_report(evidence, failures=[{"name": "x", "error": "E", "message": "y" * 10**6}]))
+    assert time.perf_counter() - started < 5.0
+    assert len(page.encode()) < 3_000_000
+    assert page.index("blocks.2.attn") < page.index("blocks.10.attn")
+
+
+def test_words() -> None:
+    assert percent(0.9723) == "97.2\u00a0%"
+    assert percent(None) == plain(None) == points(None) == "–"
+    assert (points(0.012), points(-0.012), points(0.0001)) == ("−1.2 points", "+1.2 points", "±0.0 points")
+    assert (size(999), size(44_700_000), size("x")) == ("999 bytes", "44.7 MB", "")
+    assert (plain(True), plain(0.123456), plain(7)) == ("yes", "0.1235", "7")
+    assert text("a\n b\u202e" + "c" * 700) == "a b\ufffd" + "c" * 595 + "…"
+    assert command("do", [("--x", "a b"), ("--y", None)]) == "do --x 'a b'"
