@@ -36,7 +36,10 @@ def readme_of(name: str) -> str:
     described = inspect.getdoc(component.python_func) or ""
     summary, _, rest = described.partition("\n\n")
     more = rest.partition("Args:")[0].strip()
-    inputs = [_row(key, _kind(value), "no" if value.optional else "yes", described) for key, value in (spec.inputs or {}).items()]
+    inputs = [
+        _row(key, _kind(value), "no" if value.optional else "yes", described)
+        for key, value in (spec.inputs or {}).items()
+    ]
     outputs = [_row(key, _kind(value), "", described) for key, value in (spec.outputs or {}).items()]
     resources = metadata["resources"]
     parts = [

@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from defense_core.config import canonical_json, from_mapping, require
 from defense_core.errors import CorruptArtifact, QuarantineError
-from defense_core.task import ImageClassification
+from defense_core.task import Augment, ImageClassification
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -18,7 +18,8 @@ DESCRIPTION = "bundle.json"
 MAX_DESCRIPTION_BYTES = 1 << 20
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _KEYS = frozenset({
-    "format", "architecture", "input_size", "mean", "std", "num_classes", "class_names", "task", "origin", "files",
+    "format", "architecture", "input_size", "mean", "std", "num_classes", "class_names", "augment", "task", "origin",
+    "files",
 })  # fmt: skip
 
 
@@ -33,6 +34,7 @@ class ModelSpec:
         mean, std: per-channel normalisation, in units of [0, 1] pixels.
         num_classes: number of logits K, at least 2.
         class_names: K names, or empty.
+        augment: label-preserving transform for tuning; see :class:`defense_core.task.ImageClassification`.
         task: the only task so far.
     """
 
@@ -43,6 +45,7 @@ class ModelSpec:
     std: tuple[float, ...]
     num_classes: int
     class_names: tuple[str, ...] = ()
+    augment: Augment = "crop"
     task: Literal["image_classification"] = "image_classification"
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class ModelSpec:
             mean=self.mean,
             std=self.std,
             class_names=self.class_names,
+            augment=self.augment,
         )
 
 
@@ -99,6 +103,7 @@ def description_bytes(spec: ModelSpec, origin: Origin | None, weights_digest: st
             "std": spec.std,
             "num_classes": spec.num_classes,
             "class_names": spec.class_names,
+            "augment": spec.augment,
             "task": spec.task,
             "origin": origin,
             "files": {WEIGHTS: weights_digest},

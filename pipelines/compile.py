@@ -65,7 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     lines = drift()
     if lines:
         logger.error("%s", "\n".join(lines[:60]))
-        logger.error("the pipeline differs from %s; if that is meant, run: python -m pipelines.compile --update", GOLDEN)
+        logger.error(
+            "the pipeline differs from %s; if that is meant, run: python -m pipelines.compile --update", GOLDEN
+        )
     return EXIT_FAIL if lines else EXIT_PASS
 
 

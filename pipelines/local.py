@@ -18,10 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from components._runtime.evidence import REPORT_PAGE
 from components._runtime.environment import local_environment
+from components._runtime.evidence import REPORT_PAGE
 from components._runtime.outcome import RunOutcome, outcome_of
-from components._runtime.plan import Plan, RunSettings
+from components._runtime.plan import Plan, RunSettings, run_settings
 from components._runtime.step import STEP_LINE, failure_record, interruptible
 from components._runtime.store import EvidenceStore, open_store
 from components.report.step import report_run
@@ -89,18 +89,24 @@ def run_local(
     MLflow is where ``MLFLOW_TRACKING_URI`` says; without it, in ``mlflow.db`` in ``work``.
 
     Raises:
+        ConfigError: ``model_name``, ``alias`` or ``name`` is not usable.
         StorageError: ``work`` cannot be written, or holds a run of this name.
     """
     started = time.monotonic()
     work = Path(work).absolute()
     name = name or datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S-%f")
-    settings = RunSettings(evidence=str(work / EVIDENCE_FOLDER), model_name=model_name, alias=alias, name=name)
+    asked = RunSettings(evidence=str(work / EVIDENCE_FOLDER), model_name=model_name, alias=alias, name=name)
+    settings = run_settings(asked.to_json())
     folder, root = work / EVIDENCE_FOLDER / name, work / "artifacts" / name
     if folder.exists() or root.exists():
-        raise StorageError(f"{work} holds a run called {name}", expected="a new name", hint="Name the run otherwise, or not at all")
+        raise StorageError(
+            f"{work} holds a run called {name}", expected="a new name", hint="Name the run otherwise, or not at all"
+        )
     request, log = root / "request.json", root / LOG_NAME
     arguments = {**plan.arguments(), "run": settings.to_json()}
-    write_atomic(request, json.dumps({"root": str(root), "workspace": str(root / "workspace"), "arguments": arguments}).encode())
+    write_atomic(
+        request, json.dumps({"root": str(root), "workspace": str(root / "workspace"), "arguments": arguments}).encode()
+    )
     environment = local_environment(work)
     store = open_store(settings.evidence, name)
     stopped = _run_worker(request, log, environment.variables, on_line)
@@ -158,10 +164,15 @@ def _stop_group(process: subprocess.Popen[str]) -> None:
         if not _signalled(process, number):
             return
         deadline = time.monotonic() + patience_s
-        while time.monotonic() < deadline:
-            if not _signalled(process, 0):
-                return
-            time.sleep(0.05)
+        try:
+            while time.monotonic() < deadline:
+                if not _signalled(process, 0):
+                    return
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            # Asked twice: no more patience.
+            _signalled(process, signal.SIGKILL)
+            raise
 
 
 def _signalled(process: subprocess.Popen[str], number: int) -> bool:
@@ -175,12 +186,14 @@ def _signalled(process: subprocess.Popen[str], number: int) -> bool:
     return True
 
 
-def _finish_report(settings: RunSettings, store: EvidenceStore, folder: Path, variables: Mapping[str, str], stopped: str) -> None:
+def _finish_report(
+    settings: RunSettings, store: EvidenceStore, folder: Path, variables: Mapping[str, str], stopped: str
+) -> None:
     """Write the report here where the exit handler could not: it does not run when the run is stopped."""
     if (folder / REPORT_PAGE).is_file() or "report" in store.records().failures:
         return
     try:
         report_run(settings, store, None, environment=variables, orchestrator_message=stopped)
     except QuarantineError as error:
-        logger.error("report failed: %s", error)
+        logger.error("report failed: %s", error)  # noqa: TRY400 - the sentence is for the operator
         store.put_failure("report", failure_record("report", error))

@@ -1,10 +1,13 @@
-"""The pipeline: fetch → evaluate before → for each method: purify, evaluate → select → export → gate → promote; report always.
+# mypy: disable-error-code="untyped-decorator"
+"""The pipeline, one definition for a laptop and a cluster.
 
-One definition for a laptop and a cluster. Parameters are strings, JSON strings, one int and one list:
+Fetch → evaluate before → for each method: purify, evaluate → select → export → gate → promote; report always.
+
+Parameters are strings, JSON strings, one int and one list:
 see :meth:`components._runtime.plan.Plan.arguments`.
 """
 
-from typing import Any, List
+from typing import Any
 
 from kfp import dsl
 
@@ -31,7 +34,7 @@ def _task(task: dsl.PipelineTask, component: str) -> dsl.PipelineTask:
     name=PIPELINE_NAME,
     description="Fetch a model, purify it, measure it, and promote it only if a policy allows.",
 )
-def quarantine(
+def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
     model: str,
     clean: str,
     policy: str,
@@ -39,7 +42,7 @@ def quarantine(
     test: str = "",
     spec: str = "{}",
     probes: str = "[]",
-    methods: List[str] = ["tsbd", "fine_tuning"],  # noqa: B006 - KFP reads the default, nothing changes it
+    methods: list[str] = ["tsbd", "fine_tuning"],  # noqa: B006 - KFP reads the default, nothing changes it
     configs: str = "{}",
     loading: str = "{}",
     seed: int = 0,
@@ -67,25 +70,42 @@ def quarantine(
     with dsl.ExitHandler(last, name="quarantine-steps"):
         fetched = _task(
             fetch_model(
-                model=model, clean=clean, test=test, policy=policy, spec=spec, probes=probes, methods=methods, configs=configs,
-                device=device, **shared,
+                model=model,
+                clean=clean,
+                test=test,
+                policy=policy,
+                spec=spec,
+                probes=probes,
+                methods=methods,
+                configs=configs,
+                device=device,
+                **shared,
             ),
             "fetch_model",
-        )  # fmt: skip
+        )
         bundle, data = fetched.outputs["bundle"], fetched.outputs["data"]
-        before = _task(evaluate_model(bundle=bundle, data=data, name="before", device=device, **shared), "evaluate_model")
+        before = _task(
+            evaluate_model(bundle=bundle, data=data, name="before", device=device, **shared), "evaluate_model"
+        )
         with dsl.ParallelFor(methods, name="methods") as method:
             purified = _task(
-                purify_model(bundle=bundle, data=data, method=method, configs=configs, device=device, **shared), "purify_model"
+                purify_model(bundle=bundle, data=data, method=method, configs=configs, device=device, **shared),
+                "purify_model",
             )
             evaluated = _task(
                 evaluate_model(
-                    bundle=purified.outputs["purified"], data=data, name=method, reference=bundle, device=device, **shared
+                    bundle=purified.outputs["purified"],
+                    data=data,
+                    name=method,
+                    reference=bundle,
+                    device=device,
+                    **shared,
                 ),
                 "evaluate_model",
             )
         selected = _task(
-            select_model(candidates=dsl.Collected(purified.outputs["purified"]), methods=methods, **records), "select_model"
+            select_model(candidates=dsl.Collected(purified.outputs["purified"]), methods=methods, **records),
+            "select_model",
         )
         chosen = selected.outputs["selected"]
         exported = _task(export_onnx(bundle=chosen, data=data, **shared), "export_onnx")
@@ -106,4 +126,3 @@ def quarantine(
             promote_model(bundle=chosen, onnx=exported.outputs["onnx"], decision=gate.outputs["decision"], **records),
             "promote_model",
         )
-

@@ -19,7 +19,14 @@ POLICY: dict[str, Any] = {
     "name": "lenient",
     "promote": True,
     "rules": [
-        {"id": "acc", "evidence": "evaluate.selected", "value": "acc.value", "min": 0.0, "severity": "block", "why": "Always met."}
+        {
+            "id": "acc",
+            "evidence": "evaluate.selected",
+            "value": "acc.value",
+            "min": 0.0,
+            "severity": "block",
+            "why": "Always met.",
+        }
     ],
 }
 DENYING: dict[str, Any] = {

@@ -23,7 +23,9 @@ def bundle_digest(folder: Path) -> str:
     for name, expected in listed_files(folder).items():
         got = sha256_file(folder / name) if (folder / name).is_file() else "no such file"
         if got != expected:
-            raise DigestMismatch(f"{folder / name} is not the bundle's", expected=expected, got=got, hint="Run the step again")
+            raise DigestMismatch(
+                f"{folder / name} is not the bundle's", expected=expected, got=got, hint="Run the step again"
+            )
     return sha256_file(folder / DESCRIPTION)
 
 

@@ -18,7 +18,6 @@ from defense_core.evidence import EVIDENCE_SCHEMA
 from defense_core.files import write_atomic
 from defense_core.verdict import Finding, Verdict
 
-
 DECISION, POLICY = "decision.json", "policy.json"
 """Files that lie beside the evidence in a decision's folder."""
 REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
@@ -123,7 +122,7 @@ def parse_evidence(data: bytes, where: str) -> dict[str, Any]:
 
 
 def read_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every evidence file ``<name>.json`` of a folder, by name; failure records, decision, policy and report are left out.
+    """Every evidence file ``<name>.json`` of a folder, by name; what lies beside them is left out.
 
     Raises:
         EvidenceMissing: the folder is not there, or holds none.
@@ -137,7 +136,9 @@ def read_folder(folder: Path) -> dict[str, dict[str, Any]]:
         if evidence["name"] != name:
             raise _damaged(str(Path(folder) / f"{name}.json"), f"evidence of {name}", f"evidence of {evidence['name']}")
     if not found:
-        raise EvidenceMissing(f"no evidence in {folder}", expected="<step>.json files", hint="Name the run's evidence folder")
+        raise EvidenceMissing(
+            f"no evidence in {folder}", expected="<step>.json files", hint="Name the run's evidence folder"
+        )
     return found
 
 

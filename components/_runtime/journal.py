@@ -19,10 +19,10 @@ from components._runtime.mlflow_connection import MlflowConnection, MlflowSettin
 from components._runtime.outcome import RunOutcome
 from components._runtime.plan import Plan, RunSettings, identity_of
 from components._runtime.release import Identity
+from components._runtime.run_election import TrackedRun
 from components._runtime.store import Records
 from components._runtime.tracking import (
     Status,
-    TrackedRun,
     close_run,
     log_files,
     log_history,
@@ -77,7 +77,11 @@ def begin(connection: MlflowConnection, plan: Plan, settings: RunSettings, fetch
 
 
 def end(
-    connection: MlflowConnection, settings: RunSettings, records: Records, files: Mapping[str, bytes], outcome: RunOutcome
+    connection: MlflowConnection,
+    settings: RunSettings,
+    records: Records,
+    files: Mapping[str, bytes],
+    outcome: RunOutcome,
 ) -> TrackedRun:
     """Write every number and file that there is, and close the parent run.
 
@@ -88,7 +92,11 @@ def end(
     """
     fetch = records.evidence.get("fetch")
     # Without a fetched artifact the work has no identity yet; the execution's name stands in.
-    run = parent_run(connection, identity_of(fetch)) if fetch else open_run(connection, f"unfetched/{settings.name}", name=settings.name)
+    run = (
+        parent_run(connection, identity_of(fetch))
+        if fetch
+        else open_run(connection, f"unfetched/{settings.name}", name=settings.name)
+    )
     before = records.evidence.get("evaluate.before")
     if before:
         log_metrics(connection, run, {f"before/{name}": value for name, value in _figures(before["results"])})
@@ -119,7 +127,9 @@ def _log_method(connection: MlflowConnection, parent: TrackedRun, method: str, r
     if results.get("select"):
         figures["select/accuracy"] = float(results["select"]["accuracy"])
     log_metrics(connection, run, figures)
-    log_tags(connection, run, {VERDICT_TAG: purification["verdict"], MODEL_TAG: str(purification["outputs"].get("model"))})
+    log_tags(
+        connection, run, {VERDICT_TAG: purification["verdict"], MODEL_TAG: str(purification["outputs"].get("model"))}
+    )
     named = {f"{each['name']}.json": each for each in (purification, evaluation) if each}
     _log_bytes(connection, run, _lines(named))
     close_run(connection, run, "FINISHED" if purification["verdict"] == "PASS" else "FAILED")
@@ -147,7 +157,9 @@ def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _numbers_only(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """History rows with what MLflow takes."""
     for row in rows:
-        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+        numbers = {
+            key: value for key, value in row.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
         yield {**numbers, "phase": _metric_name(str(row.get("phase", "")))}
 
 

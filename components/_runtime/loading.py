@@ -40,7 +40,9 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("device is not usable", expected="a CUDA device", got="none on this machine", hint="Use auto or cpu")
+        raise ConfigError(
+            "device is not usable", expected="a CUDA device", got="none on this machine", hint="Use auto or cpu"
+        )
     if name != "cpu" and not name.startswith("cuda"):
         raise ConfigError("device is unknown", expected="auto, cpu or cuda", got=repr(name))
     return name

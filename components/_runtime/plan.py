@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from components._runtime.promotion import require_usable
 from components._runtime.release import Identity
 from defense_core import __version__
 from defense_core.config import digest, from_mapping, require, to_mapping
@@ -30,7 +31,7 @@ class Loading:
 
     sha256: str = ""
     trusted_modules: tuple[str, ...] = ()
-    limits: LoadLimits = LoadLimits()
+    limits: LoadLimits = field(default_factory=LoadLimits)
 
     def __post_init__(self) -> None:
         usable = not self.sha256 or re.fullmatch(r"sha256:[0-9a-f]{64}", self.sha256)
@@ -46,7 +47,7 @@ class Plan:
         clean: the clean set: a path or an ``s3://`` address of a parquet or npz file.
         policy: the policy's mapping.
         spec: how to read a bare state dict: ``architecture``, ``architecture_args``,
-            ``input_size``, ``mean``, ``std``, ``num_classes``, ``class_names``; empty for a bundle.
+            ``input_size``, ``mean``, ``std``, ``num_classes``, ``class_names``, ``augment``; empty for a bundle.
         test: like ``clean``; empty: figures are quoted on the *report* split of the clean set.
         probes: trigger specifications.
         methods: purifiers, in order of preference.
@@ -65,7 +66,7 @@ class Plan:
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
-    loading: Loading = Loading()
+    loading: Loading = field(default_factory=Loading)
 
     def __post_init__(self) -> None:
         require(bool(self.model), "model", "an address or path", repr(self.model))
@@ -98,7 +99,10 @@ class Plan:
         """The plan as pipeline arguments: strings, JSON strings, one int and one list."""
         mapping = to_mapping(self)
         strings = {name: mapping[name] for name in ("model", "clean", "test", "device", "seed", "methods")}
-        nested = {name: json.dumps(mapping[name], sort_keys=True) for name in ("policy", "spec", "probes", "configs", "loading")}
+        nested = {
+            name: json.dumps(mapping[name], sort_keys=True)
+            for name in ("policy", "spec", "probes", "configs", "loading")
+        }
         return {**strings, **nested}
 
 
@@ -113,7 +117,9 @@ def identity_of(fetch: Mapping[str, Any]) -> Identity:
     inputs = fetch["inputs"]
     lacking = [name for name in ("source", "config", "policy") if name not in inputs]
     if lacking:
-        raise EvidenceMismatch("evidence fetch names no identity", expected="source, config and policy", got=f"no {', '.join(lacking)}")
+        raise EvidenceMismatch(
+            "evidence fetch names no identity", expected="source, config and policy", got=f"no {', '.join(lacking)}"
+        )
     return Identity(source=str(inputs["source"]), config=str(inputs["config"]), policy=str(inputs["policy"]))
 
 
@@ -123,7 +129,10 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{where} is malformed", expected="a JSON string", got=f"{str(text)[:80]!r}: {error}", hint="Correct the parameter"
+            f"{where} is malformed",
+            expected="a JSON string",
+            got=f"{str(text)[:80]!r}: {error}",
+            hint="Correct the parameter",
         ) from error
 
 
@@ -157,10 +166,11 @@ def run_settings(text: str, execution: str = "") -> RunSettings:
     """Settings from the pipeline parameter ``run``; ``execution`` names the run if it does not.
 
     Raises:
-        ConfigError: malformed, or a name that is no file name.
+        ConfigError: malformed, a name that is no file name, or a model's name or alias that MLflow does not take.
     """
     settings = from_mapping(RunSettings, parse_json(text, "run"), where="run")
     settings = replace(settings, name=settings.name or execution)
     usable = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", settings.name)
     require(usable is not None, "run name", "1 to 100 letters, digits and . _ -", repr(settings.name))
+    require_usable(settings.model_name, settings.alias, {})
     return settings

@@ -109,7 +109,7 @@ def promote(
             the alias stays); or the identity was decided otherwise before, or gave other bytes.
         RegistryUnavailable: MLflow does not answer; run again.
     """
-    _require_usable(name, alias, tags or {})
+    require_usable(name, alias, tags or {})
     with tempfile.TemporaryDirectory(prefix="quarantine-release-") as folder:
         staged = Path(folder)
         manifest = stage(release, staged)
@@ -132,7 +132,8 @@ def promote(
         return _promotion(connection, version, order, reused=reused, moved=moved)
 
 
-def _require_usable(name: str, alias: str, tags: Mapping[str, str]) -> None:
+def require_usable(name: str, alias: str, tags: Mapping[str, str]) -> None:
+    """Refuse names that the registry cannot take. Raises ConfigError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
         raise ConfigError(
             "name of the registered model is not usable",

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from defense_core.errors import ArtifactTooLarge, ConfigError, DigestMismatch, SourceNotFound, StorageError, UnsafeArtifact
+from defense_core.errors import (
+    ArtifactTooLarge,
+    ConfigError,
+    DigestMismatch,
+    SourceNotFound,
+    StorageError,
+    UnsafeArtifact,
+)
 from defense_core.files import sha256_file
 from defense_core.progress import Progress
 
@@ -61,7 +68,10 @@ def acquire(uri: str, folder: Path, *, max_bytes: int, sha256: str = "", progres
         raise ConfigError("address is not usable", expected="s3://, models:/, file:// or a path", got=_plain(uri))
     if sha256 and found.sha256 != sha256:
         raise DigestMismatch(
-            f"{found.uri} is not what was promised", expected=sha256, got=found.sha256, hint="Find out who changed it; nothing was loaded"
+            f"{found.uri} is not what was promised",
+            expected=sha256,
+            got=found.sha256,
+            hint="Find out who changed it; nothing was loaded",
         )
     return found
 
@@ -84,7 +94,9 @@ def _from_registry(uri: str, folder: Path, max_bytes: int) -> Acquired:
     from components._runtime.mlflow_connection import MlflowSettings, connect
     from components._runtime.registered_files import resolve_model_uri
 
-    version = resolve_model_uri(connect(MlflowSettings.from_environment()), uri, folder / "version", max_bytes=max_bytes)
+    version = resolve_model_uri(
+        connect(MlflowSettings.from_environment()), uri, folder / "version", max_bytes=max_bytes
+    )
     return _described(_model_within(version.path, uri), version.uri, version.version)
 
 
@@ -108,7 +120,9 @@ def _from_path(path: Path, folder: Path, max_bytes: int) -> Acquired:
     if not path.exists():
         raise SourceNotFound(f"{path} is not there", expected="a file or a bundle folder", hint="Check the path")
     if path.is_dir() and any(member.is_symlink() for member in path.rglob("*")):
-        raise UnsafeArtifact(f"{path} holds a symbolic link", expected="files and folders", hint="Copy the files it points to")
+        raise UnsafeArtifact(
+            f"{path} holds a symbolic link", expected="files and folders", hint="Copy the files it points to"
+        )
     members = [path] if path.is_file() else [member for member in path.rglob("*") if member.is_file()]
     size = sum(member.stat().st_size for member in members)
     if size > max_bytes:
@@ -136,4 +150,4 @@ def _described(path: Path, uri: str, version_id: str) -> Acquired:
 
 
 def _plain(uri: str) -> str:
-    return uri.split("?")[0][:120]
+    return uri.split("?", maxsplit=1)[0][:120]

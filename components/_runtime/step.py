@@ -109,7 +109,7 @@ def step_scope(name: str, run: str, execution: str = "") -> Iterator[Scope]:
         settings = run_settings(run, execution)
         store = open_store(settings.evidence, settings.name)
     except QuarantineError as error:
-        logger.error("%s failed: %s", name, error)
+        logger.error("%s failed: %s", name, error)  # noqa: TRY400 - the sentence is for the operator
         raise SystemExit(error.exit_code) from error
     try:
         with interruptible() as stop:
@@ -164,5 +164,5 @@ def _record(store: EvidenceStore, name: str, error: BaseException, record: Mappi
     try:
         store.put_failure(name, record)
     except QuarantineError as second:
-        logger.error("%s: the failure could not be recorded: %s", name, second)
+        logger.error("%s: the failure could not be recorded: %s", name, second)  # noqa: TRY400 - as above
         error.add_note(f"The failure could not be recorded: {second}")

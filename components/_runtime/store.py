@@ -161,5 +161,7 @@ def _parse_failure(data: bytes, file: str) -> dict[str, Any]:
     except ValueError as error:
         raise EvidenceMismatch(f"failure record {file} is damaged", expected="JSON", got=error) from error
     if not isinstance(mapping, dict) or "message" not in mapping:
-        raise EvidenceMismatch(f"failure record {file} is damaged", expected="an object with a message", got=str(mapping)[:80])
+        raise EvidenceMismatch(
+            f"failure record {file} is damaged", expected="an object with a message", got=str(mapping)[:80]
+        )
     return mapping

@@ -1,6 +1,6 @@
+# ruff: noqa: PLR0917
+# mypy: disable-error-code="untyped-decorator"
 """KFP component: evaluate."""
-
-from typing import Optional
 
 from kfp import dsl
 
@@ -18,8 +18,8 @@ def evaluate_model(
     run: str,
     execution: str,
     evidence: dsl.Output[dsl.Artifact],
-    reference: Optional[dsl.Input[dsl.Model]] = None,
-):
+    reference: dsl.Input[dsl.Model] | None = None,
+) -> None:
     """Measure clean accuracy, attack success and recovery, with intervals.
 
     Args:
@@ -44,7 +44,16 @@ def evaluate_model(
 
         given = inputs.for_images(data.path, loading)
         before = Path(reference.path) if reference is not None else None
-        done = step.evaluate_candidate(Path(bundle.path), name=name, clean=given.clean, test=given.test, reference=before,
-                                       probes=given.probes, loading=given.loading, seed=seed, device=device,
-                                       progress=scope.progress)  # fmt: skip
+        done = step.evaluate_candidate(
+            Path(bundle.path),
+            name=name,
+            clean=given.clean,
+            test=given.test,
+            reference=before,
+            probes=given.probes,
+            loading=given.loading,
+            seed=seed,
+            device=device,
+            progress=scope.progress,
+        )
         scope.finish(done, evidence.path)

@@ -1,3 +1,5 @@
+# ruff: noqa: PLR0917
+# mypy: disable-error-code="untyped-decorator"
 """KFP component: export."""
 
 from kfp import dsl
@@ -15,7 +17,7 @@ def export_onnx(
     execution: str,
     onnx: dsl.Output[dsl.Model],
     evidence: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Export the chosen model as one ONNX file and compare it with the network.
 
     Args:
@@ -37,7 +39,15 @@ def export_onnx(
         from components.export_onnx import step
 
         given = inputs.for_images(data.path, loading)
-        done = step.export_onnx(Path(bundle.path), Path(onnx.path), clean=given.clean, test=given.test,
-                                probes=given.probes, loading=given.loading, seed=seed, progress=scope.progress)  # fmt: skip
+        done = step.export_onnx(
+            Path(bundle.path),
+            Path(onnx.path),
+            clean=given.clean,
+            test=given.test,
+            probes=given.probes,
+            loading=given.loading,
+            seed=seed,
+            progress=scope.progress,
+        )
         onnx.metadata["digest"] = done["outputs"]["onnx"]
         scope.finish(done, evidence.path)

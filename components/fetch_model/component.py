@@ -1,3 +1,5 @@
+# ruff: noqa: PLR0917
+# mypy: disable-error-code="untyped-decorator"
 """KFP component: fetch."""
 
 from kfp import dsl
@@ -13,7 +15,7 @@ def fetch_model(
     policy: str,
     spec: str,
     probes: str,
-    methods: list,
+    methods: list[str],
     configs: str,
     loading: str,
     seed: int,
@@ -23,7 +25,7 @@ def fetch_model(
     bundle: dsl.Output[dsl.Model],
     data: dsl.Output[dsl.Dataset],
     evidence: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Fetch the model and its images, pin and check them, and open the run in MLflow.
 
     Args:
@@ -48,8 +50,8 @@ def fetch_model(
 
     from components._runtime.step import step_scope
 
-    asked = {"model": model, "clean": clean, "test": test, "policy": policy, "spec": spec, "probes": probes}
-    asked |= {"methods": methods, "configs": configs, "loading": loading, "seed": seed, "device": device}
+    texts = {"model": model, "clean": clean, "test": test, "policy": policy, "spec": spec, "probes": probes}
+    asked = {**texts, "methods": methods, "configs": configs, "loading": loading, "seed": seed, "device": device}
     with step_scope("fetch", run, execution) as scope:
         from components._runtime import journal, plan
         from components.fetch_model import step

@@ -51,7 +51,11 @@ def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullP
     with tempfile.TemporaryDirectory(prefix="quarantine-fetch-") as scratch, atomic_directory(out) as bundle_folder:
         limits = plan.loading.limits
         acquired = acquire(
-            plan.model, _folder(scratch, "model"), max_bytes=limits.max_bytes, sha256=plan.loading.sha256, progress=progress
+            plan.model,
+            _folder(scratch, "model"),
+            max_bytes=limits.max_bytes,
+            sha256=plan.loading.sha256,
+            progress=progress,
         )
         origin = Origin(acquired.uri, acquired.version_id, acquired.sha256)
         opened = open_model(acquired.path, plan.spec, plan.loading)
@@ -98,8 +102,15 @@ def _folder(scratch: str, name: str) -> Path:
     return folder
 
 
-def _evidence(
-    plan: Plan, policy: Policy, clock: Clock, acquired: Acquired, bundle: Bundle, digest: str, clean: CleanSet, test: CleanSet | None
+def _evidence(  # noqa: PLR0917
+    plan: Plan,
+    policy: Policy,
+    clock: Clock,
+    acquired: Acquired,
+    bundle: Bundle,
+    digest: str,
+    clean: CleanSet,
+    test: CleanSet | None,
 ) -> dict[str, Any]:
     test_digest = test.digest if test is not None else None
     identity = plan.identity(source=acquired.sha256, clean=clean.digest, test=test_digest, policy=policy.digest)

@@ -1,6 +1,6 @@
+# ruff: noqa: PLR0917
+# mypy: disable-error-code="untyped-decorator"
 """KFP component: gate."""
-
-from typing import List
 
 from kfp import dsl
 
@@ -11,8 +11,8 @@ from components._runtime.image import IMAGE
 def gate_promotion(
     fetched: dsl.Input[dsl.Artifact],
     before: dsl.Input[dsl.Artifact],
-    purified: dsl.Input[List[dsl.Artifact]],
-    evaluated: dsl.Input[List[dsl.Artifact]],
+    purified: dsl.Input[list[dsl.Artifact]],
+    evaluated: dsl.Input[list[dsl.Artifact]],
     selected: dsl.Input[dsl.Artifact],
     exported: dsl.Input[dsl.Artifact],
     policy: str,
@@ -20,7 +20,7 @@ def gate_promotion(
     execution: str,
     decision: dsl.Output[dsl.Artifact],
     evidence: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Decide by policy and evidence whether the model may be promoted.
 
     Args:

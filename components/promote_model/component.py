@@ -1,3 +1,5 @@
+# ruff: noqa: PLR0917
+# mypy: disable-error-code="untyped-decorator"
 """KFP component: promote."""
 
 from kfp import dsl
@@ -13,7 +15,7 @@ def promote_model(
     run: str,
     execution: str,
     evidence: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Register the decided model; move the alias only on allow, quarantine it otherwise.
 
     Args:
@@ -32,6 +34,12 @@ def promote_model(
         from components._runtime import journal
         from components.promote_model import step
 
-        done = step.promote_model(Path(bundle.path), Path(onnx.path), Path(decision.path), name=scope.settings.model_name,
-                                  alias=scope.settings.alias, connection=journal.open_connection())  # fmt: skip
+        done = step.promote_model(
+            Path(bundle.path),
+            Path(onnx.path),
+            Path(decision.path),
+            name=scope.settings.model_name,
+            alias=scope.settings.alias,
+            connection=journal.open_connection(),
+        )
         scope.finish(done, evidence.path)

@@ -50,7 +50,9 @@ def promote_model(
     identity = _identity(replayed)
     if replayed.decision.outcome == "observe":
         results = {"registered": False, "outcome": "observe", "identity": identity.digest}
-        finding = Finding("promote.registered", Verdict.PASS, None, "observe", "The policy only observes; nothing was registered.")
+        finding = Finding(
+            "promote.registered", Verdict.PASS, None, "observe", "The policy only observes; nothing was registered."
+        )
     else:
         done = promote(
             connection,
@@ -67,7 +69,12 @@ def promote_model(
     return compose(
         "promote",
         clock,
-        inputs={"source": identity.source, "model": release.bundle_digest, "onnx": release.onnx_digest, "policy": identity.policy},
+        inputs={
+            "source": identity.source,
+            "model": release.bundle_digest,
+            "onnx": release.onnx_digest,
+            "policy": identity.policy,
+        },
         results=results,
         findings=[finding],
     )
@@ -77,7 +84,10 @@ def _release(model: Path, onnx: Path, replayed: DecisionFolder) -> Release:
     subject = replayed.decision.subject
     if subject.model is None or subject.onnx is None or subject.source is None:
         raise EvidenceMissing(
-            "the decision names no single model", expected="source, model and ONNX digests", got=to_mapping(subject), hint="Run the gate again"
+            "the decision names no single model",
+            expected="source, model and ONNX digests",
+            got=to_mapping(subject),
+            hint="Run the gate again",
         )
     path = Path(onnx) / ONNX_NAME
     require(path.is_file(), "onnx", f"a folder with {ONNX_NAME}", str(onnx))
@@ -86,18 +96,27 @@ def _release(model: Path, onnx: Path, replayed: DecisionFolder) -> Release:
         ("ONNX file", subject.onnx, sha256_file(path)),
     ):
         if expected != got:
-            raise EvidenceMismatch(f"the {what} is not the one that was decided on", expected=expected, got=got, hint="Nothing was registered")
+            raise EvidenceMismatch(
+                f"the {what} is not the one that was decided on",
+                expected=expected,
+                got=got,
+                hint="Nothing was registered",
+            )
     return Release(path, Path(model), replayed.folder, onnx_digest=subject.onnx, bundle_digest=subject.model)
 
 
 def _identity(replayed: DecisionFolder) -> Identity:
     fetch = replayed.evidence.get("fetch")
     if fetch is None:
-        raise EvidenceMissing("evidence fetch is missing", expected="the identity of the run", hint="Run the pipeline again")
+        raise EvidenceMissing(
+            "evidence fetch is missing", expected="the identity of the run", hint="Run the pipeline again"
+        )
     identity = identity_of(fetch)
     if identity.policy != replayed.decision.policy_digest:
         raise EvidenceMismatch(
-            "the decision was made by another policy than the run's", expected=identity.policy, got=replayed.decision.policy_digest
+            "the decision was made by another policy than the run's",
+            expected=identity.policy,
+            got=replayed.decision.policy_digest,
         )
     return identity
 

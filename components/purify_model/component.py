@@ -1,3 +1,5 @@
+# ruff: noqa: PLR0917
+# mypy: disable-error-code="untyped-decorator"
 """KFP component: purify with one method."""
 
 from kfp import dsl
@@ -18,7 +20,7 @@ def purify_model(
     execution: str,
     purified: dsl.Output[dsl.Model],
     evidence: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Purify the model with one method, on clean images only.
 
     A method that diverges ends with the verdict UNKNOWN and without a model; the others go on.
@@ -45,8 +47,17 @@ def purify_model(
         from components.purify_model import step
 
         given = inputs.for_method(data.path, loading, configs, method)
-        done = step.purify_candidate(Path(bundle.path), given.clean, Path(purified.path), method=method, config=given.config,
-                                     report=given.report, loading=given.loading, seed=seed, device=device,
-                                     progress=scope.progress)  # fmt: skip
+        done = step.purify_candidate(
+            Path(bundle.path),
+            given.clean,
+            Path(purified.path),
+            method=method,
+            config=given.config,
+            report=given.report,
+            loading=given.loading,
+            seed=seed,
+            device=device,
+            progress=scope.progress,
+        )
         purified.metadata["digest"] = str(done["outputs"].get("model"))
         scope.finish(done, evidence.path)

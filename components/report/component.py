@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator"
 """KFP component: report, the exit handler."""
 
 from kfp import dsl
@@ -11,7 +12,7 @@ def report(
     execution: str,
     status: dsl.PipelineTaskFinalStatus,
     page: dsl.Output[dsl.HTML],
-):
+) -> None:
     """Collect every record of the run into one page, whatever failed, and close the run in MLflow.
 
     Args:

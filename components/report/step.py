@@ -14,7 +14,6 @@ from components._runtime.store import EvidenceStore, Records
 from defense_core.files import write_atomic
 
 
-
 def report_run(
     settings: RunSettings,
     store: EvidenceStore,
@@ -62,7 +61,9 @@ def _rendered(records: Records, outcome: RunOutcome) -> tuple[bytes, bytes]:
 def _failures(records: Records, outcome: RunOutcome) -> list[dict[str, Any]]:
     """Failure records, the one that ended the run first; what left no record of its own gets one."""
     found = sorted(records.failures.values(), key=lambda each: each.get("name") != outcome.failed_step)
-    found += [{"name": file, "error": "EvidenceMismatch", "message": why} for file, why in sorted(records.damaged.items())]
+    found += [
+        {"name": file, "error": "EvidenceMismatch", "message": why} for file, why in sorted(records.damaged.items())
+    ]
     if outcome.failed_step and not found:
         found.append({"name": outcome.failed_step, "error": "Stopped", "message": outcome.why})
     return found

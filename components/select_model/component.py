@@ -1,6 +1,6 @@
+# ruff: noqa: PLR0917
+# mypy: disable-error-code="untyped-decorator"
 """KFP component: select."""
-
-from typing import List
 
 from kfp import dsl
 
@@ -9,13 +9,13 @@ from components._runtime.image import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def select_model(
-    candidates: dsl.Input[List[dsl.Model]],
-    methods: list,
+    candidates: dsl.Input[list[dsl.Model]],
+    methods: list[str],
     run: str,
     execution: str,
     selected: dsl.Output[dsl.Model],
     evidence: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Choose the best candidate by a declared rule, blind to attacks.
 
     Args:

@@ -90,7 +90,9 @@ def select_model(candidates: Sequence[Path], out: Path, *, order: Sequence[str] 
         copy_bundle(chosen.folder, folder)
         digest = bundle_digest(folder)
         if digest != chosen.model:
-            raise EvidenceMismatch(f"{chosen.folder} is not the model of its evidence", expected=chosen.model, got=digest)
+            raise EvidenceMismatch(
+                f"{chosen.folder} is not the model of its evidence", expected=chosen.model, got=digest
+            )
     return compose(
         "select",
         clock,
@@ -98,7 +100,9 @@ def select_model(candidates: Sequence[Path], out: Path, *, order: Sequence[str] 
         outputs={"model": digest},
         results={"method": chosen.method, "rule": RULE, "candidates": [each.row() for each in ranked]},
         findings=[
-            Finding("select.candidate", Verdict.PASS, chosen.accuracy, "the rule", f"{chosen.method} was chosen. {RULE}")
+            Finding(
+                "select.candidate", Verdict.PASS, chosen.accuracy, "the rule", f"{chosen.method} was chosen. {RULE}"
+            )
         ],
     )
 
@@ -146,7 +150,10 @@ def _candidate(folder: Path, evidence: Mapping[str, Any]) -> Candidate:
     )
     why = ""
     if evidence["verdict"] != Verdict.PASS.value:
-        why = "; ".join(str(finding["why"]) for finding in evidence["findings"]) or f"its verdict is {evidence['verdict']}"
+        why = (
+            "; ".join(str(finding["why"]) for finding in evidence["findings"])
+            or f"its verdict is {evidence['verdict']}"
+        )
     elif candidate.control:
         why = "the control is shown for comparison only"
     return replace(candidate, eligible=not why, why=why)
@@ -164,4 +171,3 @@ def _with_agreement(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _share_equal(first: Sequence[int], second: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
-

@@ -61,7 +61,7 @@ class ComparisonRow:
 
 
 def compare(
-    results: Mapping[str, Mapping[str, Any]], *, selected: str | None, control: str = "finetune"
+    results: Mapping[str, Mapping[str, Any]], *, selected: str | None, control: str = "fine_tuning"
 ) -> tuple[ComparisonRow, ...]:
     """One row per model and probe: before first, then the chosen, the others by name, the control last.
 

@@ -128,7 +128,7 @@ def purify(
     Returns:
         The purified model. ``facts`` holds ``n``, ``lr``, the trials behind them, the
         accuracy on the *select* split before and after stage 1, and per layer the number of
-        units touched (``units``) and of weights zeroed (``zeroed``).
+        units touched (``units``, of ``unit_totals``) and of weights zeroed (``zeroed``).
 
     Raises:
         MethodDiverged: a loss or weight became NaN or Inf.
@@ -186,7 +186,7 @@ def purify(
         "unlearn_epochs": len(history),
         "units": {layer.name: int(mask.flatten(1).any(1).sum()) for layer, mask in zip(layers, selected, strict=True)},
         "zeroed": {layer.name: int(mask.sum()) for layer, mask in zip(layers, selected, strict=True)},
-        "weights": {layer.name: layer.weight.numel() for layer in layers},
+        "unit_totals": {layer.name: layer.units for layer in layers},
     }
     return Purified(finished(repaired, "tsbd"), tuple(history + rows), facts)
 

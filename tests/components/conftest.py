@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tests.finished_chain import Chain
-from tests.small_model import PLAN_OPTIONS, make_inputs
 
 from components._runtime.plan import Plan
 from components.evaluate_model.step import evaluate_candidate
@@ -19,6 +17,8 @@ from components.fetch_model.step import fetch_model
 from components.gate_promotion.step import gate_promotion
 from components.purify_model.step import purify_candidate
 from components.select_model.step import select_model
+from tests.finished_chain import Chain
+from tests.small_model import PLAN_OPTIONS, make_inputs
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,12 @@ def finished(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     for method in plan.methods:
         made.append(
             purify_candidate(
-                chain["bundle"], chain["data"] / "clean.npz", chain[method], method=method, config=plan.configs[method], report=0.0
+                chain["bundle"],
+                chain["data"] / "clean.npz",
+                chain[method],
+                method=method,
+                config=plan.configs[method],
+                report=0.0,
             )
         )
         made.append(evaluate_candidate(chain[method], name=method, reference=chain["bundle"], **measured))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -57,11 +58,23 @@ def call_of(step: str, chain: Chain, tmp_path: Path) -> tuple[Callable[..., None
         "fetch": (fetch_model, {**arguments, "bundle": out["one"], "data": out["two"]}),
         "purify.tsbd": (
             purify_model,
-            {**given, "bundle": artifact(chain["bundle"]), "method": "tsbd", "configs": arguments["configs"], "device": "cpu"}
+            {
+                **given,
+                "bundle": artifact(chain["bundle"]),
+                "method": "tsbd",
+                "configs": arguments["configs"],
+                "device": "cpu",
+            }
             | {"purified": out["one"]},
         ),
-        "evaluate.before": (evaluate_model, {**given, "bundle": artifact(chain["bundle"]), "name": "before", "device": "cpu"}),
-        "select": (select_model, {"candidates": [artifact(chain["tsbd"])], "methods": ["tsbd"], "selected": out["one"]}),
+        "evaluate.before": (
+            evaluate_model,
+            {**given, "bundle": artifact(chain["bundle"]), "name": "before", "device": "cpu"},
+        ),
+        "select": (
+            select_model,
+            {"candidates": [artifact(chain["tsbd"])], "methods": ["tsbd"], "selected": out["one"]},
+        ),
         "export": (export_onnx, {**given, "bundle": artifact(chain["selected"]), "onnx": out["one"]}),
         "gate": (
             gate_promotion,
@@ -78,7 +91,11 @@ def call_of(step: str, chain: Chain, tmp_path: Path) -> tuple[Callable[..., None
         ),
         "promote": (
             promote_model,
-            {"bundle": artifact(chain["selected"]), "onnx": artifact(chain["onnx"]), "decision": artifact(chain["decision"])},
+            {
+                "bundle": artifact(chain["selected"]),
+                "onnx": artifact(chain["onnx"]),
+                "decision": artifact(chain["decision"]),
+            },
         ),
         "report": (report, {"status": None, "page": out["one"]}),
     }
@@ -139,10 +156,8 @@ def test_the_handlers_of_before_are_back() -> None:
 
 def test_a_swallowed_signal_still_stops_the_next_step() -> None:
     with interruptible() as stop:
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt:
-            pass
         assert stop()
 
 

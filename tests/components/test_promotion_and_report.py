@@ -97,7 +97,12 @@ def test_another_policy_than_the_runs_is_refused(chain: Chain, connection: Mlflo
     gate_promotion(chain.evidence, {**POLICY, "name": "swapped"}, tmp_path / "judged")
     with pytest.raises(errors.EvidenceMismatch, match="another policy"):
         promote_model(
-            chain["selected"], chain["onnx"], tmp_path / "judged", name="swapped", alias="champion", connection=connection
+            chain["selected"],
+            chain["onnx"],
+            tmp_path / "judged",
+            name="swapped",
+            alias="champion",
+            connection=connection,
         )
 
 
@@ -109,7 +114,9 @@ def environment(connection: MlflowConnection) -> dict[str, str]:
     return {"MLFLOW_TRACKING_URI": connection.settings.tracking_uri}
 
 
-def test_the_report_logs_every_number(chain: Chain, connection: MlflowConnection, environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_report_logs_every_number(
+    chain: Chain, connection: MlflowConnection, environment: dict[str, str], tmp_path: Path
+) -> None:
     settings = RunSettings(evidence=str(tmp_path / "store"), model_name="m", name="whole")
     store = open_store(settings.evidence, settings.name)
     gate = gate_promotion(chain.evidence, POLICY)

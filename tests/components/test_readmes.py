@@ -10,7 +10,16 @@ import yaml
 
 from components.generate_readmes import HERE, component_names, outdated
 
-STEPS = ["evaluate_model", "export_onnx", "fetch_model", "gate_promotion", "promote_model", "purify_model", "report", "select_model"]
+STEPS = [
+    "evaluate_model",
+    "export_onnx",
+    "fetch_model",
+    "gate_promotion",
+    "promote_model",
+    "purify_model",
+    "report",
+    "select_model",
+]
 
 
 def test_every_step_is_a_component() -> None:

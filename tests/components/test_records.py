@@ -77,7 +77,9 @@ def test_the_exit_code_is_the_decisions(decision: str, code: int, finished: Chai
 
 def test_failures_are_named_in_the_order_of_the_pipeline(finished: Chain) -> None:
     failure = {"message": "m", "exit_code": 2}
-    records = Records({"fetch": finished.evidence["fetch"]}, {"report": failure, "select": failure, "purify.tsbd": failure})
+    records = Records(
+        {"fetch": finished.evidence["fetch"]}, {"report": failure, "select": failure, "purify.tsbd": failure}
+    )
     assert outcome_of(records).failed_step == "purify.tsbd"
 
 
@@ -92,4 +94,8 @@ def test_a_failure_record_holds_no_credentials() -> None:
 
 def test_a_defect_is_recorded_with_its_type() -> None:
     record = failure_record("export", ZeroDivisionError("division by zero"))
-    assert (record["error"], record["step"], record["exit_code"]) == ("ZeroDivisionError", "export", errors.EXIT_UNKNOWN)
+    assert (record["error"], record["step"], record["exit_code"]) == (
+        "ZeroDivisionError",
+        "export",
+        errors.EXIT_UNKNOWN,
+    )

@@ -13,8 +13,6 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
-from tests.finished_chain import Chain
-from tests.small_model import PLAN_OPTIONS, POLICY, images, save_images
 
 from components._runtime.bundle_files import bundle_digest
 from components._runtime.datasets import read_data
@@ -31,7 +29,8 @@ from components.select_model.step import Candidate, choose, select_model
 from defense_core import errors
 from defense_core.limits import LoadLimits
 from defense_core.parity import ParityBounds
-
+from tests.finished_chain import Chain
+from tests.small_model import PLAN_OPTIONS, POLICY, images, save_images
 
 # -- fetch -----------------------------------------------------------------------------
 
@@ -171,7 +170,8 @@ def test_a_plan_survives_the_way_through_pipeline_arguments(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameter", "text"), [("policy", "{"), ("loading", '{"max_byte": 1}'), ("configs", '{"nft": {}}'), ("probes", "7")]
+    ("parameter", "text"),
+    [("policy", "{"), ("loading", '{"max_byte": 1}'), ("configs", '{"nft": {}}'), ("probes", "7")],
 )
 def test_a_malformed_argument_is_a_config_error(parameter: str, text: str, plan: Plan) -> None:
     with pytest.raises(errors.ConfigError):
@@ -182,6 +182,12 @@ def test_a_malformed_argument_is_a_config_error(parameter: str, text: str, plan:
 def test_a_run_name_is_a_file_name(name: str) -> None:
     with pytest.raises(errors.ConfigError, match="run name"):
         run_settings(json.dumps({"evidence": "/tmp/e", "model_name": "m", "name": name}))
+
+
+@pytest.mark.parametrize("change", [{"model_name": "a/b"}, {"alias": "latest"}, {"alias": "v1"}, {"allias": "x"}])
+def test_unusable_registry_names_are_refused_at_once(change: dict[str, str]) -> None:
+    with pytest.raises(errors.ConfigError):
+        run_settings(json.dumps({"evidence": "/tmp/e", "model_name": "m", "name": "run", **change}))
 
 
 def test_a_run_without_a_name_takes_the_executions() -> None:
@@ -231,7 +237,9 @@ def test_purify_takes_a_bare_state_dict_with_a_spec(plan: Plan, tmp_path: Path) 
         ({"method": "tsbd", "device": "tpu"}, errors.ConfigError),
     ],
 )
-def test_purify_refuses_bad_options(options: dict[str, Any], error: type[Exception], finished: Chain, tmp_path: Path) -> None:
+def test_purify_refuses_bad_options(
+    options: dict[str, Any], error: type[Exception], finished: Chain, tmp_path: Path
+) -> None:
     with pytest.raises(error):
         purify_model(finished["bundle"], finished["data"] / "clean.npz", tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
@@ -273,7 +281,11 @@ def test_a_full_disk_leaves_nothing(finished: Chain, tmp_path: Path, monkeypatch
     monkeypatch.setattr(purify_step, "save_bundle", full)
     with pytest.raises(errors.StorageError, match="No space left"):
         purify_model(
-            finished["bundle"], finished["data"] / "clean.npz", tmp_path / "out", method="fine_tuning", config={"epochs": 0}
+            finished["bundle"],
+            finished["data"] / "clean.npz",
+            tmp_path / "out",
+            method="fine_tuning",
+            config={"epochs": 0},
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -423,7 +435,10 @@ def test_the_decision_folder_replays(finished: Chain) -> None:
     replayed = replay_decision(finished["decision"])
     assert replayed.decision.outcome == "allow"
     assert replayed.evidence.keys() == finished.evidence.keys()
-    assert gate_promotion(read_folder(finished["decision"]), POLICY)["results"] == gate_promotion(finished.evidence, POLICY)["results"]
+    assert (
+        gate_promotion(read_folder(finished["decision"]), POLICY)["results"]
+        == gate_promotion(finished.evidence, POLICY)["results"]
+    )
 
 
 @pytest.mark.parametrize("name", ["fetch", "select", "export", "evaluate.tsbd", "purify.tsbd"])

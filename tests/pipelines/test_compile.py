@@ -62,9 +62,18 @@ def test_every_step_uses_the_one_image(compiled: dict[str, Any]) -> None:
 
 def test_no_step_is_cached_and_each_asks_for_memory(compiled: dict[str, Any]) -> None:
     dags = [compiled["root"]["dag"], *(part["dag"] for part in compiled["components"].values() if "dag" in part)]
-    tasks = [task for dag in dags for name, task in dag["tasks"].items() if not name.startswith(("for-loop", "quarantine-steps", "exit-handler"))]
+    tasks = [
+        task
+        for dag in dags
+        for name, task in dag["tasks"].items()
+        if not name.startswith(("for-loop", "quarantine-steps", "exit-handler"))
+    ]
     assert len(tasks) == 9
-    assert all(not task.get("cachingOptions") for task in tasks if "iteratorPolicy" not in task and "parameterIterator" not in task)
+    assert all(
+        not task.get("cachingOptions")
+        for task in tasks
+        if "iteratorPolicy" not in task and "parameterIterator" not in task
+    )
     purify = compiled["deploymentSpec"]["executors"]["exec-purify-model"]["container"]["resources"]
     assert purify["resourceMemoryLimit"] == metadata_of("purify_model")["resources"]["memory_limit"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from components._runtime.mlflow_connection import MlflowSettings, connect
-from components._runtime.plan import Plan
-from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, EXIT_USAGE, StorageError
+from components._runtime.plan import Loading, Plan
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, StorageError
 from pipelines.local import LocalRun, run_local
-from tests.small_model import DENYING, make_inputs
+from tests.small_model import DENYING, PLAN_OPTIONS, make_inputs
 
 STEPS = {"fetch", "select", "export", "gate", "promote"} | {
     f"{step}.{method}" for step in ("purify", "evaluate") for method in ("tsbd", "fine_tuning")
@@ -38,7 +38,9 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     said: list[str] = []
     plan = make_inputs(tmp_path / "inputs")
     ended = run_local(plan, tmp_path / "work", model_name="digits", name="first", on_line=said.append)
-    assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("allow", "", EXIT_PASS), ended.log.read_text()[-3000:]
+    assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("allow", "", EXIT_PASS), (
+        ended.log.read_text()[-3000:]
+    )
     assert {path.stem for path in ended.evidence.glob("*.json")} == STEPS | {"evaluate.before", "report"}
     assert ended.report is not None
     assert "allow" in json.loads((ended.evidence / "report.json").read_text())["outcome"]
@@ -63,7 +65,9 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
 
 def test_a_run_that_is_denied(tmp_path: Path) -> None:
     ended = run(tmp_path, policy=DENYING, methods=("tsbd",), configs={"tsbd": {"epochs": 1, "unlearn_epochs": 1}})
-    assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("deny", "", EXIT_FAIL), ended.log.read_text()[-3000:]
+    assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("deny", "", EXIT_FAIL), (
+        ended.log.read_text()[-3000:]
+    )
     assert ended.report is not None
     assert "severe" in ended.report.read_text()
     assert ended.promotion is not None
@@ -71,16 +75,35 @@ def test_a_run_that_is_denied(tmp_path: Path) -> None:
     assert not registry(ended).get_registered_model("digits").aliases
 
 
-def test_a_run_in_which_purification_fails(tmp_path: Path) -> None:
-    # No machine has a hundred GPUs: fetch, which needs none, passes, and purify does not.
-    ended = run(tmp_path, device="cuda:99")
-    assert ended.outcome.failed_step.startswith("purify."), ended.log.read_text()[-3000:]
+UNTRAINABLE = """
+import torch
+from defense_core.networks.small_cnn import SmallCNN
+
+class Untrainable(SmallCNN):
+    def forward(self, inputs):
+        if torch.is_grad_enabled():
+            raise RuntimeError("this network cannot be trained")
+        return super().forward(inputs)
+
+def network():
+    return Untrainable(width=4, num_classes=4, in_channels=1)
+"""
+
+
+def test_a_run_in_which_purification_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An operator's own network, installed and trusted, that breaks as soon as a method trains it.
+    (tmp_path / "untrainable_network.py").write_text(UNTRAINABLE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    spec = {**PLAN_OPTIONS.spec, "architecture": "untrainable_network:network", "architecture_args": {}}
+    ended = run(tmp_path, spec=spec, loading=Loading(trusted_modules=("untrainable_network",)))
+    assert ended.outcome.failed_step == "purify.tsbd", ended.log.read_text()[-3000:]
     assert ended.outcome.decision == "none"
-    assert ended.exit_code in (EXIT_USAGE, EXIT_UNKNOWN)
+    assert ended.exit_code == EXIT_UNKNOWN
     assert ended.report is not None
     page = ended.report.read_text()
-    assert ended.outcome.failed_step in page
-    assert (ended.evidence / f"{ended.outcome.failed_step}.failed.json").is_file()
+    assert "purify.tsbd" in page
+    assert "this network cannot be trained" in page
+    assert (ended.evidence / "purify.tsbd.failed.json").is_file()
     assert ended.promotion is None
     client = registry(ended)
     assert not client.search_registered_models()

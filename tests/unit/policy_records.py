@@ -60,9 +60,9 @@ def run(table: PairedCounts = GOOD, *probes: dict) -> dict:
     records = [
         record("fetch", {}, {"model": FETCHED}, {"bytes": 10}),
         record("purify.tsbd", {"model": FETCHED}, {"model": CLEANED}, {}),
-        record("purify.finetune", {"model": FETCHED}, {"model": OTHER}, {}),
+        record("purify.fine_tuning", {"model": FETCHED}, {"model": OTHER}, {}),
         record("evaluate.before", {"model": FETCHED}, {}, evaluation(GOOD, probe(1750))),
-        record("evaluate.finetune", {"model": OTHER}, {}, evaluation(GOOD, probe(900))),
+        record("evaluate.fine_tuning", {"model": OTHER}, {}, evaluation(GOOD, probe(900))),
         after,
         record("select", {}, {"model": CLEANED}, {"method": "tsbd"}),
         record("export", {"model": CLEANED}, {"onnx": ONNX}, {"sha256": ONNX, "parity": parity, "dynamic_batch": True}),

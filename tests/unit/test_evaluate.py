@@ -363,7 +363,7 @@ def test_a_stop_request_takes_effect_within_one_batch():
 def results_by_method() -> dict:
     clean, probes, source = clean_set(), [patch(0, "one"), patch(1, "two")], Reader(obey=0)
     return {
-        "finetune": evaluate(source, clean, task=TASK, probes=probes, reference=source).to_results(),
+        "fine_tuning": evaluate(source, clean, task=TASK, probes=probes, reference=source).to_results(),
         "tsbd": evaluate(Reader(), clean, task=TASK, probes=probes, reference=source).to_results(),
         "before": evaluate(source, clean, task=TASK, probes=probes).to_results(),
         "anp": evaluate(Reader(blind=(3,)), clean, task=TASK, probes=probes, reference=source).to_results(),
@@ -379,8 +379,8 @@ def test_table_stands_in_a_fixed_order_with_roles():
         ("tsbd", "after", True, "two"),
         ("anp", "after", False, "one"),
         ("anp", "after", False, "two"),
-        ("finetune", "control", False, "one"),
-        ("finetune", "control", False, "two"),
+        ("fine_tuning", "control", False, "one"),
+        ("fine_tuning", "control", False, "two"),
     ]
 
 
@@ -410,8 +410,8 @@ def test_table_without_probes_has_one_row_a_model():
 
 
 def test_the_control_can_be_the_chosen_one():
-    rows = compare(results_by_method(), selected="finetune")
-    assert [(row.method, row.role) for row in rows if row.selected] == [("finetune", "control")] * 2
+    rows = compare(results_by_method(), selected="fine_tuning")
+    assert [(row.method, row.role) for row in rows if row.selected] == [("fine_tuning", "control")] * 2
 
 
 @pytest.mark.parametrize("damage", [{}, {"acc": None, "probes": []}, {"acc": {"value": 1}, "probes": []}])

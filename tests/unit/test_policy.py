@@ -274,9 +274,9 @@ def test_rules_read_the_evidence_they_name(evidence):
 def test_selected_follows_the_choice():
     files = run()
     files["evaluate.tsbd"]["results"]["score"] = 0.1
-    files["evaluate.finetune"]["results"]["score"] = 0.9
+    files["evaluate.fine_tuning"]["results"]["score"] = 0.9
     assert finding(decide(policy(), files), "r").verdict is PASS
-    files["select"]["results"]["method"] = "finetune"
+    files["select"]["results"]["method"] = "fine_tuning"
     assert finding(decide(policy(), files), "r").verdict is FAIL
 
 

@@ -106,9 +106,9 @@ def test_evidence_before_is_not_required():
 
 def test_other_candidates_models_do_not_matter():
     files = run()
-    files["purify.finetune"]["outputs"]["model"] = None
-    files["evaluate.finetune"]["verdict"] = "UNKNOWN"
-    files["purify.finetune"]["verdict"] = "FAIL"
+    files["purify.fine_tuning"]["outputs"]["model"] = None
+    files["evaluate.fine_tuning"]["verdict"] = "UNKNOWN"
+    files["purify.fine_tuning"]["verdict"] = "FAIL"
     assert integrity(files) == dict.fromkeys(INTEGRITY, PASS)
 
 
@@ -327,9 +327,9 @@ def test_damaged_evidence_is_an_error_never_a_decision(changes, expected, got):
 )
 def test_damage_is_found_in_evidence_that_no_rule_reads(direction, key):
     with pytest.raises(
-        EvidenceMismatch, match=rf"evidence evaluate.finetune is damaged: expected {direction}\.{key} as"
+        EvidenceMismatch, match=rf"evidence evaluate.fine_tuning is damaged: expected {direction}\.{key} as"
     ):
-        decide(policy(), damage("evaluate.finetune", **{direction: {key: "sha256:1"}}))
+        decide(policy(), damage("evaluate.fine_tuning", **{direction: {key: "sha256:1"}}))
 
 
 @pytest.mark.parametrize("value", [{1, 2}, b"1", {"deep": [object()]}])

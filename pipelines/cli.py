@@ -1,0 +1,368 @@
+"""``quarantine``: the command line. Exit codes: 0 pass, 1 fail, 2 unknown, 3 usage or bad input."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from defense_core import __version__
+from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, QuarantineError
+from defense_core.verdict import Verdict
+from pipelines import options as o
+
+app = typer.Typer(
+    name="quarantine",
+    help="Purify, measure and gate an untrusted model before it reaches the registry.\n\n"
+    "Exit codes: 0 pass, 1 fail, 2 unknown (cannot be decided), 3 usage or bad input.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option(help="Folder to create; nothing is left of it if the command fails.")]
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Print the version when asked to."""
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def purify(
+    model: o.Model,
+    clean: o.Clean,
+    method: Annotated[str, typer.Option(help="tsbd, or fine_tuning (the control); see `quarantine methods`.")],
+    out: Out,
+    architecture: o.Architecture = "",
+    architecture_args: o.ArchitectureArgs = "",
+    input_size: o.InputSize = "",
+    mean: o.Mean = "",
+    std: o.Std = "",
+    class_names: o.ClassNames = "",
+    augment: o.Augment = "",
+    trusted_module: o.TrustedModule = [],
+    config: Annotated[str, typer.Option(help="The method's settings, a YAML file.")] = "",
+    settings: o.Settings = [],
+    report: Annotated[float, typer.Option(help="Share of the clean set left untouched for quoting figures.")] = 0.2,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
+    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    as_json: o.AsJson = False,
+) -> None:
+    """Purify a model; --out becomes a bundle with result.json beside it."""
+    from components._runtime.step import interruptible
+    from components.purify_model.step import purify_model
+    from defense_core.progress import default_progress
+
+    base = o.read_mapping(Path(config)) if config else {}
+    with interruptible() as stop:
+        evidence = purify_model(
+            Path(model),
+            Path(clean),
+            out,
+            method=method,
+            config=o.parse_settings(settings, base),
+            spec=o.parse_spec(
+                architecture=architecture,
+                architecture_args=architecture_args,
+                input_size=input_size,
+                mean=mean,
+                std=std,
+                class_names=class_names,
+                augment=augment,
+            ),
+            seed=seed,
+            device=device,
+            report=report,
+            loading=o.parse_loading(trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s),
+            progress=default_progress(stop),
+        )
+    facts = evidence["results"]["facts"]
+    chosen = ", ".join(f"{key}={facts[key]:g}" for key in ("n", "lr") if facts.get(key) is not None)
+    _finish(evidence, as_json, f"{method}: purified model in {out} ({chosen}); see {out / 'result.json'}")
+
+
+@app.command()
+def evaluate(
+    model: o.Model,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    clean: o.Clean = "",
+    test: o.Test = "",
+    reference: Annotated[str, typer.Option(help="The unpurified model: enables drops and DER.")] = "",
+    probe: o.Probes = [],
+    name: Annotated[str, typer.Option(help="What the evidence is called: evaluate.<name>.")] = "model",
+    architecture: o.Architecture = "",
+    architecture_args: o.ArchitectureArgs = "",
+    input_size: o.InputSize = "",
+    mean: o.Mean = "",
+    std: o.Std = "",
+    class_names: o.ClassNames = "",
+    trusted_module: o.TrustedModule = [],
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
+    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    as_json: o.AsJson = False,
+) -> None:
+    """Measure ACC, and for each probe ASR, RA and DER, with 95 % intervals."""
+    from components._runtime.evidence import write_evidence
+    from components._runtime.step import interruptible
+    from components.evaluate_model.step import evaluate_model
+    from defense_core.progress import default_progress
+    from pipelines.console import print_comparison
+
+    with interruptible() as stop:
+        evidence = evaluate_model(
+            Path(model),
+            name=name,
+            clean=o.optional_path(clean),
+            test=o.optional_path(test),
+            reference=o.optional_path(reference),
+            probes=o.read_probes(probe),
+            spec=o.parse_spec(
+                architecture=architecture,
+                architecture_args=architecture_args,
+                input_size=input_size,
+                mean=mean,
+                std=std,
+                class_names=class_names,
+                augment="",
+            ),
+            seed=seed,
+            device=device,
+            loading=o.parse_loading(trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s),
+            progress=default_progress(stop),
+        )
+        write_evidence(out, evidence)
+    if not as_json:
+        print_comparison({evidence["name"]: evidence}, selected=None)
+    _finish(evidence, as_json, f"evidence in {out}")
+
+
+@app.command()
+def export(
+    model: o.Model,
+    out: Out,
+    clean: o.Clean = "",
+    test: o.Test = "",
+    probe: o.Probes = [],
+    architecture: o.Architecture = "",
+    architecture_args: o.ArchitectureArgs = "",
+    input_size: o.InputSize = "",
+    mean: o.Mean = "",
+    std: o.Std = "",
+    class_names: o.ClassNames = "",
+    trusted_module: o.TrustedModule = [],
+    seed: o.Seed = 0,
+    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
+    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    as_json: o.AsJson = False,
+) -> None:
+    """Export to ONNX and prove that the file answers like the model."""
+    from components._runtime.step import interruptible
+    from components.export_onnx.step import export_onnx
+    from defense_core.progress import default_progress
+
+    with interruptible() as stop:
+        evidence = export_onnx(
+            Path(model),
+            out,
+            clean=o.optional_path(clean),
+            test=o.optional_path(test),
+            probes=o.read_probes(probe),
+            spec=o.parse_spec(
+                architecture=architecture,
+                architecture_args=architecture_args,
+                input_size=input_size,
+                mean=mean,
+                std=std,
+                class_names=class_names,
+                augment="",
+            ),
+            seed=seed,
+            loading=o.parse_loading(trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s),
+            progress=default_progress(stop),
+        )
+    _finish(evidence, as_json, f"ONNX file and evidence in {out}")
+
+
+@app.command()
+def gate(
+    policy: Annotated[str, typer.Option(help="strict, standard, observe, or a policy file.")],
+    evidence: Annotated[Path, typer.Option(help="Folder of evidence files, one <name>.json a step.")],
+    out: Annotated[str, typer.Option(help="Folder for the decision and all that it rests on.")] = "",
+    as_json: o.AsJson = False,
+) -> None:
+    """Decide, offline: apply a policy to evidence. The same inputs always give the same decision."""
+    from components._runtime.evidence import read_folder
+    from components.gate_promotion.step import gate_promotion
+
+    decision = gate_promotion(read_folder(evidence), o.read_policy(policy), o.optional_path(out))
+    outcome = decision["results"]["outcome"]
+    _finish(decision, as_json, f"policy {decision['results']['policy_name']}: {outcome}")
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option(help="s3://bucket/key[?versionId=…], models:/name/3, or a path.")],
+    clean: Annotated[str, typer.Option(help="Clean set: s3://… or a path, .parquet or .npz, or an image folder.")],
+    out: Annotated[Path, typer.Option(help="Work folder: evidence, report, artifacts, and mlflow.db.")] = Path(
+        "quarantine-run"
+    ),
+    policy: Annotated[str, typer.Option(help="strict, standard, observe, or a policy file.")] = "standard",
+    methods: Annotated[
+        str, typer.Option(help="Purifiers in order of preference, comma-separated.")
+    ] = "tsbd,fine_tuning",
+    test: o.Test = "",
+    probe: o.Probes = [],
+    register: Annotated[str, typer.Option(help="Registered model that gets a new version.")] = "quarantined-model",
+    alias: Annotated[str, typer.Option(help="Alias that moves on allow.")] = "champion",
+    architecture: o.Architecture = "",
+    architecture_args: o.ArchitectureArgs = "",
+    input_size: o.InputSize = "",
+    mean: o.Mean = "",
+    std: o.Std = "",
+    class_names: o.ClassNames = "",
+    augment: o.Augment = "",
+    trusted_module: o.TrustedModule = [],
+    config: Annotated[str, typer.Option(help="Settings by method, a YAML file.")] = "",
+    settings: Annotated[
+        list[str], typer.Option("--set", help="tsbd.n=0.15; repeatable.", metavar="METHOD.KEY=VALUE")
+    ] = [],
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    sha256: o.Sha256 = "",
+    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
+    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    as_json: o.AsJson = False,
+) -> None:
+    """Run the whole pipeline on this machine: the same definition that runs on a cluster."""
+    from components._runtime.plan import Plan
+    from defense_core.config import from_mapping
+    from pipelines.local import run_local
+    from pipelines.summary import print_line, print_run
+
+    spec = o.parse_spec(
+        architecture=architecture,
+        architecture_args=architecture_args,
+        input_size=input_size,
+        mean=mean,
+        std=std,
+        class_names=class_names,
+        augment=augment,
+    )
+    loading = o.parse_loading(
+        trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s, sha256=sha256
+    )
+    plan = from_mapping(
+        Plan,
+        {
+            "model": model,
+            "clean": clean,
+            "policy": o.read_policy(policy),
+            "spec": spec,
+            "test": test,
+            "probes": o.read_probes(probe),
+            "methods": [name.strip() for name in methods.split(",")],
+            "configs": o.parse_settings(settings, o.read_mapping(Path(config)) if config else {}),
+            "seed": seed,
+            "device": device,
+            "loading": loading,
+        },
+    )
+    result = run_local(
+        plan, out, model_name=register, alias=alias, on_line=(lambda line: None) if as_json else print_line
+    )
+    print_run(result, as_json=as_json)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Work folder.")] = Path("demo-output"),
+    seed: o.Seed = 0,
+    as_json: o.AsJson = False,
+) -> None:
+    """Plant a backdoor into a digits classifier and take it through the whole pipeline, offline."""
+    from pipelines.demo import run_demo
+    from pipelines.summary import print_line, print_run
+
+    result = run_demo(out, seed=seed, on_line=(lambda line: None) if as_json else print_line)
+    print_run(result, as_json=as_json)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command(name="compile")
+def compile_pipeline(
+    out: Annotated[Path, typer.Option(help="Folder for the compiled pipeline.")] = Path("build"),
+) -> None:
+    """Write the pipeline's KFP intermediate representation, byte for byte reproducible."""
+    from pipelines.compile import compile_to
+
+    typer.echo(compile_to(out))
+
+
+@app.command()
+def methods(as_json: o.AsJson = False) -> None:
+    """List the purification methods and their settings."""
+    from defense_core.config import to_mapping
+    from defense_core.purify import METHODS
+    from pipelines.console import print_json, table
+
+    if as_json:
+        print_json(
+            {name: {"summary": row.summary, "config": to_mapping(row.config())} for name, row in METHODS.items()}
+        )
+        return
+    for name, row in METHODS.items():
+        table(f"{name}: {row.summary}", ("setting", "default"), to_mapping(row.config()).items())
+
+
+def _finish(evidence: dict[str, Any], as_json: bool, sentence: str) -> None:
+    """Print what was found and end with the verdict's exit code."""
+    from pipelines.console import coloured, out, print_findings, print_json
+
+    verdict = Verdict(evidence["verdict"])
+    if as_json:
+        print_json(evidence)
+    else:
+        print_findings(evidence["findings"])
+        out.print(f"{coloured(verdict.value)}  ", end="")
+        out.print(sentence, markup=False)
+    raise typer.Exit(verdict.exit_code)
+
+
+def main() -> None:
+    """Entry point of ``quarantine``."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("quarantine").setLevel(logging.INFO)
+    as_json = "--json" in sys.argv
+    from pipelines.console import print_error
+
+    try:
+        code = app(standalone_mode=False)
+    except QuarantineError as error:
+        print_error(error, as_json=as_json)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        code = EXIT_UNKNOWN
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

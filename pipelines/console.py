@@ -1,0 +1,77 @@
+"""What the commands print: tables on a terminal, JSON for machines, errors as sentences."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from defense_core.config import to_mapping
+from defense_core.errors import QuarantineError
+from defense_core.evaluate.compare import HEADINGS, compare
+
+STYLES = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "allow": "green", "deny": "red", "unknown": "yellow"}
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(to_mapping(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_error(error: QuarantineError, *, as_json: bool) -> None:
+    """The error as a sentence on standard error, or as JSON on standard output."""
+    if as_json:
+        print_json(error.to_mapping())
+    else:
+        err.print(f"[red]error:[/red] {escape(str(error))}")
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table; cells are data, never markup."""
+    drawn = Table(*headings, title=title, title_justify="left", header_style="bold")
+    for row in rows:
+        drawn.add_row(*(coloured(str(cell)) for cell in row))
+    # Piped output has no width of its own; a table that is cut loses the figures.
+    console = out if out.is_terminal else Console(highlight=False, width=max(out.width, 160))
+    console.print(drawn)
+
+
+def coloured(text: str) -> str:
+    """Verdicts in their colour, everything else as it is."""
+    style = STYLES.get(text)
+    return f"[{style}]{text}[/{style}]" if style else escape(text)
+
+
+def print_comparison(evidence: Mapping[str, Mapping[str, Any]], *, selected: str | None) -> None:
+    """ACC, ASR, RA and DER with intervals: before, after and control."""
+    measured = {
+        name.removeprefix("evaluate."): each["results"]
+        for name, each in evidence.items()
+        if name.startswith("evaluate.") and each["results"]
+    }
+    if measured:
+        rows = [row.cells() for row in compare(measured, selected=selected)]
+        table("Before, after and control (95 % intervals; * selected)", HEADINGS, rows)
+
+
+def print_findings(findings: Sequence[Mapping[str, Any]]) -> None:
+    """One row a rule."""
+    rows = [(each["rule"], each["verdict"], shown(each["value"]), each["bound"], each["why"]) for each in findings]
+    if rows:
+        table("Rules", ("rule", "verdict", "value", "bound", "why"), rows)
+
+
+def shown(value: object) -> str:
+    """A value for a table cell: digests and floats shortened."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value) if not isinstance(value, (list, dict)) else json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "…"

@@ -1,0 +1,165 @@
+"""Command-line options that several commands share, and what they are parsed into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from components._runtime.plan import Loading
+from defense_core.config import from_mapping
+from defense_core.errors import ConfigError
+from defense_core.limits import LoadLimits
+from pipelines.yaml_files import parse_yaml, read_mapping, read_yaml
+
+POLICIES = Path(__file__).resolve().parent / "policies"
+
+Model = Annotated[
+    str, typer.Option("--model", help="A bundle folder, or a state dict (.safetensors, .pt, .pth, .pt2).")
+]
+Architecture = Annotated[
+    str,
+    typer.Option(
+        help="Name of the network, or package.module:factory of your own code; not needed for a bundle.",
+        rich_help_panel="Model",
+    ),
+]
+ArchitectureArgs = Annotated[
+    str, typer.Option(help="Its arguments, JSON: '{\"width\": 16}'.", rich_help_panel="Model", metavar="JSON")
+]
+InputSize = Annotated[
+    str, typer.Option(help="Channels, height, width: 3,32,32.", rich_help_panel="Model", metavar="C,H,W")
+]
+Mean = Annotated[
+    str, typer.Option(help="Mean per channel, of [0, 1] pixels.", rich_help_panel="Model", metavar="A,B,C")
+]
+Std = Annotated[str, typer.Option(help="Standard deviation per channel.", rich_help_panel="Model", metavar="A,B,C")]
+ClassNames = Annotated[str, typer.Option(help="Names of the classes, comma-separated.", rich_help_panel="Model")]
+Augment = Annotated[
+    str,
+    typer.Option(
+        help="Transform that keeps labels, used while tuning: none, crop or crop_flip. Default: crop.",
+        rich_help_panel="Model",
+    ),
+]
+TrustedModule = Annotated[
+    list[str],
+    typer.Option(help="Your module whose factories may build the network; repeatable.", rich_help_panel="Model"),
+]
+MaxBytes = Annotated[int, typer.Option(help="Largest artifact, bytes.", rich_help_panel="Limits")]
+LoadTimeout = Annotated[
+    float, typer.Option("--load-timeout-s", help="Longest time to read it, seconds.", rich_help_panel="Limits")
+]
+Sha256 = Annotated[
+    str, typer.Option(help="Digest that the artifact must have: sha256:<hex>.", rich_help_panel="Limits")
+]
+Clean = Annotated[str, typer.Option(help="Clean set: .parquet, .npz or an image folder.")]
+Test = Annotated[str, typer.Option(help="Test set that figures are quoted on; default: a fifth of the clean set.")]
+Probes = Annotated[list[Path], typer.Option("--probe", help="Trigger specification, YAML; repeatable.")]
+Seed = Annotated[int, typer.Option(help="Seed of the splits and of the method.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Settings = Annotated[list[str], typer.Option("--set", help="One setting: n=0.15; repeatable.", metavar="KEY=VALUE")]
+
+DEFAULT_LIMITS = LoadLimits()
+
+
+def parse_spec(
+    *,
+    architecture: str,
+    architecture_args: str,
+    input_size: str,
+    mean: str,
+    std: str,
+    class_names: str,
+    augment: str,
+) -> dict[str, Any]:
+    """What the model options say, as a partial :class:`~defense_core.bundle.ModelSpec` mapping; only
+    what was given is in it, so that a bundle's own description is not contradicted by defaults."""
+    spec: dict[str, Any] = {}
+    if architecture:
+        spec["architecture"] = architecture
+    if architecture_args:
+        arguments = parse_yaml(architecture_args, "--architecture-args")
+        if not isinstance(arguments, dict):
+            raise ConfigError(
+                "--architecture-args is malformed", expected="a JSON mapping", got=repr(architecture_args)
+            )
+        spec["architecture_args"] = arguments
+        if "num_classes" in arguments:
+            spec["num_classes"] = arguments["num_classes"]
+    if input_size:
+        spec["input_size"] = [int(value) for value in _numbers(input_size, "--input-size", whole=True)]
+    if mean:
+        spec["mean"] = _numbers(mean, "--mean")
+    if std:
+        spec["std"] = _numbers(std, "--std")
+    if class_names:
+        spec["class_names"] = [name.strip() for name in class_names.split(",")]
+    if augment:
+        spec["augment"] = augment
+    return spec
+
+
+def parse_loading(*, trusted_module: list[str], max_bytes: int, load_timeout_s: float, sha256: str = "") -> Loading:
+    """Limits and trust from the options. Raises ConfigError."""
+    limits = {"max_bytes": max_bytes, "timeout_s": load_timeout_s}
+    return from_mapping(Loading, {"sha256": sha256, "trusted_modules": list(trusted_module), "limits": limits})
+
+
+def parse_settings(settings: list[str], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``--set key=value`` on top of a configuration file's mapping; ``a.b=1`` reaches into ``a``.
+
+    Raises:
+        ConfigError: no ``=``, or a value that is no YAML.
+    """
+    result: dict[str, Any] = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in (base or {}).items()
+    }
+    for setting in settings:
+        path, found, text = setting.partition("=")
+        if not found or not path:
+            raise ConfigError("--set is malformed", expected="KEY=VALUE", got=repr(setting))
+        target = result
+        *parents, key = path.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError("--set is malformed", expected=f"{parent} to be a mapping", got=repr(setting))
+        target[key] = parse_yaml(text, f"--set {path}")
+    return result
+
+
+def read_probes(paths: list[Path]) -> tuple[Mapping[str, Any], ...]:
+    """Trigger specifications from YAML files that hold one mapping or a list of them."""
+    probes: list[Mapping[str, Any]] = []
+    for path in paths:
+        content = read_yaml(path)
+        for probe in content if isinstance(content, list) else [content]:
+            if not isinstance(probe, dict):
+                raise ConfigError(
+                    f"{path} is malformed", expected="a probe, or a list of probes", got=type(probe).__name__
+                )
+            probes.append(probe)
+    return tuple(probes)
+
+
+def read_policy(name: str) -> dict[str, Any]:
+    """A policy by the name of a shipped one (strict, standard, observe) or by its file."""
+    shipped = POLICIES / f"{name}.yaml"
+    return read_mapping(shipped if "/" not in name and shipped.is_file() else Path(name))
+
+
+def optional_path(text: str) -> Path | None:
+    """A path, or ``None`` for an option that was not given."""
+    return Path(text) if text else None
+
+
+def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
+    try:
+        return [int(value) if whole else float(value) for value in text.split(",")]
+    except ValueError as error:
+        kind = "whole numbers" if whole else "numbers"
+        raise ConfigError(f"{option} is malformed", expected=f"{kind} separated by commas", got=repr(text)) from error

@@ -1,0 +1,74 @@
+"""The end of a run on a terminal: figures, decision with a reason per rule, and what to open."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.markup import escape
+
+from components._runtime.evidence import read_folder
+from defense_core.errors import QuarantineError
+from pipelines.console import coloured, err, out, print_comparison, print_findings, print_json
+from pipelines.local import LocalRun
+
+
+def print_line(message: str) -> None:
+    """A message of a running step, with the time."""
+    err.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {escape(message)}")
+
+
+def print_run(run: LocalRun, *, as_json: bool) -> None:
+    """What a run on this machine came to."""
+    evidence = _evidence(run)
+    if as_json:
+        print_json(_facts(run))
+        return
+    out.print()
+    print_comparison(evidence, selected=evidence.get("select", {}).get("results", {}).get("method"))
+    gate = evidence.get("gate")
+    if gate is not None:
+        print_findings(gate["results"]["findings"])
+    if run.outcome.failed_step:
+        out.print(f"[red]{run.outcome.failed_step} failed:[/red] {escape(run.outcome.why)}")
+    out.print(f"decision: {coloured(run.outcome.decision)}   ({run.seconds:.0f} s)")
+    if run.promotion is not None:
+        out.print(escape(_promotion_sentence(run.promotion)))
+    out.print(f"evidence: {run.evidence}", markup=False)
+    out.print(f"log:      {run.log}", markup=False)
+    if run.report is not None:
+        out.print(f"report:   {run.report}  (open it in a browser)", markup=False)
+    out.print(f"MLflow:   mlflow ui --backend-store-uri {run.tracking_uri}   then http://127.0.0.1:5000", markup=False)
+
+
+def _promotion_sentence(promotion: Mapping[str, Any]) -> str:
+    version = f"{promotion.get('name')} version {promotion.get('version')}"
+    if promotion.get("alias_moved"):
+        return f"registry: {version} is now {promotion.get('alias')}"
+    return f"registry: {version} is tagged {promotion.get('decision')}; no alias moved"
+
+
+def _facts(run: LocalRun) -> dict[str, Any]:
+    return {
+        "run": run.name,
+        "decision": run.outcome.decision,
+        "failed_step": run.outcome.failed_step or None,
+        "why": run.outcome.why or None,
+        "exit_code": run.exit_code,
+        "evidence": str(run.evidence),
+        "report": str(run.report) if run.report is not None else None,
+        "log": str(run.log),
+        "tracking_uri": run.tracking_uri,
+        "promotion": run.promotion,
+        "seconds": round(run.seconds, 1),
+    }
+
+
+def _evidence(run: LocalRun) -> dict[str, Any]:
+    try:
+        return dict(read_folder(run.evidence))
+    except QuarantineError as error:
+        # A run that failed early leaves no evidence at all; the outcome below says why.
+        err.print(f"[dim]{escape(str(error))}[/dim]")
+        return {}

@@ -1,0 +1,56 @@
+"""YAML that people write: policies, probes and configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from defense_core.errors import ConfigError
+
+MAX_BYTES = 1 << 20
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain data only, and a repeated key is an error rather than a silent override."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = {str(key) for key in keys if keys.count(key) > 1}
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"repeated key {', '.join(sorted(repeated))}", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Data from YAML (JSON is YAML). Raises ConfigError naming ``where``, line and column."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{where} is malformed", expected="YAML or JSON", got=" ".join(str(error).split())) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Data from a YAML or JSON file.
+
+    Raises:
+        ConfigError: absent, larger than 1 MiB, not UTF-8, malformed, or a repeated key.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path} is too large", expected=f"at most {MAX_BYTES} bytes", got=path.stat().st_size)
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read", expected="a YAML file", got=str(error)) from error
+    return parse_yaml(text, str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ConfigError."""
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path} is malformed", expected="a mapping with text keys", got=type(content).__name__)
+    return content
