@@ -99,7 +99,7 @@ def main() -> None:
     started = datetime.now(UTC)
     train, test = load_cifar10(options.data)
     rows = []
-    for name, spec in ATTACKS.items():
+    for spec in ATTACKS.values():
         subject = victim(Recipe(attack=spec), train, test, device=options.device, progress=default_progress())
         if options.ablation:
             for label, settings in ABLATIONS.items():

@@ -102,8 +102,7 @@ def victim(recipe: Recipe, train: CleanSet, test: CleanSet, *, device: str, prog
     if not facts.exists():
         started = time.monotonic()
         data = poison(seen, probe, rate=recipe.rate, seed=recipe.seed).data if probe is not None else seen
-        _initialise(model, recipe.seed)
-        trained = working_copy(model, device)
+        trained = working_copy(architectures.initialise(model, recipe.seed), device)
         tune(
             trained,
             data,
@@ -121,11 +120,3 @@ def victim(recipe: Recipe, train: CleanSet, test: CleanSet, *, device: str, prog
     model.load_state_dict(safetensors.torch.load_file(stored))
     seconds = float(json.loads(facts.read_text())["seconds"])
     return Victim(model.eval(), task, probe, held_out, test, seconds)
-
-
-def _initialise(model: nn.Module, seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()

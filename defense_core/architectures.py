@@ -94,6 +94,20 @@ def build(name: str, arguments: Mapping[str, Any], *, trusted_modules: tuple[str
     return model.to(device="cpu", dtype=torch.float32).requires_grad_(True).eval()
 
 
+def initialise(model: nn.Module, seed: int) -> nn.Module:
+    """Draw every layer's weights again, in place, by the layers' own rules; for training from scratch.
+
+    The global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    return model
+
+
 def count_parameters(name: str, arguments: Mapping[str, Any]) -> int | None:
     """Parameters of the network without allocating them; ``None`` for an operator's own factory.
 

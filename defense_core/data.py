@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pyarrow
@@ -322,13 +323,13 @@ def _read_npz(path: Path, input_size: tuple[int, int, int], limits: DataLimits) 
     return numpy.ascontiguousarray(_pixels(images, path)), labels.astype(numpy.int64)
 
 
-def _pixels(images: numpy.ndarray, path: Path) -> numpy.ndarray:
+def _pixels(images: Any, path: Path) -> numpy.ndarray:
     if images.dtype == numpy.uint8:
-        return images
+        return numpy.asarray(images)
     if numpy.issubdtype(images.dtype, numpy.floating):
         low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
         if numpy.isfinite([low, high]).all() and low >= 0 and high <= 1:
-            return numpy.rint(images * 255).astype(numpy.uint8)
+            return numpy.asarray(numpy.rint(images * 255), dtype=numpy.uint8)
         raise DataError(
             f"{path} has pixels out of range", expected="floats in [0, 1], or uint8", got=f"{low:g}..{high:g}"
         )

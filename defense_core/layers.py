@@ -31,7 +31,7 @@ class UnitLayer:
     """
 
     name: str
-    weight: nn.Parameter
+    weight: Tensor
     kind: Literal["conv", "linear"]
 
     @property

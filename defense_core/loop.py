@@ -17,7 +17,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
 from defense_core.layers import CONVOLUTIONS, evaluating, frozen_statistics, is_finite
 from defense_core.progress import Progress
-from defense_core.task import Task
+from defense_core.task import Mixed, Task
 
 Precision = Literal["auto", "fp32", "bf16"]
 LossOf = Callable[[], Tensor]
@@ -40,6 +40,7 @@ class Tuning:
         precision: ``fp32``; ``bf16`` autocast; ``auto``: bf16 where the device multiplies
             bfloat16 natively (CUDA, CPUs with AMX) and the network is convolutional.
         max_grad_norm: clip the gradient's global L2 norm to this; 0 leaves it.
+        mixup: parameter of the Beta distribution of MixUp; 0 mixes nothing.
     """
 
     epochs: int
@@ -50,6 +51,7 @@ class Tuning:
     schedule: Literal["constant", "cosine", "onecycle"] = "constant"
     precision: Precision = "auto"
     max_grad_norm: float = 0.0
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
@@ -58,6 +60,7 @@ class Tuning:
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         require(self.max_grad_norm >= 0, "max_grad_norm", "0 or more", self.max_grad_norm)
+        require(self.mixup >= 0, "mixup", "0 or more", self.mixup)
 
 
 def working_copy(model: nn.Module, device: torch.device | str) -> nn.Module:
@@ -122,7 +125,7 @@ def gradient_norm_step(*, radius: float, alpha: float, normalisation: Literal["g
         first = [parameter.grad.clone() for parameter in parameters]  # type: ignore[union-attr]
         norms = torch._foreach_norm(first)
         if normalisation == "global":
-            norms = [torch.linalg.vector_norm(torch.stack(norms))] * len(first)
+            norms = (torch.linalg.vector_norm(torch.stack(norms)),) * len(first)
         before = [parameter.detach().clone() for parameter in parameters]
         with torch.no_grad():
             for parameter, gradient, norm in zip(parameters, first, norms, strict=True):
@@ -193,11 +196,15 @@ def tune(
                 images = task.augmented(data.images[index], generator)
                 inputs = channels_last(task.inputs(images))
                 targets = data.labels[index]
+                mixed = task.mixup(inputs, targets, tuning.mixup, generator) if tuning.mixup else None
 
-                def loss_of(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                def loss_of(inputs: Tensor = inputs, targets: Tensor = targets, mixed: Mixed | None = mixed) -> Tensor:
                     with context():
-                        outputs = model(inputs)
-                    return sign * task.losses(outputs, targets).mean()
+                        outputs = model(inputs if mixed is None else mixed.inputs)
+                    loss = task.losses(outputs, targets).mean()
+                    if mixed is not None:
+                        loss = mixed.weight * loss + (1 - mixed.weight) * task.losses(outputs, mixed.partners).mean()
+                    return sign * loss
 
                 for group in optimizer.param_groups:
                     group["lr"] = next(rate)
@@ -309,6 +316,6 @@ def _is_convolutional(model: nn.Module) -> bool:
 
 def _multiplies_bfloat16(kind: str) -> bool:
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.12
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.12
     return kind == "cpu" and bool(capabilities.get("amx_bf16", False))

@@ -158,7 +158,16 @@ def _worst(bound: Bound, readings: Sequence[Reading]) -> Reading:
 
 
 def _measured(rule: Rule, reading: Reading) -> str:
-    return f"{rule.value} is {show(reading.value)}{_where(reading)}, demanded is {rule.bound.text()}"
+    return f"{rule.value} is {_rounded(rule.bound, reading.value)}{_where(reading)}, demanded is {rule.bound.text()}"
+
+
+def _rounded(bound: Bound, value: Any) -> str:
+    """Four digits are enough to read, except where they would hide on which side of the bound a value lies."""
+    if isinstance(value, float):
+        near = float(f"{value:.4g}")
+        if bound.holds(near) == bound.holds(value):
+            return show(near)
+    return show(value)
 
 
 def _where(reading: Reading) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +17,23 @@ from torch import Tensor
 from defense_core.config import require
 
 Augment = Literal["none", "crop", "crop_flip"]
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """A MixUp batch; the loss is ``weight * l(outputs, targets) + (1 - weight) * l(outputs, partners)``.
+
+    Attributes:
+        inputs: mixed inputs, float32, (N, ...).
+        targets: labels of the first part, (N,).
+        partners: labels of the second part, (N,).
+        weight: share of the first part, in [0, 1], one for the batch.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    partners: Tensor
+    weight: float
 
 
 class Task(Protocol):
@@ -32,6 +50,10 @@ class Task(Protocol):
 
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Stored samples after the task's label-preserving random transform."""
+        ...
+
+    def mixup(self, inputs: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> Mixed:
+        """A batch mixed with a permutation of itself."""
         ...
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -113,6 +135,20 @@ class ImageClassification:
         flat = (rows.unsqueeze(2) * (width + 2 * pad) + columns.unsqueeze(1)).reshape(count, 1, -1).to(images.device)
         gathered = padded.flatten(2).gather(2, flat.expand(-1, images.shape[1], -1))
         return gathered.view_as(images)
+
+    def mixup(self, inputs: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> Mixed:
+        """MixUp (Zhang et al., ICLR 2018, eq. 1): one weight ~ Beta(alpha, alpha) and one permutation a batch.
+
+        Args:
+            inputs: normalised inputs, float, (N, ...).
+            targets: labels, int64, (N,).
+            alpha: parameter of the Beta distribution, positive.
+            generator: a CPU generator; the same state gives the same mix.
+        """
+        draw = int(torch.randint(2**63 - 1, (), generator=generator))
+        weight = float(numpy.random.default_rng(draw).beta(alpha, alpha))  # torch's own Beta takes no generator
+        order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+        return Mixed(inputs.mul(weight).add(inputs[order], alpha=1 - weight), targets, targets[order], weight)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy per sample, float32, shape (N,)."""

@@ -15,6 +15,7 @@ from defense_core import __version__
 from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, QuarantineError
 from defense_core.verdict import Verdict
 from pipelines import options as o
+from pipelines.yaml_files import read_mapping
 
 app = typer.Typer(
     name="quarantine",
@@ -65,7 +66,7 @@ def purify(
     from components.purify_model.step import purify_model
     from defense_core.progress import default_progress
 
-    base = o.read_mapping(Path(config)) if config else {}
+    base = read_mapping(Path(config)) if config else {}
     with interruptible() as stop:
         evidence = purify_model(
             Path(model),
@@ -275,7 +276,7 @@ def run(
             "test": test,
             "probes": o.read_probes(probe),
             "methods": [name.strip() for name in methods.split(",")],
-            "configs": o.parse_settings(settings, o.read_mapping(Path(config)) if config else {}),
+            "configs": o.parse_settings(settings, read_mapping(Path(config)) if config else {}),
             "seed": seed,
             "device": device,
             "loading": loading,

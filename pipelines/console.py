@@ -71,6 +71,8 @@ def print_findings(findings: Sequence[Mapping[str, Any]]) -> None:
 
 def shown(value: object) -> str:
     """A value for a table cell: digests and floats shortened."""
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(value) if not isinstance(value, (list, dict)) else json.dumps(value)

@@ -67,12 +67,7 @@ def make_inputs(seed: int) -> DemoInputs:
         digits.subset(part) for part in order.tensor_split([TRAINING_IMAGES, TRAINING_IMAGES + CLEAN_IMAGES])
     )
     probe = probe_from_spec(PROBE, num_classes=10)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = working_copy(architectures.build(ARCHITECTURE, ARGUMENTS), "cpu")
-        for module in network.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+    network = working_copy(architectures.initialise(architectures.build(ARCHITECTURE, ARGUMENTS), seed), "cpu")
     tune(
         network,
         poison(train, probe, rate=POISONING_RATE, seed=seed).data,

@@ -136,6 +136,14 @@ def test_findings_are_sentences():
     assert finding(plain, "r").why == "Met: score is 0.25, demanded is <= 0.5. Because."
 
 
+def test_sentences_round_but_never_across_the_bound():
+    long = decide(policy(rule()), with_score(0.0123456789))
+    assert finding(long, "r").why == "Met: score is 0.01235, demanded is <= 0.5. Because."
+    assert finding(long, "r").value == 0.0123456789
+    beyond = decide(policy(rule()), with_score(0.500001))
+    assert finding(beyond, "r").why == "Not met: score is 0.500001, demanded is <= 0.5. Because."
+
+
 @pytest.mark.parametrize(
     ("score", "sentence"),
     [
