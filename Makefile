@@ -3,11 +3,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PRESET ?= cpu
 DATA ?= $(QUARANTINE_DATA)
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help setup demo test check compile format images bench-demo bench-fetch bench-overhead bench-tsbd clean
+.PHONY: help setup demo test check compile format images bench-demo bench-fetch bench-overhead bench-tsbd tables clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -30,12 +29,13 @@ demo: setup  ## train a backdoored digits model and take it through the whole pi
 test: setup .venv-swift/.ready  ## all tests
 	$(BIN)/python -m pytest
 
-check: setup  ## ruff, mypy, import-linter, compiled pipelines up to date
+check: setup  ## ruff, mypy, import-linter, compiled pipeline and the docs' figures up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pipelines.compile --check
+	$(BIN)/python -m benchmarks.tables --check
 
 compile: setup  ## write the KFP pipeline's IR to build/
 	$(BIN)/quarantine compile --out build
@@ -50,11 +50,20 @@ bench-demo: setup  ## demo.json and demo-quality.json
 bench-fetch: setup .venv-swift/.ready  ## fetch.json
 	$(BIN)/python -m benchmarks.fetch
 
+tables: setup  ## figures from benchmarks/results into the docs
+	$(BIN)/python -m benchmarks.tables
+
 bench-overhead: setup  ## overhead.json
 	$(BIN)/python -m benchmarks.overhead
 
 bench-tsbd: setup  ## tsbd-cifar.json; DATA is the folder with CIFAR-10 as parquet
 	$(BIN)/python -m benchmarks.tsbd_cifar --data $(DATA)
+	$(BIN)/python -m benchmarks.tsbd_cifar --data $(DATA) --ablation
+
+images:  ## build the image of the pipeline's steps with docker, podman or buildah
+	@builder=$$(command -v docker || command -v podman || command -v buildah) || { echo "images needs docker, podman or buildah" >&2; exit 3; }; \
+	version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' defense_core/__init__.py); \
+	$$builder build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --tag "model-quarantine:$$version" --file images/cpu/Dockerfile .
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-swift build demo-output

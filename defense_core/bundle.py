@@ -60,6 +60,7 @@ __all__ = [
     "load_bundle",
     "load_model_file",
     "save_bundle",
+    "untrained_bundle",
 ]
 
 # A command's own account beside the bundle in its --out folder; never read here.
@@ -103,6 +104,23 @@ def save_bundle(bundle: Bundle, path: Path, *, replace: bool = False) -> str:
         write_atomic(folder / WEIGHTS, weights)
         write_atomic(folder / DESCRIPTION, description)
     return sha256_bytes(description)
+
+
+def untrained_bundle(
+    spec: Mapping[str, Any], *, limits: LoadLimits | None = None, trusted_modules: tuple[str, ...] = ()
+) -> Bundle:
+    """The network of ``spec`` (fields of :class:`ModelSpec`; ``num_classes`` may be left out) with random weights.
+
+    Raises:
+        ConfigError, ArchitectureNotAllowed, ArtifactTooLarge, StateDictMismatch: as the names say.
+    """
+    known = from_mapping(ModelSpec, {"architecture_args": {}, "num_classes": 2, **spec, "class_names": ()})
+    model = _build(known, limits or LoadLimits(), trusted_modules)
+    classes = _count_classes(model, known.input_size, known.architecture)
+    if spec.get("num_classes", classes) != classes:
+        raise _wrong_classes(known.architecture, spec["num_classes"], classes)
+    named = {"class_names": spec.get("class_names", ()), "num_classes": classes}
+    return bundle_of(model, from_mapping(ModelSpec, {**to_mapping(known), **named}))
 
 
 def load_bundle(path: Path, *, limits: LoadLimits | None = None, trusted_modules: tuple[str, ...] = ()) -> Bundle:

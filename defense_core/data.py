@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import zipfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy
-import pyarrow
-import pyarrow.parquet
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from defense_core.config import require
 from defense_core.errors import DataError
+from defense_core.image_files import DataLimits, read_images
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
-
-
-@dataclass(frozen=True)
-class DataLimits:
-    """What a clean set may cost to read.
-
-    Attributes:
-        max_images: largest number of images.
-        max_bytes: largest decoded size in memory, bytes.
-    """
-
-    max_images: int = 200_000
-    max_bytes: int = 4 << 30
+__all__ = ["CleanSet", "DataLimits", "Splits", "load_clean_set", "problems_of", "split_clean_set"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,20 +165,7 @@ def load_clean_set(
         DataError: with everything that is wrong, not only the first problem.
     """
     path = Path(path)
-    if path.is_dir():
-        images, labels = _read_folder(path, input_size, limits)
-    elif not path.exists():
-        raise DataError(f"clean set {path} is not there", expected="a .parquet or .npz file, or an image folder")
-    elif path.suffix == ".npz":
-        images, labels = _read_npz(path, input_size, limits)
-    elif path.suffix in (".parquet", ".pq"):
-        images, labels = _read_parquet(path, input_size, limits)
-    else:
-        raise DataError(
-            f"clean set {path} has an unknown format",
-            expected="a .parquet or .npz file, or an image folder",
-            got=path.suffix or "no suffix",
-        )
+    images, labels = read_images(path, input_size, limits)
     problems = list(
         problems_of(
             images, labels, input_size=input_size, num_classes=num_classes, require_all_classes=require_all_classes
@@ -254,133 +222,3 @@ def problems_of(
         yield f"{contradictions} images appear again under another label"
     if copies > len(images) // 2:
         yield f"{copies} of {len(images)} images are exact copies of others"
-
-
-# -- readers ---------------------------------------------------------------------------
-
-
-def _read_parquet(
-    path: Path, input_size: tuple[int, int, int], limits: DataLimits
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = set(table.schema_arrow.names)
-        if not {"image", "label"} <= names:
-            raise DataError(f"{path} lacks columns", expected="columns image and label", got=", ".join(sorted(names)))
-        _check_count(table.metadata.num_rows, input_size, limits)
-        content = table.read(columns=["image", "label"])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable parquet file", expected="parquet", got=str(error)[:200]) from error
-    if not pyarrow.types.is_integer(content.schema.field("label").type):
-        raise DataError(f"{path} has malformed labels", expected="integers", got=content.schema.field("label").type)
-    column = content.column("image")
-    if pyarrow.types.is_struct(column.type):
-        column = column.combine_chunks().field("bytes")
-    labels = content.column("label").to_numpy()
-    encoded = ((f"row {row}", item.as_py()) for row, item in enumerate(column))
-    return _decode_all(encoded, len(labels), input_size), labels.astype(numpy.int64)
-
-
-def _read_folder(
-    path: Path, input_size: tuple[int, int, int], limits: DataLimits
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    folders = sorted(member for member in path.iterdir() if member.is_dir() and not member.name.startswith("."))
-    files = [
-        (file, label)
-        for label, folder in enumerate(folders)
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    _check_count(len(files), input_size, limits)
-    encoded = ((str(file.relative_to(path)), file.read_bytes()) for file, _ in files)
-    return _decode_all(encoded, len(files), input_size), numpy.array([label for _, label in files], dtype=numpy.int64)
-
-
-def _read_npz(path: Path, input_size: tuple[int, int, int], limits: DataLimits) -> tuple[numpy.ndarray, numpy.ndarray]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            declared = sum(member.file_size for member in archive.infolist())
-        if declared > limits.max_bytes:
-            raise DataError(f"{path} is too large", expected=f"at most {limits.max_bytes} bytes unpacked", got=declared)
-        with numpy.load(path, allow_pickle=False) as content:
-            if not {"images", "labels"} <= set(content.files):
-                raise DataError(
-                    f"{path} lacks arrays", expected="arrays images and labels", got=", ".join(content.files)
-                )
-            images, labels = content["images"], content["labels"]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} is no readable npz file", expected="numpy arrays without pickles", got=str(error)[:200]
-        ) from error
-    if images.ndim != 4:
-        raise DataError(f"{path} has malformed images", expected="4 dimensions", got=images.shape)
-    if images.shape[1:] != tuple(input_size) and images.shape[1:] == (*input_size[1:], input_size[0]):
-        images = images.transpose(0, 3, 1, 2)
-    if not numpy.issubdtype(labels.dtype, numpy.integer) or labels.ndim != 1:
-        raise DataError(
-            f"{path} has malformed labels", expected="one integer an image", got=f"{labels.dtype} {labels.shape}"
-        )
-    return numpy.ascontiguousarray(_pixels(images, path)), labels.astype(numpy.int64)
-
-
-def _pixels(images: Any, path: Path) -> numpy.ndarray:
-    if images.dtype == numpy.uint8:
-        return numpy.asarray(images)
-    if numpy.issubdtype(images.dtype, numpy.floating):
-        low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
-        if numpy.isfinite([low, high]).all() and low >= 0 and high <= 1:
-            return numpy.asarray(numpy.rint(images * 255), dtype=numpy.uint8)
-        raise DataError(
-            f"{path} has pixels out of range", expected="floats in [0, 1], or uint8", got=f"{low:g}..{high:g}"
-        )
-    raise DataError(f"{path} has malformed images", expected="uint8, or floats in [0, 1]", got=images.dtype)
-
-
-def _decode_all(
-    encoded: Iterable[tuple[str, bytes | None]], count: int, input_size: tuple[int, int, int]
-) -> numpy.ndarray:
-    images = numpy.empty((count, *input_size), dtype=numpy.uint8)
-    problems: Counter[str] = Counter()
-    first = ""
-    for row, (name, data) in enumerate(encoded):
-        try:
-            images[row] = _decode(data, input_size)
-        except DataError as error:
-            problems[error.what] += 1
-            first = first or f"{name}: {error}"
-    if problems:
-        raise DataError(
-            f"{sum(problems.values())} of {count} images cannot be used",
-            expected=f"images of {input_size[2]}x{input_size[1]} pixels and {input_size[0]} channels",
-            got=f"{first}",
-        )
-    return images
-
-
-def _decode(data: bytes | None, input_size: tuple[int, int, int]) -> numpy.ndarray:
-    channels, height, width = input_size
-    if not isinstance(data, bytes):
-        raise DataError("not image bytes", got=type(data).__name__)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.size != (width, height):
-                raise DataError(
-                    "wrong image size", expected=f"{width}x{height}", got=f"{image.size[0]}x{image.size[1]}"
-                )
-            found = 1 if image.mode in ("L", "1", "I;16", "I", "F") else 3
-            if found != channels:
-                raise DataError("wrong number of channels", expected=channels, got=f"{found} (mode {image.mode})")
-            array = numpy.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise DataError("not an image", got=str(error)[:100]) from error
-    return array.reshape(height, width, channels).transpose(2, 0, 1)
-
-
-def _check_count(count: int, input_size: tuple[int, int, int], limits: DataLimits) -> None:
-    size = count * input_size[0] * input_size[1] * input_size[2]
-    if count > limits.max_images or size > limits.max_bytes:
-        raise DataError(
-            "clean set is too large",
-            expected=f"at most {limits.max_images} images and {limits.max_bytes} bytes",
-            got=f"{count} images, {size} bytes",
-        )

@@ -98,6 +98,24 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def running_statistics(model: nn.Module, *, frozen: bool = True) -> Iterator[None]:
+    """BatchNorm layers normalise by their running statistics and leave them alone.
+
+    Args:
+        frozen: false changes nothing.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)] if frozen else []
+    modes = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer, training in zip(layers, modes, strict=True):
+            layer.training = training
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode, each module's own mode restored on every exit path."""
     modes = [(module, module.training) for module in model.modules()]

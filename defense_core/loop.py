@@ -40,7 +40,6 @@ class Tuning:
         precision: ``fp32``; ``bf16`` autocast; ``auto``: bf16 where the device multiplies
             bfloat16 natively (CUDA, CPUs with AMX) and the network is convolutional.
         max_grad_norm: clip the gradient's global L2 norm to this; 0 leaves it.
-        mixup: parameter of the Beta distribution of MixUp; 0 mixes nothing.
     """
 
     epochs: int
@@ -51,7 +50,6 @@ class Tuning:
     schedule: Literal["constant", "cosine", "onecycle"] = "constant"
     precision: Precision = "auto"
     max_grad_norm: float = 0.0
-    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
@@ -60,7 +58,6 @@ class Tuning:
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         require(self.max_grad_norm >= 0, "max_grad_norm", "0 or more", self.max_grad_norm)
-        require(self.mixup >= 0, "mixup", "0 or more", self.mixup)
 
 
 def working_copy(model: nn.Module, device: torch.device | str) -> nn.Module:
@@ -93,6 +90,22 @@ def finished(model: nn.Module, method: str) -> nn.Module:
         parameter.grad = None
         parameter.requires_grad_(True)
     return model.eval()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
+    """Random numbers that a network draws by itself (dropout, drop path) follow ``seed`` inside.
+
+    Outside, the process's random state is what it was.
+    """
+    place = torch.device(device)
+    cuda = [place] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(place):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def plain_step(model: nn.Module, loss_of: LossOf) -> Tensor:
@@ -156,6 +169,7 @@ def tune(
     name: str,
     step: Step = plain_step,
     sign: float = 1.0,
+    mixup: float = 0.0,
     after_step: Callable[[], None] | None = None,
     after_epoch: Callable[[int], bool] | None = None,
 ) -> list[HistoryRow]:
@@ -166,6 +180,7 @@ def tune(
         data: samples, moved to ``device`` once.
         step: fills ``parameter.grad`` and returns the loss.
         sign: -1 for gradient ascent.
+        mixup: parameter of the Beta distribution of MixUp; 0 mixes nothing.
         after_step: called after each optimiser step (clamp, project, mask).
         after_epoch: called with the number of finished epochs; true ends the loop early.
 
@@ -187,7 +202,7 @@ def tune(
     context = autocast(model, tuning.precision, device)
     history: list[HistoryRow] = []
     model.train()
-    with progress.phase(name, total=tuning.epochs * steps_per_epoch) as phase:
+    with seeded(seed, device), progress.phase(name, total=tuning.epochs * steps_per_epoch) as phase:
         shown = math.nan
         for epoch in range(tuning.epochs):
             total = torch.zeros((), device=device)
@@ -196,7 +211,7 @@ def tune(
                 images = task.augmented(data.images[index], generator)
                 inputs = channels_last(task.inputs(images))
                 targets = data.labels[index]
-                mixed = task.mixup(inputs, targets, tuning.mixup, generator) if tuning.mixup else None
+                mixed = task.mixup(inputs, targets, mixup, generator) if mixup else None
 
                 def loss_of(inputs: Tensor = inputs, targets: Tensor = targets, mixed: Mixed | None = mixed) -> Tensor:
                     with context():

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from defense_core import __version__
-from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, QuarantineError
+from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, ConfigError, QuarantineError
 from defense_core.verdict import Verdict
 from pipelines import options as o
+from pipelines.lab_cli import app as lab_app
 from pipelines.yaml_files import read_mapping
 
 app = typer.Typer(
@@ -26,6 +26,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(lab_app, name="lab")
+
+# typer brings a click of its own, under a private name; this is the base of its usage errors.
+_CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 Out = Annotated[Path, typer.Option(help="Folder to create; nothing is left of it if the command fails.")]
 
@@ -357,10 +362,13 @@ def main() -> None:
     except QuarantineError as error:
         print_error(error, as_json=as_json)
         code = error.exit_code
-    except click.ClickException as error:
-        error.show()
+    except _CLICK_ERROR as error:
+        if as_json:
+            print_error(ConfigError(error.format_message(), hint="See --help"), as_json=True)
+        else:
+            error.show()
         code = EXIT_USAGE
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = EXIT_UNKNOWN
     sys.exit(code if isinstance(code, int) else 0)
 

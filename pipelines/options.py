@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from components._runtime.plan import Loading
+from components._runtime.plan import MAX_SEED, Loading
 from defense_core.config import from_mapping
 from defense_core.errors import ConfigError
 from defense_core.limits import LoadLimits
@@ -58,7 +58,7 @@ Sha256 = Annotated[
 Clean = Annotated[str, typer.Option(help="Clean set: .parquet, .npz or an image folder.")]
 Test = Annotated[str, typer.Option(help="Test set that figures are quoted on; default: a fifth of the clean set.")]
 Probes = Annotated[list[Path], typer.Option("--probe", help="Trigger specification, YAML; repeatable.")]
-Seed = Annotated[int, typer.Option(help="Seed of the splits and of the method.")]
+Seed = Annotated[int, typer.Option(help="Seed of the splits and of the method.", min=0, max=MAX_SEED)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Settings = Annotated[list[str], typer.Option("--set", help="One setting: n=0.15; repeatable.", metavar="KEY=VALUE")]
@@ -133,7 +133,10 @@ def parse_settings(settings: list[str], base: Mapping[str, Any] | None = None) -
 
 
 def read_probes(paths: list[Path]) -> tuple[Mapping[str, Any], ...]:
-    """Trigger specifications from YAML files that hold one mapping or a list of them."""
+    """Trigger specifications from YAML files that hold one mapping or a list of them.
+
+    The file of a learned trigger (``path``) is relative to the specification that names it.
+    """
     probes: list[Mapping[str, Any]] = []
     for path in paths:
         content = read_yaml(path)
@@ -142,8 +145,14 @@ def read_probes(paths: list[Path]) -> tuple[Mapping[str, Any], ...]:
                 raise ConfigError(
                     f"{path} is malformed", expected="a probe, or a list of probes", got=type(probe).__name__
                 )
-            probes.append(probe)
+            probes.append(beside(path, probe))
     return tuple(probes)
+
+
+def beside(specification: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``content`` with its ``path``, if it has one, seen from the folder of ``specification``."""
+    named = content.get("path")
+    return {**content, "path": str(specification.parent / named)} if isinstance(named, str) else content
 
 
 def read_policy(name: str) -> dict[str, Any]:

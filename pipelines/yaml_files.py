@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,19 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = {str(key) for key in keys if keys.count(key) > 1}
+        counted = Counter(key for key in keys if isinstance(key, Hashable))
+        repeated = {str(key) for key, count in counted.items() if count > 1}
         if repeated:
             raise yaml.constructor.ConstructorError(
                 None, None, f"repeated key {', '.join(sorted(repeated))}", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, where 1e-3 is text; in YAML 1.2 and in JSON it is a number.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -15,6 +15,8 @@ from defense_core.config import digest, from_mapping, require, to_mapping
 from defense_core.errors import ConfigError, EvidenceMismatch
 from defense_core.limits import LoadLimits
 
+MAX_SEED = 2**63 - 1
+"""Largest seed that torch takes."""
 REPORT_SHARE = 0.2
 """Share of the clean set that figures are quoted on where there is no test set."""
 
@@ -75,7 +77,7 @@ class Plan:
         require(len(set(self.methods)) == len(self.methods), "methods", "each method once", self.methods)
         unused = sorted(set(self.configs) - set(self.methods))
         require(not unused, "configs", "methods of this run: " + ", ".join(self.methods), ", ".join(unused))
-        require(self.seed >= 0, "seed", "0 or more", self.seed)
+        require(0 <= self.seed <= MAX_SEED, "seed", f"0 to {MAX_SEED}", self.seed)
         require(self.device.split(":")[0] in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
 
     def identity(self, *, source: str, clean: str, test: str | None, policy: str) -> Identity:

@@ -5,7 +5,18 @@ Nothing under ``defense_core.purify`` or ``defense_core.scan`` may import this p
 
 from defense_core.attacks.badnets import BadNets
 from defense_core.attacks.blended import Blended
-from defense_core.attacks.poison import Poisoned, poison
+from defense_core.attacks.poison import Poisoned, Poisoning, poison, poison_by
 from defense_core.attacks.probe import TRIGGERS, Probe, Trigger, probe_from_spec
 
-__all__ = ["TRIGGERS", "BadNets", "Blended", "Poisoned", "Probe", "Trigger", "poison", "probe_from_spec"]
+__all__ = [
+    "TRIGGERS",
+    "BadNets",
+    "Blended",
+    "Poisoned",
+    "Poisoning",
+    "Probe",
+    "Trigger",
+    "poison",
+    "poison_by",
+    "probe_from_spec",
+]

@@ -10,8 +10,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from defense_core.attacks.adaptive_blend import AdaptiveBlend
 from defense_core.attacks.badnets import BadNets
 from defense_core.attacks.blended import Blended
+from defense_core.attacks.bpp import Bpp
+from defense_core.attacks.fba import ColourStyle
+from defense_core.attacks.input_aware import InputAware
+from defense_core.attacks.label_consistent import LabelConsistent
+from defense_core.attacks.lf import LowFrequency
+from defense_core.attacks.lira import Lira
+from defense_core.attacks.sig import Sinusoid
+from defense_core.attacks.ssba import Ssba
+from defense_core.attacks.trojan import Trojan
+from defense_core.attacks.wanet import WaNet
 from defense_core.config import from_mapping
 from defense_core.errors import ConfigError
 
@@ -24,8 +35,22 @@ class Trigger(Protocol):
         ...
 
 
-TRIGGERS: dict[str, type[Any]] = {"badnets": BadNets, "blended": Blended}
-"""Trigger kinds by the name that probe files use."""
+TRIGGERS: dict[str, type[Any]] = {
+    "badnets": BadNets,
+    "blended": Blended,
+    "sig": Sinusoid,
+    "wanet": WaNet,
+    "bpp": Bpp,
+    "adaptive_blend": AdaptiveBlend,
+    "label_consistent": LabelConsistent,
+    "low_frequency": LowFrequency,
+    "trojan": Trojan,
+    "input_aware": InputAware,
+    "lira": Lira,
+    "ssba": Ssba,
+    "fba": ColourStyle,
+}
+"""Trigger kinds by the name that probe files use. Learned kinds name a file by ``path`` and ``sha256``."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +113,7 @@ def probe_from_spec(spec: Mapping[str, Any], *, num_classes: int) -> Probe:
             "probe specification is malformed", expected="a mapping with a key kind", got=type(spec).__name__
         )
     kind = spec["kind"]
-    if kind not in TRIGGERS:
+    if not isinstance(kind, str) or kind not in TRIGGERS:
         raise ConfigError("probe kind is unknown", expected="one of " + ", ".join(sorted(TRIGGERS)), got=repr(kind))
     name = str(spec.get("name", kind))
     target = spec.get("target", 0)

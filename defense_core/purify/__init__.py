@@ -13,12 +13,13 @@ from torch import nn
 
 from defense_core.data import Splits
 from defense_core.errors import ConfigError
+from defense_core.loop import seeded
 from defense_core.progress import Progress
-from defense_core.purify import fine_tuning, tsbd
+from defense_core.purify import fast_fip, fine_tuning, fip, nft, ngf, tsbd
 from defense_core.purify.base import Method, Purified
 from defense_core.task import Task
 
-METHODS: dict[str, Method] = {row.METHOD.name: row.METHOD for row in (fine_tuning, tsbd)}
+METHODS: dict[str, Method] = {row.METHOD.name: row.METHOD for row in (fine_tuning, tsbd, nft, ngf, fip, fast_fip)}
 """Every method by the name that ``--method`` takes."""
 
 __all__ = ["METHODS", "Method", "Purified", "method_named", "purify"]
@@ -54,4 +55,5 @@ def purify(
         raise ConfigError(
             f"{method} was given another method's config", expected=row.config.__name__, got=type(config).__name__
         )
-    return row.function(model, clean, config, task=task, seed=seed, device=device, progress=progress)
+    with seeded(seed, device):
+        return row.function(model, clean, config, task=task, seed=seed, device=device, progress=progress)

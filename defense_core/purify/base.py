@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from defense_core.data import CleanSet, Splits
+from defense_core.errors import MethodDiverged
 from defense_core.loop import HistoryRow
 from defense_core.progress import Progress
 from defense_core.task import Task
@@ -82,13 +83,14 @@ def strongest_within(
     reference: float,
     max_drop: float,
     images: int,
-) -> tuple[float, T, list[dict[str, float]]]:
+) -> tuple[float, T, list[dict[str, float | None]]]:
     """The declared rule for every hyper-parameter that trades accuracy for removal.
 
     Strengths are tried in ascending order while the accuracy on the *select* split stays
     within ``max_drop`` of the unpurified model's; the last one that did is taken, or the
     weakest where even that did not. Going up rather than down spends trials only while they
-    buy something. On a small split the bound is never tighter than two images.
+    buy something. On a small split the bound is never tighter than two images. A candidate
+    that diverges is too strong, like one that costs too much; the weakest may not diverge.
 
     Args:
         strengths: candidates, at least one.
@@ -98,17 +100,25 @@ def strongest_within(
         images: size of the select split.
 
     Returns:
-        The strength, what was made at it, and one row per trial.
+        The strength, what was made at it, and one row per trial; ``accuracy`` is ``None``
+        where the trial diverged.
+
+    Raises:
+        MethodDiverged: even the weakest candidate diverged.
     """
     allowed = max(max_drop, 2 / max(images, 1)) + 1e-9
     first, *others = sorted(strengths)
     chosen = first
     reached, made = attempt(first)
-    trials = [{"strength": first, "accuracy": reached}]
+    trials: list[dict[str, float | None]] = [{"strength": first, "accuracy": reached}]
     for strength in others:
         if reference - reached > allowed:
             break
-        reached, candidate = attempt(strength)
+        try:
+            reached, candidate = attempt(strength)
+        except MethodDiverged:
+            trials.append({"strength": strength, "accuracy": None})
+            break
         trials.append({"strength": strength, "accuracy": reached})
         if reference - reached <= allowed:
             chosen, made = strength, candidate

@@ -151,7 +151,9 @@ def purify(
         selected = zero_masks(layers, changes, n=n, m=config.m, variant=config.variant)
         set_weights(layers, original)
         zero(layers, selected)
-        return select_accuracy(pruned), selected
+        reached = select_accuracy(pruned)
+        choosing.advance()
+        return reached, selected
 
     def attempt_rate(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
         repaired = working_copy(pruned, device)
@@ -159,13 +161,15 @@ def purify(
         return select_accuracy(repaired), (repaired, rows)
 
     images = len(chooser(clean))
-    n, selected, n_trials = strongest_within(
-        config.n_grid if config.n is None else (config.n,),
-        attempt_ratio,
-        reference=reference,
-        max_drop=(1 - config.stage1_keep) * reference,
-        images=images,
-    )
+    ratios = config.n_grid if config.n is None else (config.n,)
+    with progress.phase("choose n", total=len(ratios)) as choosing:
+        n, selected, n_trials = strongest_within(
+            ratios,
+            attempt_ratio,
+            reference=reference,
+            max_drop=(1 - config.stage1_keep) * reference,
+            images=images,
+        )
     set_weights(layers, original)
     zero(layers, selected)
     after_stage1 = select_accuracy(pruned)

@@ -1,0 +1,191 @@
+"""Figures from ``results/*.json`` into ``docs/benchmarks.md`` and ``README.md``, so that no figure is typed by hand.
+
+``python -m benchmarks.tables`` rewrites what stands between the markers ``<!-- name -->`` and
+``<!-- /name -->``; ``--check`` fails where that would change a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.results import FOLDER
+
+ROOT = FOLDER.parent.parent
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "methods.md", ROOT / "README.md")
+MARKED = re.compile(r"<!-- (?P<name>[a-z-]+) -->\n(?P<body>.*?)<!-- /(?P=name) -->", re.DOTALL)
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A results file; ``None`` where it has not been measured yet."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def grid(rows: Rows, columns: Sequence[str]) -> str:
+    """Rows as a Markdown table of ``columns``."""
+    return _table(columns, ([_text(row.get(column)) for column in columns] for row in rows))
+
+
+def measured(name: str, columns: Sequence[str]) -> str:
+    """All rows of a results file, with the command and the machine."""
+    content = load(name)
+    if content is None:
+        return "Not yet measured.\n"
+    return grid(content["rows"], columns) + _source(content)
+
+
+def tsbd_summary(rows: Rows) -> str:
+    """Means over seeds, and the worst ASR, of each attack, victim and method."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["attack"], row["victim_seed"], row["method"]), []).append(row)
+    columns = (
+        "attack",
+        "victim",
+        "method",
+        "ACC before",
+        "ACC",
+        "ASR before",
+        "ASR",
+        "worst ASR",
+        "RA",
+        "DER",
+        "seconds",
+    )
+
+    def lines() -> Iterable[list[str]]:
+        for (attack, seed, method), members in groups.items():
+
+            def mean(field: str, members: list[Mapping[str, Any]] = members) -> str:
+                return _text(statistics.fmean(float(row[field]) for row in members))
+
+            worst = _text(max(row["asr_after"] for row in members))
+            figures = [mean(field) for field in ("acc_before", "acc_after", "asr_before", "asr_after")]
+            yield [attack, str(seed), method, *figures, worst, mean("ra_after"), mean("der"), mean("seconds")]
+
+    return _table(columns, lines())
+
+
+def _tsbd_cifar() -> str:
+    content = load("tsbd-cifar")
+    return "Not yet measured.\n" if content is None else tsbd_summary(content["rows"]) + _source(content)
+
+
+def readme_rows() -> str:
+    """The README's table: the figures that a visitor asks for first."""
+    lines: list[list[str]] = []
+    demo, quality, cifar, fetch = (load(name) for name in ("demo", "demo-quality", "tsbd-cifar", "fetch"))
+    if demo:
+        total = next(row for row in demo["rows"] if row["step"] == "total")
+        lines.append(
+            [f"`make demo` after installation, {demo['device']}", f"{total['seconds']} s, peak {total['peak_mb']} MB"]
+        )
+    if quality:
+        for method, label in (("tsbd", "TSBD"), ("fine_tuning", "plain fine-tuning, the control")):
+            rows = [row for row in quality["rows"] if row["method"] == method]
+            worst = max(row["asr_after"] for row in rows)
+            lines.append(
+                [f"Digits, BadNets, {len(rows)} seeds, {label}", f"{_change(rows)}; worst seed ASR {worst:.3f}"]
+            )
+    if cifar:
+        for attack in dict.fromkeys(row["attack"] for row in cifar["rows"]):
+            for method, label in (("tsbd", "TSBD"), ("fine_tuning", "the control")):
+                rows = [row for row in cifar["rows"] if (row["attack"], row["method"]) == (attack, method)]
+                lines.append([f"CIFAR-10, {attack}, 5 % clean, {len(rows)} runs, {label}", _change(rows)])
+    if fetch:
+        row = fetch["rows"][-1]
+        ratio = row["baseline_seconds"] / row["seconds"]
+        size = row["size_bytes"] / 2**30
+        lines.append(
+            [
+                f"Fetch of {size:g} GiB, digest included",
+                f"{ratio:.2f} x boto3's throughput, {row['added_rss_mb']:.0f} MB added",
+            ]
+        )
+    return _table(("measured", "figure"), lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": lambda: measured("demo", ("step", "seconds", "peak_mb")),
+    "demo-quality": lambda: measured(
+        "demo-quality", ("seed", "method", "acc_before", "acc_after", "asr_before", "asr_after", "ra_after", "der")
+    ),
+    "fetch": lambda: measured("fetch", ("size_bytes", "seconds", "baseline_seconds", "added_rss_mb")),
+    "overhead": lambda: measured(
+        "overhead", ("step", "seconds", "direct_seconds", "import_seconds", "overhead_seconds")
+    ),
+    "tsbd-cifar": _tsbd_cifar,
+    "tsbd-ablation": lambda: measured(
+        "tsbd-ablation", ("attack", "ablation", "acc_before", "acc_after", "asr_after", "ra_after", "der", "seconds")
+    ),
+    "readme": readme_rows,
+}
+
+
+def rendered(text: str) -> str:
+    """A page with its marked sections made anew."""
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- {name} -->\n{SECTIONS[name]()}<!-- /{name} -->"
+
+    return MARKED.sub(section, text)
+
+
+def main() -> int:
+    """Exit code 0, or 1 where ``--check`` finds a page behind its figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is behind")
+    options = parser.parse_args()
+    behind = []
+    for page in PAGES:
+        before = page.read_text("utf-8")
+        after = rendered(before)
+        if after != before:
+            behind.append(page)
+            if not options.check:
+                page.write_text(after, "utf-8")
+    if options.check and behind:
+        print(
+            "behind their figures: " + ", ".join(map(str, behind)) + "; run python -m benchmarks.tables",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _change(rows: Rows) -> str:
+    def mean(field: str) -> float:
+        return statistics.fmean(float(row[field]) for row in rows)
+
+    asr = f"ASR {mean('asr_before'):.3f} → {mean('asr_after'):.3f}"
+    return f"{asr}, ACC {mean('acc_before'):.3f} → {mean('acc_after'):.3f}"
+
+
+def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    drawn = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join([*drawn, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+
+
+def _source(content: Mapping[str, Any]) -> str:
+    return (
+        f"\n`{content['command']}` at commit `{content['commit']}`, {content['device']}, {content['started'][:10]}.\n"
+    )
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Labelled images in files: parquet, image folder, npz. Bounded, never unpickled, whole or refused."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import math
+import stat
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow
+import pyarrow.parquet
+from PIL import Image, UnidentifiedImageError
+
+from defense_core.errors import DataError
+
+# Pillow knows more, some of which start other programs (EPS); a stranger's file must not choose.
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
+
+_Read = tuple[numpy.ndarray, numpy.ndarray]
+_BATCH_ROWS = 256
+_NPZ_ERRORS = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+
+
+@dataclass(frozen=True)
+class DataLimits:
+    """What a clean set may cost to read.
+
+    Attributes:
+        max_images: largest number of images.
+        max_bytes: largest size, bytes: of the files, of what they unpack to, and of the decoded images.
+    """
+
+    max_images: int = 200_000
+    max_bytes: int = 4 << 30
+
+
+def read_images(path: Path, input_size: tuple[int, int, int], limits: DataLimits) -> _Read:
+    """Images, uint8 (N, C, H, W), and labels, int64 (N,), of the set at ``path``; the format follows its name.
+
+    Raises:
+        DataError: absent, damaged, too large, or an image that cannot be used.
+    """
+    if path.is_dir():
+        return _read_folder(path, input_size, limits)
+    if not path.exists():
+        raise DataError(f"clean set {path} is not there", expected="a .parquet or .npz file, or an image folder")
+    if path.suffix == ".npz":
+        return _read_npz(path, input_size, limits)
+    if path.suffix in (".parquet", ".pq"):
+        return _read_parquet(path, input_size, limits)
+    raise DataError(
+        f"clean set {path} has an unknown format",
+        expected="a .parquet or .npz file, or an image folder",
+        got=path.suffix or "no suffix",
+    )
+
+
+# -- parquet ---------------------------------------------------------------------------
+
+
+def _read_parquet(path: Path, input_size: tuple[int, int, int], limits: DataLimits) -> _Read:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = set(table.schema_arrow.names)
+            if not {"image", "label"} <= names:
+                raise DataError(
+                    f"{path} lacks columns", expected="columns image and label", got=", ".join(sorted(names))
+                )
+            kind = table.schema_arrow.field("label").type
+            if not pyarrow.types.is_integer(kind):
+                raise DataError(f"{path} has malformed labels", expected="integers", got=kind)
+            groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+            _check_size(table.metadata.num_rows, sum(group.total_byte_size for group in groups), input_size, limits)
+            labels = numpy.empty(table.metadata.num_rows, dtype=numpy.int64)
+            return _decode_all(_parquet_rows(table, labels, path), len(labels), input_size), labels
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no readable parquet file", expected="parquet", got=str(error)[:200]) from error
+
+
+def _parquet_rows(
+    table: pyarrow.parquet.ParquetFile, labels: numpy.ndarray, path: Path
+) -> Iterator[tuple[str, object]]:
+    """Encoded images row by row; ``labels`` is filled on the way."""
+    row = 0
+    for batch in table.iter_batches(_BATCH_ROWS, columns=["image", "label"]):
+        column = batch.column("label")
+        if column.null_count:
+            raise DataError(f"{path} has malformed labels", expected="a label a row", got=f"{column.null_count} nulls")
+        labels[row : row + len(column)] = column.to_numpy(zero_copy_only=False).astype(numpy.int64)
+        for image in batch.column("image"):
+            value = image.as_py()
+            # The datasets library stores {"bytes": …, "path": …}.
+            yield f"row {row}", value.get("bytes") if isinstance(value, dict) else value
+            row += 1
+
+
+# -- image folder ----------------------------------------------------------------------
+
+
+def _read_folder(path: Path, input_size: tuple[int, int, int], limits: DataLimits) -> _Read:
+    try:
+        folders = sorted(member for member in path.iterdir() if member.is_dir() and not member.name.startswith("."))
+        files = [
+            (file, label)
+            for label, folder in enumerate(folders)
+            for file in sorted(folder.iterdir())
+            if file.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        _check_size(len(files), sum(_file_size(file) for file, _ in files), input_size, limits)
+        encoded = ((str(file.relative_to(path)), file.read_bytes()) for file, _ in files)
+        images = _decode_all(encoded, len(files), input_size)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read", expected="readable image files", got=f"{error.filename}: {error.strerror}"
+        ) from error
+    return images, numpy.array([label for _, label in files], dtype=numpy.int64)
+
+
+def _file_size(file: Path) -> int:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{file} is no file", expected="an image file", got=stat.filemode(status.st_mode))
+    return status.st_size
+
+
+# -- npz -------------------------------------------------------------------------------
+
+
+def _read_npz(path: Path, input_size: tuple[int, int, int], limits: DataLimits) -> _Read:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            if not {"images", "labels"} <= members.keys():
+                raise DataError(f"{path} lacks arrays", expected="arrays images and labels", got=", ".join(members))
+            images = _read_npy(archive, members["images"], path, input_size, limits)
+            labels = _read_npy(archive, members["labels"], path, input_size, limits)
+    except _NPZ_ERRORS as error:
+        raise DataError(
+            f"{path} is no readable npz file", expected="numpy arrays without pickles", got=str(error)[:200]
+        ) from error
+    if images.ndim != 4:
+        raise DataError(f"{path} has malformed images", expected="4 dimensions", got=images.shape)
+    if images.shape[1:] != tuple(input_size) and images.shape[1:] == (*input_size[1:], input_size[0]):
+        images = images.transpose(0, 3, 1, 2)
+    if not numpy.issubdtype(labels.dtype, numpy.integer) or labels.ndim != 1:
+        raise DataError(
+            f"{path} has malformed labels", expected="one integer an image", got=f"{labels.dtype} {labels.shape}"
+        )
+    return numpy.ascontiguousarray(_pixels(images, path)), labels.astype(numpy.int64)
+
+
+def _read_npy(
+    archive: zipfile.ZipFile,
+    member: zipfile.ZipInfo,
+    path: Path,
+    input_size: tuple[int, int, int],
+    limits: DataLimits,
+) -> numpy.ndarray:
+    """One array; numpy allocates what the header promises, so the promise is held against the size first."""
+    with archive.open(member) as stream:
+        shape, dtype, header_bytes = _npy_header(stream)
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds pickled objects")
+    _check_size(shape[0] if shape else 1, member.file_size, input_size, limits)
+    if header_bytes + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{member.filename} promises {shape} of {dtype} in {member.file_size} bytes")
+    with archive.open(member) as stream:
+        array: numpy.ndarray = numpy.lib.format.read_array(stream, allow_pickle=False)
+    return array
+
+
+def _npy_header(stream: Any) -> tuple[tuple[int, ...], numpy.dtype[Any], int]:
+    readers = {
+        (1, 0): numpy.lib.format.read_array_header_1_0,
+        (2, 0): numpy.lib.format.read_array_header_2_0,
+    }
+    version = numpy.lib.format.read_magic(stream)
+    if version not in readers:
+        raise ValueError(f"numpy format version {version}")
+    shape, _, dtype = readers[version](stream)
+    return tuple(shape), dtype, int(stream.tell())
+
+
+def _pixels(images: numpy.ndarray, path: Path) -> numpy.ndarray:
+    if images.dtype == numpy.uint8:
+        return images
+    if numpy.issubdtype(images.dtype, numpy.floating):
+        low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
+        if numpy.isfinite([low, high]).all() and low >= 0 and high <= 1:
+            rounded: numpy.ndarray = numpy.rint(images * 255).astype(numpy.uint8)
+            return rounded
+        raise DataError(
+            f"{path} has pixels out of range", expected="floats in [0, 1], or uint8", got=f"{low:g}..{high:g}"
+        )
+    raise DataError(f"{path} has malformed images", expected="uint8, or floats in [0, 1]", got=images.dtype)
+
+
+# -- images ----------------------------------------------------------------------------
+
+
+def _decode_all(encoded: Iterable[tuple[str, object]], count: int, input_size: tuple[int, int, int]) -> numpy.ndarray:
+    images = numpy.empty((count, *input_size), dtype=numpy.uint8)
+    problems: Counter[str] = Counter()
+    first = ""
+    for row, (name, data) in enumerate(encoded):
+        try:
+            images[row] = _decode(data, input_size)
+        except DataError as error:
+            problems[error.what] += 1
+            first = first or f"{name}: {error}"
+    if problems:
+        raise DataError(
+            f"{sum(problems.values())} of {count} images cannot be used",
+            expected=f"images of {input_size[2]}x{input_size[1]} pixels and {input_size[0]} channels",
+            got=f"{first}",
+        )
+    return images
+
+
+def _decode(data: object, input_size: tuple[int, int, int]) -> numpy.ndarray:
+    channels, height, width = input_size
+    if not isinstance(data, bytes):
+        raise DataError("not image bytes", got=type(data).__name__)
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.size != (width, height):
+                raise DataError(
+                    "wrong image size", expected=f"{width}x{height}", got=f"{image.size[0]}x{image.size[1]}"
+                )
+            found = 1 if image.mode in ("L", "1", "I;16", "I", "F") else 3
+            if found != channels:
+                raise DataError("wrong number of channels", expected=channels, got=f"{found} (mode {image.mode})")
+            array = numpy.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise DataError("not an image", got=str(error)[:100]) from error
+    return array.reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _check_size(count: int, stored_bytes: int, input_size: tuple[int, int, int], limits: DataLimits) -> None:
+    decoded_bytes = count * math.prod(input_size)
+    if count > limits.max_images or max(stored_bytes, decoded_bytes) > limits.max_bytes:
+        raise DataError(
+            "clean set is too large",
+            expected=f"at most {limits.max_images} images and {limits.max_bytes} bytes",
+            got=f"{count} images, {max(stored_bytes, decoded_bytes)} bytes",
+        )

@@ -1,0 +1,360 @@
+"""Gradients per sample: exact, a rule per layer type, and the general method for the rest.
+
+A convolution, linear, BatchNorm or LayerNorm layer's gradient for one sample follows from its
+input and from the loss gradient at its output, which one backward pass over a whole chunk gives
+for all samples at once. Every other parameter goes through ``torch.func``'s ``vmap(grad)``.
+
+Everything here runs with the model in eval mode: in training mode BatchNorm makes the loss of
+one sample depend on the others, and "the gradient of a sample" means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from defense_core.errors import ConfigError
+from defense_core.layers import evaluating
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, targets) to the loss of each sample, shape (N,): ``task.losses``."""
+
+
+@contextmanager
+def samples_apart(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode and full precision, in which no sample's loss depends on another's.
+
+    Raises:
+        ConfigError: a BatchNorm layer keeps no running statistics, and so normalises by the
+            batch in eval mode too.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ConfigError(
+                f"curvature cannot be measured through {name}",
+                expected="BatchNorm with running statistics",
+                got="track_running_stats=False",
+            )
+    devices = {parameter.device.type for parameter in model.parameters()}
+    kind = devices.pop() if devices else "cpu"
+    # The fused attention kernels have no second derivative.
+    with evaluating(model), torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        yield model
+
+
+@dataclass(eq=False)
+class Recorded:
+    """What layers saw in the last forward pass.
+
+    Attributes:
+        inputs: module name to the first argument of each call.
+        outputs: module name to the result of each call.
+    """
+
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module]) -> Iterator[Recorded]:
+    """Record inputs and outputs of ``modules`` in every forward pass; hooks go on every exit path."""
+    seen = Recorded()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def record(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen.inputs.setdefault(name, []).append(arguments[0])
+            seen.outputs.setdefault(name, []).append(output)
+            return output.clone()  # a following in-place operation must not reach what is recorded
+
+        return record
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    losses: Losses,
+    names: Sequence[str],
+    weights: Tensor | None = None,
+    chunk_size: int = 32,
+) -> Tensor:
+    """Gradient of each sample's loss by ``vmap(grad)``.
+
+    Args:
+        inputs: (N, ...), as the model wants them.
+        targets: (N,).
+        losses: per-sample loss.
+        names: parameters, in the order of the result's columns.
+        weights: (N,) factors on the losses, or ``None`` for 1.
+        chunk_size: samples at once.
+
+    Returns:
+        (N, P): the parameters of ``names``, flattened and concatenated.
+
+    Raises:
+        ConfigError: a name is unknown, or BatchNorm keeps no running statistics.
+    """
+    parameters, buffers = _state(model)
+    _check_names(parameters, names)
+    moving = {name: parameters[name] for name in names}
+    fixed = {**buffers, **{name: value for name, value in parameters.items() if name not in moving}}
+    factors = torch.ones(len(inputs), device=inputs.device) if weights is None else weights
+
+    def loss(moved: dict[str, Tensor], sample: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+        outputs = functional_call(model, {**moved, **fixed}, (sample.unsqueeze(0),))
+        return factor * losses(outputs, target.unsqueeze(0))[0]
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0, 0), randomness="error")
+    rows = []
+    with samples_apart(model):
+        for start in range(0, len(inputs), chunk_size):
+            part = slice(start, start + chunk_size)
+            gradients = each(moving, inputs[part], targets[part], factors[part])
+            rows.append(torch.cat([gradients[name].flatten(1) for name in names], dim=1))
+    return torch.cat(rows)
+
+
+def squared_gradients(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    losses: Losses,
+    names: Sequence[str],
+    weights: Tensor | None = None,
+    chunk_size: int = 32,
+    by_layer: bool = True,
+) -> dict[str, Tensor]:
+    """``sum_n (d loss_n / d theta_i)^2`` for each parameter, exact.
+
+    Args:
+        by_layer: use the layers' rules where there is one; ``vmap`` for everything otherwise.
+            A rule is used only where the gradients that it gives for the first chunk add up to
+            autograd's: tied weights and layers called by another road fall back by themselves.
+
+    Returns:
+        Parameter name to a tensor shaped like the parameter.
+
+    Raises:
+        ConfigError: as :func:`per_sample_gradients`.
+    """
+    parameters, _ = _state(model)
+    _check_names(parameters, names)
+    sums = {name: torch.zeros_like(parameters[name], memory_format=torch.contiguous_format) for name in names}
+    factors = torch.ones(len(inputs), device=inputs.device) if weights is None else weights
+    owners = _owners(model, names) if by_layer else {}
+    with samples_apart(model):
+        for start in range(0, len(inputs), chunk_size):
+            part = slice(start, start + chunk_size)
+            chunk = (inputs[part], targets[part], factors[part])
+            if start == 0 and owners:
+                owners = _trustworthy(model, owners, chunk, losses)
+            for name, (_, squares) in _by_rule(model, owners, chunk, losses, totals=False).items():
+                sums[name] += squares
+            others = [name for name in names if name not in owners]
+            if others:
+                rows = per_sample_gradients(
+                    model, chunk[0], chunk[1], losses=losses, names=others, weights=chunk[2], chunk_size=chunk_size
+                )
+                for name, block in zip(others, _columns(rows, [sums[name] for name in others]), strict=True):
+                    sums[name] += block.square().sum(0)
+    return sums
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    return parameters, {name: value.detach() for name, value in model.named_buffers()}
+
+
+def _check_names(parameters: dict[str, Tensor], names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in parameters]
+    if unknown or not names:
+        raise ConfigError("parameters are unknown", expected="names of the model's parameters", got=unknown or "none")
+
+
+def _columns(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """(N, P) as one (N, *shape) block per tensor of ``like``."""
+    blocks = rows.split([tensor.numel() for tensor in like], dim=1)
+    return [block.view(len(rows), *tensor.shape) for block, tensor in zip(blocks, like, strict=True)]
+
+
+Chunk = tuple[Tensor, Tensor, Tensor]
+Moments = tuple[Tensor | None, Tensor]
+"""Sum over the samples of the gradient (where asked for), and of its square."""
+Owners = dict[str, tuple[str, nn.Module, str]]
+"""Parameter name to its module's name, the module, and ``weight`` or ``bias``."""
+
+
+def _owners(model: nn.Module, names: Sequence[str]) -> Owners:
+    """Parameters whose layer has a rule."""
+    found: Owners = {}
+    for path, module in model.named_modules():
+        if not _has_rule(module):
+            continue
+        for part, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{part}" if path else part
+            if full in names:
+                found[full] = (path, module, part)
+    return found
+
+
+def _has_rule(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) in (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def _trustworthy(model: nn.Module, owners: Owners, chunk: Chunk, losses: Losses) -> Owners:
+    """The owners whose per-sample gradients add up to autograd's gradient of the chunk."""
+    inputs, targets, factors = chunk
+    ruled = _by_rule(model, owners, chunk, losses, totals=True)
+    named = {name: value for name, value in model.named_parameters() if name in ruled}
+    frozen = [value for value in named.values() if not value.requires_grad]
+    try:
+        for value in frozen:
+            value.requires_grad_(True)
+        with torch.enable_grad():
+            loss = (factors * losses(model(inputs), targets)).sum()
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    finally:
+        for value in frozen:
+            value.requires_grad_(False)
+    kept: Owners = {}
+    for name, gradient in zip(named, gradients, strict=True):
+        total = ruled[name][0]
+        if gradient is None or total is None:
+            continue
+        scale = gradient.abs().max() + torch.finfo(gradient.dtype).tiny
+        if float((total - gradient).abs().max() / scale) < 1e-3:
+            kept[name] = owners[name]
+    return kept
+
+
+def _by_rule(model: nn.Module, owners: Owners, chunk: Chunk, losses: Losses, *, totals: bool) -> dict[str, Moments]:
+    """Moments of the gradient of every owned parameter whose module was called exactly once."""
+    if not owners:
+        return {}
+    inputs, targets, factors = chunk
+    modules = {path: module for path, module, _ in owners.values()}
+    with recorded(modules) as seen, torch.enable_grad():
+        # Where the input requires a gradient, outputs are in the graph of a frozen model too.
+        sample = inputs.detach().requires_grad_(inputs.is_floating_point())
+        loss = (factors * losses(model(sample), targets)).sum()
+    once = [path for path, calls in seen.outputs.items() if len(calls) == 1 and len(calls[0]) == len(inputs)]
+    at_outputs = torch.autograd.grad(loss, [seen.outputs[path][0] for path in once], allow_unused=True)
+    backward = dict(zip(once, at_outputs, strict=True))
+    found: dict[str, Moments] = {}
+    with torch.no_grad():
+        for name, (path, module, part) in owners.items():
+            gradient = backward.get(path)
+            if gradient is None:
+                continue
+            found[name] = _moments(module, part, seen.inputs[path][0].detach(), gradient, totals=totals)
+    return found
+
+
+CACHED_NUMBERS = 2**18
+"""Per-sample gradients that a CPU works on at once: about 1 MiB, a core's own cache."""
+
+
+def _moments(module: nn.Module, part: str, inputs: Tensor, gradient: Tensor, *, totals: bool) -> Moments:
+    """The rule of a layer. ``inputs`` and ``gradient`` (at the output) have the samples first."""
+    if isinstance(module, nn.Linear) and part == "weight" and inputs.dim() == 2:
+        # (g_o a_i)^2 = g_o^2 a_i^2: the squares need no per-sample matrix.
+        return (gradient.T @ inputs if totals else None), gradient.square().T @ inputs.square()
+    size = module.get_parameter(part).numel()
+    block = max(1, CACHED_NUMBERS // size) if inputs.device.type == "cpu" else len(inputs)
+    total: Tensor | None = None
+    squares: Tensor | None = None
+    for some, behind in zip(inputs.split(block), gradient.split(block), strict=True):
+        each = layer_gradients(module, part, some, behind)
+        if totals:
+            total = each.sum(0) if total is None else total + each.sum(0)
+        if squares is None:
+            squares = torch.zeros_like(each[0])
+        if block < 8:
+            for one in each:
+                squares.addcmul_(one, one)
+        else:
+            squares += each.square_().sum(0)
+    assert squares is not None
+    return total, squares
+
+
+def layer_gradients(module: nn.Module, part: str, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient of ``module.<part>`` per sample, (N, *shape of the parameter).
+
+    Args:
+        part: ``"weight"`` or ``"bias"``.
+        inputs: what the module was given, samples first.
+        gradient: loss gradient at the module's output.
+    """
+    if isinstance(module, nn.Conv2d):
+        if part == "bias":
+            return gradient.flatten(2).sum(2)
+        return _convolution_weight(module, inputs, gradient)
+    if isinstance(module, nn.Linear):
+        flat = gradient.reshape(len(gradient), -1, gradient.shape[-1])
+        if part == "bias":
+            return flat.sum(1)
+        return torch.bmm(flat.transpose(1, 2), inputs.reshape(len(inputs), -1, inputs.shape[-1]))
+    if isinstance(module, nn.LayerNorm):
+        shape = tuple(module.normalized_shape)
+        if part == "weight":
+            gradient = gradient * F.layer_norm(inputs, shape, eps=module.eps)
+        return gradient.reshape(len(gradient), -1, *shape).sum(1)
+    if isinstance(module, _BatchNorm):
+        if part == "weight":
+            mean, variance = module.running_mean, module.running_var
+            gradient = gradient * F.batch_norm(inputs, mean, variance, training=False, eps=module.eps)
+        return gradient.reshape(*gradient.shape[:2], -1).sum(2)
+    raise ConfigError("layer has no rule", expected="Conv2d, Linear, LayerNorm or BatchNorm", got=type(module).__name__)
+
+
+def _convolution_weight(module: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """``g_n A_n^T`` with ``A_n`` the patches of sample n, group by group.
+
+    Patches are copied out of a channels-last image, in runs of channels: several times faster
+    than ``unfold``, which copies single numbers.
+    """
+    count, groups = len(inputs), module.groups
+    assert not isinstance(module.padding, str)  # such layers have no rule
+    down, across = module.padding
+    image = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, across, across, down, down)).contiguous()
+    sample, row, column, channel = image.stride()
+    height, width = gradient.shape[2:]
+    windows = image.as_strided(
+        (count, height, width, *module.kernel_size, inputs.shape[1]),
+        (
+            sample,
+            row * module.stride[0],
+            column * module.stride[1],
+            row * module.dilation[0],
+            column * module.dilation[1],
+            channel,
+        ),
+    )
+    flat = gradient.reshape(count * groups, module.out_channels // groups, height * width)
+    if groups == 1:
+        patches = windows.reshape(count, height * width, -1)
+    else:
+        split = windows.unflatten(5, (groups, -1)).permute(0, 5, 1, 2, 3, 4, 6)
+        patches = split.reshape(count * groups, height * width, -1)
+    each = torch.bmm(flat, patches).view(count, module.out_channels, *module.kernel_size, -1)
+    return each.permute(0, 1, 4, 2, 3)

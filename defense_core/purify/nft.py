@@ -1,0 +1,294 @@
+"""NFT, Neural mask Fine-Tuning (Karim et al., ECCV 2024, arXiv 2407.10052).
+
+Weights stay; multiplicative masks in [mu(l), 1] are trained on MixUp batches of the clean set
+and folded into the weights at the end. ``mu(l) = alpha * exp(-beta * l)`` protects early layers.
+
+Two things are ours, and ``docs/methods-nft-ngf.md`` has the measurements behind them. The paper
+masks BatchNorm scales; here masks stand on every kernel of the hidden convolutions too, since in
+a pre-activation or narrow network no scale reaches the units that carry the trigger. And the
+paper only pulls masks towards 1 (``eta / N_c * ||1 - m||_1``), which leaves what clean data do
+not need as it was; here an opposite pull, ``sparsity * ||m||_1``, closes it, as strongly as
+accuracy on the *select* split permits. ``sites="norm", sparsity=0`` is the paper's method.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from defense_core.config import require
+from defense_core.data import CleanSet, Splits
+from defense_core.errors import MethodDiverged
+from defense_core.layers import running_statistics
+from defense_core.loop import (
+    HistoryRow,
+    LossOf,
+    Precision,
+    Tuning,
+    accuracy,
+    batch_indices,
+    channels_last,
+    finished,
+    tune,
+    working_copy,
+)
+from defense_core.progress import Progress
+from defense_core.purify.base import Method, Purified, chooser, strongest_within
+from defense_core.purify.masks import (
+    Granularity,
+    MaskSite,
+    Sites,
+    attach_masks,
+    fold_masks,
+    mask_sites,
+)
+from defense_core.purify.statistics import renew_statistics
+from defense_core.task import Task
+
+PAPER_DEPTH = 19
+"""Masked layers of the paper's ResNet-18, on which its alpha and beta were set."""
+JUMP = 1e6
+"""A mask that moves so far in one step was not trained but thrown."""
+
+
+@dataclass(frozen=True)
+class NFTConfig:
+    """Settings of NFT. Symbols are the paper's.
+
+    Attributes:
+        sites: where masks stand; see :func:`defense_core.purify.masks.mask_sites`. ``"norm"``
+            is the paper's choice.
+        granularity: of the masks on hidden layers; see there.
+        sparsity: weight of the pull of every mask towards 0, or ``None`` to choose it from
+            ``sparsity_grid`` by :func:`~defense_core.purify.base.strongest_within`.
+        sparsity_grid: candidates.
+        max_drop: permitted drop of accuracy on the *select* split, in [0, 1].
+        eta: weight of the pull towards 1 at one sample a class; ``eta / N_c`` with ``N_c``
+            samples a class.
+        alpha: the lower clamp's scale, in [0, 1].
+        beta: its decay with depth.
+        ceiling: the upper clamp; 1 is the paper's, more lets open masks make up for closed ones.
+        depth: ``l`` runs evenly from 1 at the first masked layer to this at the last, so that
+            the schedule means the same in shallow and deep networks.
+        mixup: parameter of MixUp's Beta distribution; 0 mixes nothing.
+        statistics: BatchNorm while tuning: normalise by the ``batch`` and follow it, or by the
+            ``running`` statistics and leave them; ``auto``: running where a class has fewer
+            than ten samples on average.
+        lr: learning rate of the masks.
+        momentum: of SGD.
+        epochs: passes over the fit split.
+        min_steps: at least so many steps: more passes on small sets. Nothing is trained where
+            ``epochs`` is 0.
+        batch_size: samples per step.
+        precision: see :class:`defense_core.loop.Tuning`.
+    """
+
+    sites: Sites = "all"
+    granularity: Granularity = "kernel"
+    sparsity: float | None = None
+    sparsity_grid: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    max_drop: float = 0.02
+    eta: float = 1e-3
+    alpha: float = 0.8
+    beta: float = 0.5
+    ceiling: float = 1.0
+    depth: float = PAPER_DEPTH
+    mixup: float = 1.0
+    statistics: Literal["auto", "batch", "running"] = "auto"
+    lr: float = 0.5
+    momentum: float = 0.9
+    epochs: int = 20
+    min_steps: int = 150
+    batch_size: int = 128
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.sparsity is None or self.sparsity >= 0, "sparsity", "0 or more, or null", self.sparsity)
+        require(
+            bool(self.sparsity_grid) and min(self.sparsity_grid) >= 0,
+            "sparsity_grid",
+            "weights of 0 or more",
+            self.sparsity_grid,
+        )
+        require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
+        require(self.eta >= 0, "eta", "0 or more", self.eta)
+        require(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
+        require(self.beta >= 0, "beta", "0 or more", self.beta)
+        require(self.ceiling >= 1, "ceiling", "1 or more", self.ceiling)
+        require(self.depth >= 1, "depth", "1 or more", self.depth)
+        require(self.mixup >= 0, "mixup", "0 or more", self.mixup)
+        require(self.lr > 0, "lr", "a positive rate", self.lr)
+        require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
+        require(self.min_steps >= 0, "min_steps", "0 or more", self.min_steps)
+        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """One trained set of masks, folded."""
+
+    model: nn.Module
+    history: list[HistoryRow]
+    values: list[Tensor]
+
+
+def purify(
+    model: nn.Module,
+    clean: Splits,
+    config: NFTConfig,
+    *,
+    task: Task,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> Purified:
+    """Train masks at one or more sparsities and fold the strongest that keeps the accuracy.
+
+    Returns:
+        The purified model. ``facts`` holds ``sparsity``, the trials behind it, the BatchNorm
+        policy used, and per masked tensor the clamp (``floors``), the mean mask (``means``) and
+        the share of masks at the clamp (``closed``).
+
+    Raises:
+        MethodDiverged: a loss, mask or weight became NaN or Inf.
+        Cancelled: a stop was requested.
+    """
+
+    def select_accuracy(network: nn.Module) -> float:
+        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
+
+    original = working_copy(model, device)
+    reference = select_accuracy(original)
+    sample = channels_last(task.inputs(clean.fit.images[:2].to(device)))
+    sites = mask_sites(original, sample, sites=config.sites, granularity=config.granularity)
+    floors = depth_schedule(len(sites), alpha=config.alpha, beta=config.beta, depth=config.depth)
+    per_class = len(clean.fit) / task.num_classes
+    follow = config.statistics == "batch" or (config.statistics == "auto" and per_class >= 10)
+
+    def attempt(sparsity: float) -> tuple[float, _Outcome]:
+        outcome = _train_masks(
+            original,
+            clean.fit,
+            config,
+            sites,
+            floors,
+            pull=sparsity - config.eta / max(per_class, 1.0),
+            follow=follow,
+            task=task,
+            seed=seed,
+            device=device,
+            progress=progress,
+            name=f"masks sparsity={sparsity:g}",
+        )
+        return select_accuracy(outcome.model), outcome
+
+    sparsity, made, trials = strongest_within(
+        config.sparsity_grid if config.sparsity is None else (config.sparsity,),
+        attempt,
+        reference=reference,
+        max_drop=config.max_drop,
+        images=len(chooser(clean)),
+    )
+    closed = [float((v <= floor).float().mean()) for v, floor in zip(made.values, floors, strict=True)]
+    facts: dict[str, Any] = {
+        "sparsity": sparsity,
+        "sparsity_trials": trials,
+        "statistics": "batch" if follow else "running",
+        "floors": {site.name: floor for site, floor in zip(sites, floors, strict=True)},
+        "means": {site.name: float(value.mean()) for site, value in zip(sites, made.values, strict=True)},
+        "closed": {site.name: share for site, share in zip(sites, closed, strict=True)},
+    }
+    return Purified(finished(made.model, "nft"), tuple(made.history), facts)
+
+
+def depth_schedule(count: int, *, alpha: float, beta: float, depth: float = PAPER_DEPTH) -> list[float]:
+    """``mu(l) = alpha * exp(-beta * l)`` at ``count`` layers, ``l`` evenly from 1 to ``depth``."""
+    step = (depth - 1) / max(count - 1, 1)
+    return [alpha * math.exp(-beta * (1 + index * step)) for index in range(count)]
+
+
+def _train_masks(
+    original: nn.Module,
+    data: CleanSet,
+    config: NFTConfig,
+    sites: list[MaskSite],
+    floors: list[float],
+    *,
+    pull: float,
+    follow: bool,
+    task: Task,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+    name: str,
+) -> _Outcome:
+    """Masks trained on a copy of ``original`` with ``loss + pull * ||m||_1``, folded into another.
+
+    The two pulls are one: on [0, 1], ``||1 - m||_1`` is a constant minus ``||m||_1``.
+    """
+    masked = working_copy(original, device)
+    masks = attach_masks(masked, sites)
+    farthest = torch.zeros((), device=device)
+
+    def step(network: nn.Module, loss_of: LossOf) -> Tensor:
+        with running_statistics(network, frozen=not follow):
+            loss = loss_of()
+            (loss + pull * torch.stack([mask.values.sum() for mask in masks]).sum()).backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def clamp() -> None:
+        nonlocal farthest
+        farthest = torch.stack([farthest, *(mask.values.abs().max() for mask in masks)]).max()
+        for mask, floor in zip(masks, floors, strict=True):
+            mask.values.clamp_(floor, config.ceiling)
+
+    steps_per_epoch = len(batch_indices(len(data), config.batch_size, torch.Generator()))
+    epochs = max(config.epochs, math.ceil(config.min_steps / steps_per_epoch)) if config.epochs else 0
+    history = tune(
+        masked,
+        data,
+        task=task,
+        tuning=Tuning(
+            epochs,
+            config.batch_size,
+            config.lr,
+            momentum=config.momentum,
+            schedule="cosine",
+            precision=config.precision,
+        ),
+        seed=seed,
+        device=device,
+        progress=progress,
+        name=name,
+        step=step,
+        mixup=config.mixup,
+        after_step=clamp,
+    )
+    if not float(farthest) < JUMP:
+        raise MethodDiverged(
+            f"{name} diverged",
+            expected=f"masks that move less than {JUMP:g} a step",
+            got=f"{float(farthest):g}",
+            hint="Lower its learning rate",
+        )
+    values = [mask.values.detach() for mask in masks]
+    folded = working_copy(original, device)
+    fold_masks(folded, sites, values)
+    if follow and epochs:
+        renew_statistics(folded, data, task=task, batch_size=config.batch_size, seed=seed, device=device)
+    return _Outcome(folded, history, values)
+
+
+METHOD = Method(
+    name="nft",
+    config=NFTConfig,
+    function=purify,
+    summary="train masks on scales and kernels with MixUp, fold what stays open (NFT)",
+    zero_steps={"epochs": 0},
+)

@@ -1,0 +1,38 @@
+"""BatchNorm statistics of a network whose weights were changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from defense_core.data import CleanSet
+from defense_core.loop import batch_indices, channels_last
+from defense_core.task import Task
+
+
+@torch.no_grad()
+def renew_statistics(
+    model: nn.Module, data: CleanSet, *, task: Task, batch_size: int, seed: int, device: torch.device | str
+) -> None:
+    """BatchNorm statistics measured afresh, in place, as the mean over the batches of one pass.
+
+    Needed where weights changed while the statistics did not follow, or followed mixed images,
+    whose variance is smaller. The model is left in eval mode.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not layers:
+        return
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain mean over batches
+    model.train()
+    data = data.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batch_indices(len(data), batch_size, generator):
+        images = task.augmented(data.images[batch.to(device)], generator)
+        model(channels_last(task.inputs(images)))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    model.eval()

@@ -1,0 +1,132 @@
+"""The attack lab: a backdoored model of the user's own architecture and data, to try scan and purification on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components._runtime.evidence import Clock, compose, write_evidence
+from components._runtime.loading import open_images, resolve_device
+from components._runtime.plan import Loading
+from components._runtime.trust import trusted_modules
+from defense_core.attacks.catalogue import attack_from_spec
+from defense_core.attacks.plant import TRIGGER_FILE, PlantedBackdoor, plant
+from defense_core.attacks.victim import VictimTraining
+from defense_core.bundle import Bundle, bundle_of, save_bundle, untrained_bundle
+from defense_core.config import digest, from_mapping, require, to_mapping
+from defense_core.evaluate import evaluate
+from defense_core.files import atomic_directory, write_atomic
+from defense_core.progress import NullProgress, Progress
+from defense_core.verdict import Finding, Verdict
+
+BUNDLE, PROBE, RESULT = "bundle", "probe.yaml", "result.json"
+
+
+def plant_backdoor(
+    attack: Mapping[str, Any],
+    train: Path,
+    test: Path,
+    out: Path,
+    *,
+    rate: float,
+    spec: Mapping[str, Any],
+    training: Mapping[str, Any] | None = None,
+    min_asr: float = 0.9,
+    seed: int = 0,
+    device: str = "auto",
+    loading: Loading = Loading(),
+    progress: Progress = NullProgress(),
+) -> dict[str, Any]:
+    """Train a backdoored model and measure it.
+
+    Args:
+        attack: specification, see :func:`defense_core.attacks.catalogue.attack_from_spec`.
+        train, test: images; the first are poisoned in memory, the second only measured.
+        out: folder that gets ``bundle/``, ``probe.yaml``, ``result.json`` and, for a learned trigger, its file.
+        rate: poisoning rate.
+        spec: architecture, input size and normalisation; fields of ``ModelSpec``.
+        training: fields of :class:`defense_core.attacks.victim.VictimTraining`.
+        min_asr: attack success rate below which the verdict is FAIL: a backdoor that did not take says nothing
+            about a defence.
+
+    Returns:
+        Evidence ``lab``; nothing is left in ``out`` after an error.
+
+    Raises:
+        ConfigError, ArtifactError, DataError, MethodDiverged, StorageError, Cancelled: of the kind that fits.
+    """
+    clock = Clock.start()
+    require(0 <= min_asr <= 1, "min_asr", "in [0, 1]", min_asr)
+    where = resolve_device(device)
+    settings = from_mapping(VictimTraining, training or {}, where="training")
+    untrained = untrained_bundle(spec, limits=loading.limits, trusted_modules=trusted_modules(loading.trusted_modules))
+    parsed = attack_from_spec(attack, num_classes=untrained.spec.num_classes)
+    parsed.poisoning(rate)
+    seen, unseen = open_images(train, untrained), open_images(test, untrained, require_all_classes=False)
+    task = untrained.spec.task_object()
+    with atomic_directory(out) as folder:
+        planted = plant(
+            parsed,
+            untrained.model,
+            seen,
+            rate=rate,
+            training=settings,
+            task=task,
+            seed=seed,
+            device=where,
+            progress=progress,
+            folder=folder,
+        )
+        measured = evaluate(
+            planted.model, unseen, task=task, probes=[planted.probe], device=where, progress=progress
+        ).to_results()
+        outcome = save_bundle(bundle_of(planted.model, untrained.spec), folder / BUNDLE)
+        probe = _probe_spec(planted, folder)
+        write_atomic(folder / PROBE, yaml.safe_dump(probe, sort_keys=False, allow_unicode=True).encode())
+        finding = _finding(measured["probes"][0]["asr"]["value"], min_asr)
+        evidence = compose(
+            "lab",
+            clock,
+            inputs={"train": seen.digest, "test": unseen.digest, "config": _configuration(attack, planted, untrained)},
+            outputs={"model": outcome},
+            results={"attack": dict(attack), "probe": probe, **planted.facts, **measured},
+            verdict=finding.verdict,
+            findings=[finding],
+            device=where,
+            seed=seed,
+        )
+        write_evidence(folder / RESULT, evidence)
+    return evidence
+
+
+def _probe_spec(planted: PlantedBackdoor, folder: Path) -> dict[str, Any]:
+    """The probe as its file says it: a learned trigger's parameters lie beside it."""
+    spec: dict[str, Any] = to_mapping(planted.probe.to_spec())
+    named = Path(spec.get("path", ""))
+    if named == folder / TRIGGER_FILE:
+        spec["path"] = TRIGGER_FILE
+    elif "path" in spec:
+        write_atomic(folder / TRIGGER_FILE, named.read_bytes())
+        spec["path"] = TRIGGER_FILE
+    return spec
+
+
+def _configuration(attack: Mapping[str, Any], planted: PlantedBackdoor, untrained: Bundle) -> str:
+    return digest({"attack": dict(attack), "facts": planted.facts, "spec": untrained.spec})
+
+
+def _finding(asr: float | None, bound: float) -> Finding:
+    if asr is None:
+        why = "No test image is of another class than the attacker wants."
+        return Finding("lab.planted", Verdict.UNKNOWN, None, f"ASR >= {bound:g}", why)
+    taken = asr >= bound
+    why = (
+        "The backdoor works."
+        if taken
+        else "The backdoor did not take, so that defences cannot be judged on this model; raise the rate, the "
+        "trigger's strength, or the epochs."
+    )
+    return Finding("lab.planted", Verdict.PASS if taken else Verdict.FAIL, asr, f"ASR >= {bound:g}", why)

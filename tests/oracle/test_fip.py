@@ -1,0 +1,347 @@
+"""FIP's objective and Fast FIP's parametrisation against their equations."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defense_core.architectures import build
+from defense_core.curvature import fisher_diagonal
+from defense_core.data import CleanSet, Splits, split_clean_set
+from defense_core.errors import ConfigError
+from defense_core.layers import frozen_statistics
+from defense_core.per_sample import per_sample_gradients, samples_apart
+from defense_core.progress import NullProgress
+from defense_core.purify import METHODS, Purified, fast_fip, fip
+from defense_core.singular import fold, parametrise, ruled_layers, shift_gradients, shift_layers
+from defense_core.task import ImageClassification
+
+TASK = ImageClassification((1, 8, 8), 3, (0.5,), (0.5,), augment="none")
+VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "dim": 8,
+    "depth": 1,
+    "heads": 2,
+    "num_classes": 3,
+    "in_channels": 1,
+}
+
+
+def network(kind: str = "cnn") -> nn.Module:
+    torch.manual_seed(0)
+    model = build("vit_tiny", VIT) if kind == "vit" else build("small_cnn", {"width": 4, "num_classes": 3})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def clean_set(count: int = 48) -> CleanSet:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    return CleanSet(images, torch.arange(count) % 3, 3)
+
+
+def splits(count: int = 48) -> Splits:
+    return split_clean_set(clean_set(count), seed=0, select=0.2, report=0.0)
+
+
+def run(method: str, model: nn.Module, **settings: object) -> Purified:
+    row = METHODS[method]
+    return row.function(
+        model, splits(), row.config(**settings), task=TASK, seed=0, device="cpu", progress=NullProgress()
+    )
+
+
+def test_gradient_of_a_step_is_that_of_the_objective() -> None:
+    """The mean over many random signs is the gradient of CE + eta_F k Tr F + retainer."""
+    model = network().double().train()
+    data = clean_set(6)
+    inputs, targets = TASK.inputs(data.images).double(), data.labels
+    named = dict(model.named_parameters())
+    anchors = {name: value.detach() + 0.1 for name, value in named.items()}
+    fisher = {name: torch.rand(value.shape, dtype=torch.float64) for name, value in named.items()}
+    eta_f, eta_r, every = 0.02, 0.7, 3
+
+    def losses(outputs: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def trace(network: nn.Module) -> Tensor:
+        """Exact, sample by sample."""
+        with samples_apart(network):
+            rows = [torch.autograd.grad(one, list(named.values()), create_graph=True) for one in losses(model(inputs))]
+        return sum(gradient.square().sum() for row in rows for gradient in row) / len(rows)
+
+    def loss_of() -> Tensor:
+        with frozen_statistics(model):
+            return losses(model(inputs)).mean()
+
+    pull = sum((fisher[name] * (value - anchors[name]).square()).sum() for name, value in named.items())
+    for parameter in model.parameters():
+        parameter.grad = None
+    objective = loss_of() + eta_f * every * trace(model) + eta_r / 2 * pull
+    want = torch.autograd.grad(objective, list(named.values()))
+    without = torch.autograd.grad(
+        loss_of()
+        + eta_r / 2 * sum((fisher[name] * (value - anchors[name]).square()).sum() for name, value in named.items()),
+        list(named.values()),
+    )
+    step = fip.regularised_step(eta_f, trace, every=every, retain=fip.retainer(anchors, fisher, eta_r=eta_r, lr=0.01))
+    for expected in (want, without, without, want):
+        model.zero_grad()
+        loss = step(model, loss_of)
+        torch.testing.assert_close(loss, loss_of().detach())
+        for parameter, gradient in zip(named.values(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_trace_term_estimates_the_exact_trace_of_its_samples() -> None:
+    model, data = network().train(), clean_set(12)
+    for kind in ("empirical", "true"):
+        config = fip.FIPConfig(trace_batch=12, fisher=kind)
+        term = fip.trace_term(data, config, task=TASK, seed=0, device="cpu")
+        draws = torch.stack([term(model).detach() for _ in range(200)])
+        diagonal = fisher_diagonal(
+            model, TASK.inputs(data.images), data.labels, losses=TASK.losses, kind=kind, num_classes=3
+        )
+        exact = float(sum(value.sum() for value in diagonal.values()))
+        error = float(draws.std() / 200**0.5)
+        assert abs(float(draws.mean()) - exact) < 4 * error
+        assert error < 0.15 * exact
+    assert model.training
+
+
+def test_stiffness_is_capped_at_what_the_rate_can_follow() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    anchors = {"weight": model.weight.detach() - 1}
+    penalty = fip.retainer(anchors, {"weight": torch.tensor([[1e6, 2.0]])}, eta_r=1.0, lr=0.1)
+    penalty(model)
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[10.0, 2.0]]))
+
+
+def test_derived_weights_follow_trace_and_samples_per_class() -> None:
+    model = network()
+    facts = run("fip", model, epochs=1, min_steps=0, lr=0.01, trace_share=0.3, retain=2.0).facts
+    fit = splits().fit
+    diagonal = fisher_diagonal(model, TASK.inputs(fit.images), fit.labels, losses=TASK.losses)
+    exact = float(sum(value.sum() for value in diagonal.values()))
+    assert facts["trace_before"] == pytest.approx(exact, rel=1e-4)
+    assert facts["eta_f"] == pytest.approx(0.3 / exact, rel=1e-4)
+    assert facts["eta_r"] == pytest.approx(2.0 * 3 / len(fit))
+    given = run("fast_fip", model, epochs=1, min_steps=0, lr=0.01, eta_f=0.5, eta_r=0.25).facts
+    assert (given["eta_f"], given["eta_r"]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_shifted_weights_are_the_decomposition(kind: str) -> None:
+    """W(delta) = U diag(relu(s + delta)) V^T; zero shifts give the original bytes."""
+    original = network(kind)
+    model = copy.deepcopy(original)
+    layers = shift_layers(model)
+    expected = {
+        f"{name}.weight" for name, module in original.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
+    assert {layer.weight_name for layer in layers} == expected
+    parametrise(model, layers)
+    named = dict(original.named_parameters())
+    generator = torch.Generator().manual_seed(3)
+    for layer in layers:
+        module, weight = model.get_submodule(layer.path), named[layer.weight_name]
+        assert torch.equal(getattr(module, layer.part), weight)
+        left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        shift = torch.randn(values.shape, generator=generator)
+        with torch.no_grad():
+            model.get_parameter(layer.shift_name).copy_(shift)
+        want = (left @ torch.diag(torch.relu(values + shift)) @ right).view_as(weight)
+        torch.testing.assert_close(getattr(module, layer.part), want, rtol=1e-4, atol=1e-5)
+        assert {"left", "values", "right"} <= {name for name, _ in layer.spectrum(model).named_buffers()}
+
+
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_folded_model_answers_like_the_parametrised_one(kind: str) -> None:
+    original = network(kind)
+    tuned, folded = copy.deepcopy(original), copy.deepcopy(original)
+    layers = shift_layers(tuned)
+    parametrise(tuned, layers)
+    fold(tuned, layers, folded)
+    assert all(torch.equal(value, folded.state_dict()[name]) for name, value in original.state_dict().items())
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        for buffer in (buffer for name, buffer in tuned.named_buffers() if "running_var" in name):
+            buffer.mul_(2)
+    fold(tuned, layers, folded)
+    inputs = TASK.inputs(clean_set(5).images)
+    torch.testing.assert_close(folded(inputs), tuned(inputs))
+    assert list(folded.state_dict()) == list(original.state_dict())
+
+
+def test_a_weight_of_negative_zeros_keeps_its_bytes() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[1].weight.fill_(-0.0)
+    tuned = copy.deepcopy(model)
+    layers = shift_layers(tuned)
+    parametrise(tuned, layers)
+    fold(tuned, layers, model)
+    assert torch.signbit(model[1].weight).all()
+
+
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_exact_shift_gradients_are_those_of_vmap(kind: str) -> None:
+    model = network(kind).train()
+    layers = shift_layers(model)
+    parametrise(model, layers)
+    with torch.no_grad():
+        for layer in layers:  # away from zero, some singular values clamped
+            values = layer.spectrum(model).values
+            model.get_parameter(layer.shift_name).copy_(-1.1 * values * (torch.arange(len(values)) % 3 == 0))
+    data = clean_set(5)
+    inputs = TASK.inputs(data.images)
+    ruled = ruled_layers(model, layers, inputs, data.labels, losses=TASK.losses)
+    assert ruled == layers
+    rows = shift_gradients(model, ruled, inputs, data.labels, losses=TASK.losses)
+    for name, row in rows.items():
+        want = per_sample_gradients(model, inputs, data.labels, losses=TASK.losses, names=[name])
+        torch.testing.assert_close(row, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()) + 1e-9)
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+
+
+def test_gradient_of_the_exact_trace_is_that_of_finite_differences() -> None:
+    model = network().double()
+    layers = shift_layers(model)
+    parametrise(model, layers)
+    data = clean_set(4)
+    inputs = TASK.inputs(data.images).double()
+
+    def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def trace() -> Tensor:
+        rows = shift_gradients(model, layers, inputs, data.labels, losses=losses, create_graph=True)
+        return sum(row.square().sum() for row in rows.values()) / len(inputs)
+
+    shifts = [model.get_parameter(layer.shift_name) for layer in layers]
+    gradients = torch.autograd.grad(trace(), shifts)
+    for shift, gradient in zip(shifts, gradients, strict=True):
+        index = int(gradient.abs().argmax())
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                shift[index] += sign * 1e-5
+            values.append(float(trace()))
+            with torch.no_grad():
+                shift[index] -= sign * 1e-5
+        assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(gradient[index]), rel=1e-3)
+
+
+def test_layers_without_a_rule_fall_back_and_shared_weights_stay() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = nn.Conv2d(1, 2, 3, padding=1)
+            self.depthwise = nn.Conv2d(2, 2, 3, groups=2)
+            self.one, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.other.weight = self.one.weight
+            self.twice = nn.Linear(2, 2)
+            self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+            self.head = nn.Linear(2, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = torch.relu(self.depthwise(self.plain(images))).mean((2, 3))
+            x = self.other(self.one(self.twice(self.twice(x)))).unsqueeze(1)
+            return self.head(self.attention(x, x, x)[0].squeeze(1))
+
+    torch.manual_seed(0)
+    original = Odd()
+    model = copy.deepcopy(original)
+    layers = shift_layers(model)
+    assert {layer.weight_name for layer in layers} == {
+        "plain.weight",
+        "depthwise.weight",
+        "twice.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "head.weight",
+    }
+    parametrise(model, layers)
+    data = clean_set(8)
+    ruled = ruled_layers(model, layers, TASK.inputs(data.images), data.labels, losses=TASK.losses)
+    assert [layer.path for layer in ruled] == ["plain", "head"]
+    result = run("fast_fip", original, epochs=1, lr=0.01)
+    assert 0 < result.facts["exact"] < result.facts["trained"]
+    assert torch.equal(result.model.one.weight, original.one.weight)
+    assert not torch.equal(result.model.depthwise.weight, original.depthwise.weight)
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_only_shifts_and_norms_move(norms: bool) -> None:
+    original = network()
+    result = run("fast_fip", original, epochs=2, lr=0.05, norms=norms)
+    after = result.model.state_dict()
+    for name, value in original.named_parameters():
+        is_norm, is_weight = name.startswith("bn"), name.endswith("weight") and not name.startswith("bn")
+        assert torch.equal(value, after[name]) != (is_weight or (is_norm and norms))
+    singular_vectors = torch.linalg.svd(original.linear.weight, full_matrices=False)
+    turned = singular_vectors.U.T @ after["linear.weight"] @ singular_vectors.Vh.T
+    assert float((turned - torch.diag(turned.diag())).abs().max()) < 1e-5
+    assert list(after) == list(original.state_dict())
+    assert result.facts["exact"] == 4 + 8 + 16 + 3
+    assert result.facts["trained"] == 31 + (2 * (4 + 8 + 16) if norms else 0)
+
+
+@pytest.mark.parametrize("method", ["fip", "fast_fip"])
+def test_zero_epochs_return_the_same_bytes_and_the_input_is_untouched(method: str) -> None:
+    original = network()
+    before = copy.deepcopy(original.state_dict())
+    result = run(method, original, epochs=0)
+    moved = run(method, original, epochs=1, lr=0.05)
+    assert all(torch.equal(value, result.model.state_dict()[name]) for name, value in before.items())
+    assert any(not torch.equal(value, moved.model.state_dict()[name]) for name, value in before.items())
+    assert all(torch.equal(value, original.state_dict()[name]) for name, value in before.items())
+    assert not original.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in result.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["fip", "fast_fip"])
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"eta_f": -1.0}, "eta_f"),
+        ({"eta_r": -0.1}, "eta_r"),
+        ({"trace_every": 0}, "trace_every"),
+        ({"trace_batch": 0}, "trace_batch"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr_grid": ()}, "lr_grid"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"epochs": -1}, "epochs"),
+    ],
+)
+def test_bad_settings_are_refused(method: str, settings: dict[str, object], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        METHODS[method].config(**settings)
+
+
+def test_trace_of_what_is_trained_is_exact_plus_signs() -> None:
+    model = network()
+    layers = shift_layers(model)
+    parametrise(model, layers)
+    trained = fast_fip.train_only_shifts(model, layers, norms=True)
+    data = clean_set(12)
+    inputs = TASK.inputs(data.images)
+    fisher = fast_fip.diagonal(model, layers, trained, inputs, data.labels, task=TASK)
+    rows = per_sample_gradients(model, inputs, data.labels, losses=TASK.losses, names=trained)
+    torch.testing.assert_close(
+        torch.cat([fisher[name] for name in trained]), rows.square().mean(0), rtol=1e-3, atol=1e-6
+    )
+    term = fast_fip.exact_trace_term(
+        data, layers, fast_fip.FastFIPConfig(trace_batch=12), task=TASK, seed=0, device="cpu"
+    )
+    draws = torch.stack([term(model).detach() for _ in range(100)])
+    exact = float(sum(value.sum() for value in fisher.values()))
+    assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / 10

@@ -1,0 +1,212 @@
+"""Masks: where they stand, that folding equals the masked network, and the depth schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defense_core.architectures import build
+from defense_core.data import CleanSet, Splits
+from defense_core.errors import ConfigError
+from defense_core.loop import working_copy
+from defense_core.progress import NullProgress
+from defense_core.purify.masks import attach_masks, fold_masks, mask_sites
+from defense_core.purify.nft import NFTConfig, depth_schedule, purify
+from defense_core.purify.statistics import renew_statistics
+from defense_core.task import ImageClassification
+
+TASK = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,))
+
+
+def small_cnn() -> nn.Module:
+    return build("small_cnn", {"width": 4, "in_channels": 1, "num_classes": 4})
+
+
+def preact() -> nn.Module:
+    return build("preact_resnet18", {"width": 4, "in_channels": 1, "num_classes": 4})
+
+
+def vit() -> nn.Module:
+    size = {"image_size": 8, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "in_channels": 1, "num_classes": 4}
+    return build("vit_tiny", size)
+
+
+def clean_set(count: int = 24) -> CleanSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator).to(torch.uint8)
+    return CleanSet(images, torch.arange(count) % 4, 4)
+
+
+def inputs() -> Tensor:
+    return TASK.inputs(clean_set().images)
+
+
+@pytest.mark.parametrize("granularity", ["unit", "kernel"])
+@pytest.mark.parametrize("make", [small_cnn, preact, vit])
+def test_folded_equals_masked(make: object, granularity: str) -> None:
+    model = make()  # type: ignore[operator]
+    masked = working_copy(model, "cpu")
+    sites = mask_sites(masked, inputs(), sites="all", granularity=granularity)  # type: ignore[arg-type]
+    masks = attach_masks(masked, sites)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for mask in masks:
+            mask.values.copy_(torch.rand(mask.values.shape, generator=generator))
+    folded = working_copy(model, "cpu")
+    fold_masks(folded, sites, [mask.values.detach() for mask in masks])
+    torch.testing.assert_close(folded.eval()(inputs()), masked.eval()(inputs()), atol=1e-6, rtol=1e-5)
+    assert folded.state_dict().keys() == model.state_dict().keys()
+    assert not torch.equal(folded(inputs()), model(inputs()))
+
+
+def test_only_masks_train() -> None:
+    masked = working_copy(preact(), "cpu")
+    masks = attach_masks(masked, mask_sites(masked, inputs()))
+    trainable = [parameter for parameter in masked.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in trainable} == {id(mask.values) for mask in masks}
+
+
+def test_mask_of_a_unit_by_hand() -> None:
+    layer = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 2)).eval()
+    sites = mask_sites(layer, torch.zeros(1, 2, 3, 3), sites="all", granularity="kernel")
+    assert [(site.name, site.shape, site.kind) for site in sites] == [("0.weight", (3, 2), "unit")]
+    before = layer[0].weight.detach().clone()
+    values = torch.arange(6.0).view(3, 2)
+    fold_masks(layer, sites, [values])
+    for unit in range(3):
+        for channel in range(2):
+            expected = before[unit, channel] * values[unit, channel]
+            assert torch.equal(layer[0].weight[unit, channel].detach(), expected)
+
+
+def test_sites_of_a_preactivation_network() -> None:
+    model = preact()
+    norm = {site.name for site in mask_sites(model, inputs(), sites="norm")}
+    auto = {site.name for site in mask_sites(model, inputs(), sites="auto")}
+    every = {site.name for site in mask_sites(model, inputs(), sites="all")}
+    assert norm == {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    assert norm < auto < every
+    # conv1 of a block feeds bn2 directly; conv2 feeds a sum, and the last one no norm at all.
+    assert "layer4.1.conv2.weight" in auto
+    assert "layer4.1.conv1.weight" not in auto
+    assert "layer4.1.conv1.weight" in every
+    assert not [name for name in every if "shortcut" in name or name.startswith("linear")]
+
+
+def test_sites_of_a_transformer_are_scales_attention_and_perceptrons() -> None:
+    names = {site.name for site in mask_sites(vit(), inputs(), sites="auto")}
+    assert {"blocks.0.norm1.weight", "blocks.1.attn.qkv.weight", "blocks.1.mlp.fc2.weight", "norm.weight"} <= names
+    assert "head.weight" not in names
+
+
+def test_a_network_without_norms_has_no_scales_to_mask() -> None:
+    plain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 4)).eval()
+    with pytest.raises(ConfigError, match="nothing to mask"):
+        mask_sites(plain, inputs(), sites="norm")
+    assert [site.name for site in mask_sites(plain, inputs(), sites="auto")] == ["0.weight"]
+
+
+def test_finding_sites_leaves_no_hook_behind() -> None:
+    model = preact()
+    mask_sites(model, inputs(), sites="auto")
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_depth_schedule_at_the_papers_depth() -> None:
+    floors = depth_schedule(19, alpha=0.8, beta=0.5)
+    assert floors == pytest.approx([0.8 * math.exp(-0.5 * layer) for layer in range(1, 20)])
+    assert floors[:8] == pytest.approx([0.485, 0.294, 0.179, 0.108, 0.066, 0.040, 0.024, 0.015], abs=6e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 50])
+def test_depth_schedule_of_other_depths_starts_and_ends_alike(count: int) -> None:
+    floors = depth_schedule(count, alpha=0.8, beta=0.5)
+    assert len(floors) == count
+    assert floors[0] == pytest.approx(0.8 * math.exp(-0.5))
+    assert floors == sorted(floors, reverse=True)
+    if count > 1:
+        assert floors[-1] == pytest.approx(0.8 * math.exp(-0.5 * 19))
+
+
+def test_renewed_statistics_are_the_mean_over_batches() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 4)).eval()
+    renew_statistics(model, clean_set(), task=TASK, batch_size=8, seed=0, device="cpu")
+    plain = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,), augment="none")
+    assert model[0].momentum == 0.1
+    assert not model.training
+    renew_statistics(model, clean_set(), task=plain, batch_size=8, seed=0, device="cpu")
+    # 24 samples in three batches of 8: the mean of the batch means is the mean.
+    torch.testing.assert_close(model[0].running_mean, inputs().mean((0, 2, 3)))
+
+
+def run(**settings: object) -> tuple[nn.Module, nn.Module, dict[str, object]]:
+    model = small_cnn()
+    data = clean_set()
+    config = NFTConfig(**{"epochs": 2, "min_steps": 0, "sparsity": 0.0, "batch_size": 8, **settings})  # type: ignore[arg-type]
+    splits = Splits(data, data, data)
+    done = purify(model, splits, config, task=TASK, seed=0, device="cpu", progress=NullProgress())
+    return model, done.model, done.facts
+
+
+def test_masks_respect_the_clamp_and_biases_stay() -> None:
+    model, purified, facts = run(sparsity=1e3, lr=1.0)
+    before, after = model.state_dict(), purified.state_dict()
+    assert set(facts["closed"].values()) == {1.0}  # type: ignore[attr-defined]
+    for name, floor in facts["floors"].items():  # type: ignore[attr-defined]
+        torch.testing.assert_close(after[name], before[name] * floor)
+    for name in before.keys() - facts["floors"].keys():  # type: ignore[attr-defined]
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(after[name], before[name])
+
+
+def test_pull_towards_one_grows_as_data_shrink() -> None:
+    # 24 samples of 4 classes: N_c = 6, so eta = 6e3 pulls with 1e3; sparsity 1e3 cancels it exactly.
+    _, _, facts = run(eta=6e3, sparsity=0.0)
+    assert set(facts["means"].values()) == {1.0}  # type: ignore[attr-defined]
+    _, balanced, _ = run(eta=6e3, sparsity=1e3)
+    _, plain, _ = run(eta=0.0, sparsity=0.0)
+    for one, other in zip(balanced.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("statistics", "moved"), [("batch", True), ("running", False), ("auto", False)])
+def test_policy_for_running_statistics(statistics: str, moved: bool) -> None:
+    model, purified, facts = run(statistics=statistics)  # six samples a class: auto leaves them
+    assert facts["statistics"] == ("batch" if moved else "running")
+    assert torch.equal(model.bn1.running_mean, purified.bn1.running_mean) != moved
+
+
+def test_mixup_is_the_equation_and_follows_its_generator() -> None:
+    images, labels = inputs(), clean_set().labels
+    mixed = TASK.mixup(images, labels, 1.0, torch.Generator().manual_seed(3))
+    again = TASK.mixup(images, labels, 1.0, torch.Generator().manual_seed(3))
+    assert mixed.weight == again.weight
+    assert torch.equal(mixed.inputs, again.inputs)
+    assert torch.equal(mixed.targets, labels)
+    assert torch.equal(mixed.partners.sort().values, labels.sort().values)
+    generator = torch.Generator().manual_seed(3)
+    torch.randint(2**63 - 1, (), generator=generator)
+    order = torch.randperm(len(images), generator=generator)
+    torch.testing.assert_close(mixed.inputs, mixed.weight * images + (1 - mixed.weight) * images[order])
+    assert torch.equal(mixed.partners, labels[order])
+
+
+def test_mixup_weights_follow_the_beta_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, label = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64)
+    for alpha in (0.2, 1.0, 4.0):
+        weights = torch.tensor([TASK.mixup(one, label, alpha, generator).weight for _ in range(2000)])
+        assert float(weights.mean()) == pytest.approx(0.5, abs=0.05)
+        assert float(weights.var()) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)
+
+
+def test_mixup_loss_in_the_loop_is_the_weighted_sum() -> None:
+    # Two equal labels mixed with themselves: the loss is the plain one, whatever the weight.
+    logits = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
+    mixed = TASK.mixup(torch.ones(1, 1, 8, 8), torch.tensor([0]), 1.0, torch.Generator().manual_seed(0))
+    whole = mixed.weight * TASK.losses(logits, mixed.targets) + (1 - mixed.weight) * TASK.losses(logits, mixed.partners)
+    torch.testing.assert_close(whole, F.cross_entropy(logits, torch.tensor([0]), reduction="none"))
