@@ -27,7 +27,7 @@ demo: setup  ## train a backdoored digits model and take it through the whole pi
 	$(BIN)/quarantine demo --out demo-output
 
 test: setup .venv-swift/.ready  ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup  ## ruff, mypy, import-linter, compiled pipeline and the docs' figures up to date
 	$(BIN)/ruff check .

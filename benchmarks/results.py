@@ -45,6 +45,15 @@ def write_results(
     return path
 
 
+def read_rows(name: str, *, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """Rows of a results file; none where there is no such file."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["rows"]
+    return rows
+
+
 def commit() -> str:
     """Short hash of HEAD, or ``"unknown"`` outside a repository with commits."""
     command = ["git", "-C", str(FOLDER.parent), "rev-parse", "--short", "--verify", "HEAD"]

@@ -1,7 +1,8 @@
 """TSBD on CIFAR-10 beside plain fine-tuning: ``tsbd-cifar.json``; its ablations: ``tsbd-ablation.json``.
 
 ``python -m benchmarks.tsbd_cifar --data FOLDER [--ablation]``. The victims are trained once and
-kept in the user's cache; each purification draws its own 1,000 clean images (5 % of the training
+kept in the user's cache, and rows that the results file already holds for the same configuration are not
+measured again; each purification draws its own 1,000 clean images (5 % of the training
 set's size), which no victim has seen. Figures are quoted on the 10,000 test images.
 """
 
@@ -10,14 +11,15 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.results import write_results
+from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import Recipe, Victim, load_cifar10, victim
 from defense_core import config
 from defense_core.data import CleanSet, Splits, split_clean_set
@@ -31,7 +33,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 }
 CLEAN_IMAGES = 1000
 VICTIM_SEEDS = (0, 1)
-"""Defaults were developed on the victims of seed 0; those of seed 1 were first seen by this benchmark."""
+"""Defaults were developed on the victims of seed 0; ``docs/benchmarks.md`` says what changed after seed 1 was seen."""
 ABLATIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "stage 1 only": {"epochs": 0},
@@ -76,9 +78,6 @@ def purified_row(
     ).to_results()
     probe = measured["probes"][0]
     return {
-        "attack": subject.probe.name,
-        "method": method,
-        "seed": seed,
         "acc_before": measured["acc_before"]["value"],
         "acc_after": measured["acc"]["value"],
         "asr_before": probe["asr_before"]["value"],
@@ -99,27 +98,44 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     started = datetime.now(UTC)
-    train, test = load_cifar10(options.data)
-    rows = []
-    for spec in ATTACKS.values():
-        if options.ablation:
-            subject = victim(Recipe(attack=spec), train, test, device=options.device, progress=default_progress())
-            for label, settings in ABLATIONS.items():
-                row = purified_row(subject, test, "tsbd", settings, seed=0, device=options.device)
-                rows.append({"ablation": label, **row})
-                logging.info("%s", rows[-1])
-            continue
-        for trained in VICTIM_SEEDS:
-            recipe = Recipe(attack=spec, seed=trained)
-            subject = victim(recipe, train, test, device=options.device, progress=default_progress())
-            for seed in range(3):
-                for method in ("tsbd", "fine_tuning"):
-                    row = purified_row(subject, test, method, {}, seed=seed, device=options.device)
-                    rows.append({"victim_seed": trained, **row})
-                    logging.info("%s", rows[-1])
     name = "tsbd-ablation" if options.ablation else "tsbd-cifar"
     command = "python -m benchmarks.tsbd_cifar --data DATA" + (" --ablation" if options.ablation else "")
-    write_results(name, rows, command=command, started=started)
+    known = {key_of(row): row for row in read_rows(name)}
+    train, test = load_cifar10(options.data)
+    rows = []
+    for job in ablation_jobs() if options.ablation else comparison_jobs():
+        if key_of(job) not in known:
+            recipe = Recipe(attack=ATTACKS[job["attack"]], seed=job["victim_seed"])
+            subject = victim(recipe, train, test, device=options.device, progress=default_progress())
+            settings = ABLATIONS[job["ablation"]] if options.ablation else {}
+            figures = purified_row(subject, test, job["method"], settings, seed=job["seed"], device=options.device)
+            known[key_of(job)] = {**job, **figures}
+            logging.info("%s", known[key_of(job)])
+        rows.append(known[key_of(job)])
+        write_results(name, rows, command=command, started=started)
+
+
+def comparison_jobs() -> Iterator[dict[str, Any]]:
+    """Both methods on every victim and draw of clean images."""
+    for attack, trained, seed, method in product(ATTACKS, VICTIM_SEEDS, range(3), ("tsbd", "fine_tuning")):
+        yield _job({}, attack=attack, victim_seed=trained, method=method, seed=seed)
+
+
+def ablation_jobs() -> Iterator[dict[str, Any]]:
+    """TSBD's parts, on the first victim of each attack."""
+    for attack, (label, settings) in product(ATTACKS, ABLATIONS.items()):
+        yield _job(settings, ablation=label, attack=attack, victim_seed=0, method="tsbd", seed=0)
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """What identifies a row: what was run on what."""
+    fields = ("ablation", "attack", "victim_seed", "method", "seed", "config_digest")
+    return config.digest([row.get(field) for field in fields])
+
+
+def _job(settings: Mapping[str, Any], *, method: str, **fields: Any) -> dict[str, Any]:
+    digest = config.digest(config.from_mapping(METHODS[method].config, settings))
+    return {**fields, "method": method, "config_digest": digest}
 
 
 if __name__ == "__main__":

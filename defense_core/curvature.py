@@ -15,7 +15,7 @@ Two Fisher matrices, both ``(1/N) sum_n E_y[grad log p(y|x_n) grad log p(y|x_n)^
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -38,6 +38,7 @@ def fisher_diagonal(
     names: Sequence[str] | None = None,
     chunk_size: int = 32,
     by_layer: bool = True,
+    after_chunk: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """Diagonal of the Fisher matrix, exact.
 
@@ -48,7 +49,7 @@ def fisher_diagonal(
         num_classes: K, needed by the true Fisher, which costs K backward passes.
         names: parameters, or ``None`` for all.
         chunk_size: samples at once.
-        by_layer: see :func:`defense_core.per_sample.squared_gradients`.
+        by_layer, after_chunk: see :func:`defense_core.per_sample.squared_gradients`.
 
     Returns:
         Parameter name to a non-negative tensor shaped like the parameter.
@@ -72,6 +73,7 @@ def fisher_diagonal(
             weights=weights,
             chunk_size=chunk_size,
             by_layer=by_layer,
+            after_chunk=after_chunk,
         )
         sums = {name: value + sums[name] if sums else value for name, value in squares.items()}
     return {name: value / len(inputs) for name, value in sums.items()}
@@ -87,6 +89,7 @@ def fisher_trace(
     num_classes: int = 0,
     names: Sequence[str] | None = None,
     chunk_size: int = 32,
+    after_chunk: Callable[[], None] | None = None,
 ) -> float:
     """``Tr F = (1/N) sum_n E_y ||grad log p(y|x_n)||^2``, exact; arguments as :func:`fisher_diagonal`."""
     diagonal = fisher_diagonal(
@@ -98,6 +101,7 @@ def fisher_trace(
         num_classes=num_classes,
         names=names,
         chunk_size=chunk_size,
+        after_chunk=after_chunk,
     )
     return float(sum(value.sum(dtype=torch.float64) for value in diagonal.values()))
 

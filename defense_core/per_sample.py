@@ -140,6 +140,7 @@ def squared_gradients(
     weights: Tensor | None = None,
     chunk_size: int = 32,
     by_layer: bool = True,
+    after_chunk: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """``sum_n (d loss_n / d theta_i)^2`` for each parameter, exact.
 
@@ -147,6 +148,7 @@ def squared_gradients(
         by_layer: use the layers' rules where there is one; ``vmap`` for everything otherwise.
             A rule is used only where the gradients that it gives for the first chunk add up to
             autograd's: tied weights and layers called by another road fall back by themselves.
+        after_chunk: called after each chunk; may raise to stop.
 
     Returns:
         Parameter name to a tensor shaped like the parameter.
@@ -174,6 +176,8 @@ def squared_gradients(
                 )
                 for name, block in zip(others, _columns(rows, [sums[name] for name in others]), strict=True):
                     sums[name] += block.square().sum(0)
+            if after_chunk is not None:
+                after_chunk()
     return sums
 
 

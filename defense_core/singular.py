@@ -141,6 +141,8 @@ def shift_gradients(
     Returns:
         Shift name to (N, R).
     """
+    if not layers:
+        return {}
     modules = {layer.path: model.get_submodule(layer.path) for layer in layers}
     shifts = dict(model.named_parameters())
     with samples_apart(model), recorded(modules) as seen, torch.enable_grad():
@@ -194,9 +196,13 @@ def ruled_layers(
     return [
         layer
         for layer, gradient in zip(once, whole, strict=True)
-        if gradient is not None
-        and torch.allclose(rows[layer.shift_name].sum(0), gradient, rtol=0.01, atol=1e-3 * float(gradient.abs().max()))
+        if gradient is not None and _agree(rows[layer.shift_name].sum(0), gradient)
     ]
+
+
+def _agree(total: Tensor, gradient: Tensor) -> bool:
+    """Whether two gradients are equal up to rounding; never where one is NaN."""
+    return bool((total - gradient).abs().max() <= 1e-3 * gradient.abs().max())
 
 
 def _has_rule(module: nn.Module) -> bool:

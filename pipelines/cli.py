@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -369,6 +370,9 @@ def main() -> None:
             error.show()
         code = EXIT_USAGE
     except (typer.Abort, KeyboardInterrupt):
+        code = EXIT_UNKNOWN
+    except Exception:  # noqa: BLE001 - a defect of ours decides nothing: its trace is shown, and it must not read as FAIL
+        traceback.print_exc()
         code = EXIT_UNKNOWN
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -40,4 +40,6 @@ def local_environment(work: Path) -> LocalEnvironment:
         # What the steps log is read line by line.
         "PYTHONUNBUFFERED": "1",
     }
+    # Purifications run two at a time; with all cores each they slow one another many times over.
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     return LocalEnvironment(variables, tracking_uri)

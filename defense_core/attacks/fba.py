@@ -112,7 +112,7 @@ def learn_colour_style(
 
 def restyled(style: nn.Module, images: Tensor, strength: float) -> Tensor:
     """``clip(x + strength * S(x))`` for ``x`` in [0, 1]."""
-    change: Tensor = style(images)
+    change: Tensor = style(images).float()
     return (images + strength * change).clamp(0, 1)
 
 

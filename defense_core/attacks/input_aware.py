@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -122,7 +122,7 @@ def learn_input_aware(
     channels = data.images.shape[1]
     mask = seeded_network(lambda: UNet(channels, 1, config.width), seed, device)
     pattern = seeded_network(lambda: UNet(channels, channels, config.width), seed + 1, device)
-    first = Schedule(config.mask_epochs, config.schedule.batch_size, config.schedule.lr)
+    first = replace(config.schedule, epochs=config.mask_epochs)
 
     def mask_loss(batch: Batch) -> Tensor:
         on = masks(mask, batch.images)
@@ -162,7 +162,7 @@ def learn_input_aware(
 
 def patterns(network: nn.Module, images: Tensor) -> Tensor:
     """``tanh(.) / 2 + 1/2``, in [0, 1], (N, C, H, W)."""
-    pattern: Tensor = network(images).tanh() / 2 + 0.5
+    pattern: Tensor = network(images).float().tanh() / 2 + 0.5
     return pattern
 
 

@@ -14,7 +14,7 @@ from defense_core.attacks.pixels import seeded_generator
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
-from defense_core.loop import batch_indices, seeded, working_copy
+from defense_core.loop import autocast, batch_indices, channels_last, seeded, working_copy
 from defense_core.progress import Progress
 from defense_core.task import Task
 
@@ -57,18 +57,21 @@ class Schedule:
     Attributes:
         epochs: passes over the data.
         batch_size: samples a step.
+        images: at most so many training samples, drawn once; a generator needs fewer than a classifier.
         lr: learning rate of Adam for the generator.
         classifier_lr: learning rate of SGD (momentum 0.9, weight decay 5e-4) for the classifier beside it.
     """
 
     epochs: int = 10
     batch_size: int = 128
+    images: int = 5000
     lr: float = 2e-3
     classifier_lr: float = 0.01
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", "1 or more", self.epochs)
         require(self.batch_size >= 2, "batch_size", "2 or more", self.batch_size)
+        require(self.images >= 2, "images", "2 or more", self.images)
         require(self.lr > 0, "lr", "a positive rate", self.lr)
         require(self.classifier_lr > 0, "classifier_lr", "a positive rate", self.classifier_lr)
 
@@ -117,7 +120,9 @@ def train_generator(
         trained.append(
             torch.optim.SGD(classifier.parameters(), lr=schedule.classifier_lr, momentum=0.9, weight_decay=5e-4)
         )
-    data, generator = data.to(device), seeded_generator(seed)
+    generator = seeded_generator(seed)
+    data = data.subset(torch.randperm(len(data), generator=generator)[: schedule.images]).to(device)
+    context = autocast(network if surrogate is None else classifier, "auto", device)
     network.train()
     steps = len(batch_indices(len(data), schedule.batch_size, torch.Generator())) * schedule.epochs
     with seeded(seed, device), progress.phase(name, total=steps) as phase:
@@ -125,10 +130,17 @@ def train_generator(
             for index in batch_indices(len(data), schedule.batch_size, generator):
                 labels = data.labels[index.to(device)]
                 images = task.augmented(data.images[index.to(device)], generator).float() / 255
-                batch = Batch(lambda pixels: classifier(task.inputs(pixels)), images, labels, wanted(labels), generator)
+                batch = Batch(
+                    lambda pixels: classifier(channels_last(task.inputs(pixels))),
+                    images,
+                    labels,
+                    wanted(labels),
+                    generator,
+                )
                 for optimizer in trained:
                     optimizer.zero_grad(set_to_none=True)
-                loss = loss_of(batch)
+                with context():
+                    loss = loss_of(batch)
                 loss.backward()
                 for optimizer in trained:
                     optimizer.step()

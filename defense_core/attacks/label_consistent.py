@@ -11,6 +11,7 @@ from defense_core.attacks.badnets import BadNets
 from defense_core.attacks.pixels import seeded_generator
 from defense_core.config import require
 from defense_core.layers import evaluating
+from defense_core.loop import autocast, channels_last
 from defense_core.task import Task
 
 _CORNERS = ("bottom_right", "bottom_left", "top_right", "top_left")
@@ -81,7 +82,7 @@ def adversarial(
     Returns:
         uint8 (N, C, H, W) within ``epsilon`` of ``images``, on their device.
     """
-    generator = seeded_generator(seed)
+    generator, context = seeded_generator(seed), autocast(model, "auto", device)
     made = []
     with evaluating(model):
         for pixels, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
@@ -90,7 +91,9 @@ def adversarial(
             changed = (clean + start).clamp(0, 255)
             for _ in range(config.steps):
                 changed.requires_grad_(True)
-                loss = task.losses(model(task.inputs(changed / 255)), targets.to(device)).sum()
+                with context():
+                    outputs = model(channels_last(task.inputs(changed / 255)))
+                loss = task.losses(outputs, targets.to(device)).sum()
                 (gradient,) = torch.autograd.grad(loss, changed)
                 moved = changed.detach() + config.step * gradient.sign()
                 changed = torch.minimum(torch.maximum(moved, clean - config.epsilon), clean + config.epsilon)

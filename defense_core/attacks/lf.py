@@ -15,7 +15,7 @@ from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import ConfigError
 from defense_core.layers import evaluating
-from defense_core.loop import batch_indices
+from defense_core.loop import autocast, batch_indices, channels_last
 from defense_core.progress import Progress
 from defense_core.task import Task
 
@@ -90,11 +90,14 @@ def learn_low_frequency(
     coefficients = torch.zeros(others.images.shape[1], len(left), len(right), device=device, requires_grad=True)
     optimizer = torch.optim.Adam([coefficients], lr=config.lr * config.epsilon * math.sqrt(height * width))
     batches = [batch for _ in range(config.passes) for batch in batch_indices(len(others), 128, generator)]
+    context = autocast(surrogate, "auto", device)
     with evaluating(surrogate), progress.phase("universal perturbation", total=len(batches)) as phase:
         for batch in batches:
             perturbation = left.T @ coefficients @ right
             pixels = (others.images[batch].float() + perturbation).clamp(0, 255) / 255
-            loss = task.losses(surrogate(task.inputs(pixels)), wanted(others.labels[batch])).mean()
+            with context():
+                outputs = surrogate(channels_last(task.inputs(pixels)))
+            loss = task.losses(outputs, wanted(others.labels[batch])).mean()
             (coefficients.grad,) = torch.autograd.grad(loss, [coefficients])
             optimizer.step()
             with torch.no_grad():

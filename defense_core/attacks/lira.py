@@ -108,7 +108,7 @@ def learn_lira(
 
 def perturbed(generator: nn.Module, images: Tensor, epsilon: float) -> Tensor:
     """``clip(x + epsilon * tanh G(x))`` for ``x`` in [0, 1]."""
-    change: Tensor = generator(images).tanh()
+    change: Tensor = generator(images).float().tanh()
     return (images + epsilon * change).clamp(0, 1)
 
 

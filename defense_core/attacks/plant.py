@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from defense_core.attacks.probe import TRIGGERS, Probe, Trigger
 from defense_core.attacks.victim import VictimTraining, train_victim
 from defense_core.config import to_mapping
 from defense_core.data import CleanSet
+from defense_core.loop import working_copy
 from defense_core.progress import Progress
 from defense_core.task import ImageClassification
 
@@ -53,6 +53,7 @@ def plant(
     device: torch.device | str,
     progress: Progress,
     folder: Path,
+    surrogate: nn.Module | None = None,
 ) -> PlantedBackdoor:
     """Train ``network`` from random weights so that it obeys ``attack``.
 
@@ -62,6 +63,8 @@ def plant(
         rate: poisoning rate, a share of the whole set.
         seed: draws weights, samples, order, and whatever the attack draws.
         folder: where the file of a learned trigger is written (``trigger.safetensors``).
+        surrogate: a classifier of this architecture trained on clean data, for the attacks that want one; trained
+            here by default.
 
     Raises:
         ConfigError: the rate is out of range or too high for a clean-label attack, or the trigger does not fit.
@@ -69,18 +72,18 @@ def plant(
         Cancelled: a stop was requested.
     """
     poisoning = attack.poisoning(rate)
-    surrogate: nn.Module | None = None
-    if attack.row.surrogate and (attack.trigger is None or attack.kind == "label_consistent"):
+    wants_surrogate = attack.row.surrogate and (attack.trigger is None or attack.kind == "label_consistent")
+    if wants_surrogate and surrogate is None:
         surrogate = train_victim(
             network, train, training=training, task=task, seed=seed + 1, device=device, progress=progress,
             name="train a clean model",
-        ).to(device)  # fmt: skip
+        )  # fmt: skip
+    helper = working_copy(surrogate if surrogate is not None else network, device).eval()
     trigger = attack.trigger
     if trigger is None:
-        trigger = _learned(attack, surrogate or copy.deepcopy(network).to(device), train, task=task, seed=seed,
-                           device=device, progress=progress, folder=folder)  # fmt: skip
+        trigger = _learned(attack, helper, train, task=task, seed=seed, device=device, progress=progress, folder=folder)
     probe = attack.probe(trigger)
-    prepare = _adversarially(trigger, surrogate, task=task, seed=seed, device=device)
+    prepare = _adversarially(trigger, helper, task=task, seed=seed, device=device)
     poisoned = poison_by(train, probe, poisoning, seed=seed, prepare=prepare)
     model = train_victim(
         network, poisoned.data, training=training, task=task, seed=seed, device=device, progress=progress,
@@ -125,9 +128,9 @@ def _learned(
 
 
 def _adversarially(
-    trigger: Trigger, surrogate: nn.Module | None, *, task: ImageClassification, seed: int, device: torch.device | str
+    trigger: Trigger, surrogate: nn.Module, *, task: ImageClassification, seed: int, device: torch.device | str
 ) -> Prepare | None:
-    if not isinstance(trigger, LabelConsistent) or surrogate is None or trigger.epsilon == 0:
+    if not isinstance(trigger, LabelConsistent) or trigger.epsilon == 0:
         return None
 
     def prepare(images: Tensor, labels: Tensor) -> Tensor:

@@ -131,7 +131,8 @@ def learn_ssba(
     """Encoder and message; arguments as :data:`defense_core.attacks.joint.Learn`, the surrogate unused."""
     channels, height, width = data.images.shape[1:]
     network = seeded_network(lambda: Steganography(channels, config.bits, config.width), seed, device)
-    steps = config.schedule.epochs * -(-len(data) // config.schedule.batch_size)
+    count = min(len(data), config.schedule.images)
+    steps = config.schedule.epochs * -(-count // config.schedule.batch_size)
     done = 0
 
     def loss_of(batch: Batch) -> Tensor:
@@ -155,5 +156,5 @@ def learn_ssba(
 
 def hidden(encoder: nn.Module, images: Tensor, planes: Tensor, strength: float) -> Tensor:
     """``clip(x + strength * tanh E(x, m))`` for ``x`` in [0, 1]."""
-    residual: Tensor = encoder(torch.cat([images, planes], dim=1)).tanh()
+    residual: Tensor = encoder(torch.cat([images, planes], dim=1)).float().tanh()
     return (images + strength * residual).clamp(0, 1)

@@ -14,6 +14,7 @@ from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import ConfigError
 from defense_core.layers import classifier_head, evaluating
+from defense_core.loop import autocast, channels_last
 from defense_core.progress import Progress
 from defense_core.task import Task
 
@@ -97,12 +98,14 @@ def learn_trojan(
     generator = seeded_generator(seed)
     patch = torch.randint(0, 256, (data.images.shape[1], config.size, config.size), generator=generator)
     patch = patch.float().to(device)
+    context = autocast(surrogate, "auto", device)
     with evaluating(surrogate), progress.phase("trojan patch", total=config.steps) as phase:
         for done in range(config.steps):
             batch = torch.randint(0, len(data), (config.images,), generator=generator).to(data.images.device)
             patch.requires_grad_(True)
             pixels = _stamped(data.images[batch].to(device).float(), patch, config.margin)
-            activations = penultimate(surrogate, head, task.inputs(pixels / 255))[:, units]
+            with context():
+                activations = penultimate(surrogate, head, channels_last(task.inputs(pixels / 255)))[:, units].float()
             loss = (activations - config.value).square().mean()
             (gradient,) = torch.autograd.grad(loss, patch)
             shrinking = config.step * (1 - done / config.steps)

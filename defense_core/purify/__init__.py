@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from defense_core.data import Splits
-from defense_core.errors import ConfigError
+from defense_core.errors import ConfigError, MethodDiverged
+from defense_core.layers import is_finite
 from defense_core.loop import seeded
 from defense_core.progress import Progress
-from defense_core.purify import fast_fip, fine_tuning, fip, nft, ngf, tsbd
+from defense_core.purify import anp, clp, fine_pruning, fine_tuning, fip, ft_sam, nft, ngf, tsbd
 from defense_core.purify.base import Method, Purified
 from defense_core.task import Task
 
-METHODS: dict[str, Method] = {row.METHOD.name: row.METHOD for row in (fine_tuning, tsbd, nft, ngf, fip, fast_fip)}
+METHODS: dict[str, Method] = {
+    row.METHOD.name: row.METHOD for row in (fine_tuning, tsbd, fip, nft, ngf, ft_sam, fine_pruning, anp, clp)
+}
 """Every method by the name that ``--method`` takes."""
 
 __all__ = ["METHODS", "Method", "Purified", "method_named", "purify"]
@@ -47,13 +50,20 @@ def purify(
 
     Raises:
         ConfigError: unknown method, or a config of another method.
-        MethodDiverged: a loss or weight became NaN or Inf.
+        MethodDiverged: a loss or weight is or became NaN or Inf.
         Cancelled: a stop was requested.
     """
     row = method_named(method)
     if not isinstance(config, row.config):
         raise ConfigError(
             f"{method} was given another method's config", expected=row.config.__name__, got=type(config).__name__
+        )
+    if not is_finite(model):
+        raise MethodDiverged(
+            f"{method} cannot start from this model",
+            expected="finite weights and statistics",
+            got="NaN or Inf",
+            hint="Use another checkpoint",
         )
     with seeded(seed, device):
         return row.function(model, clean, config, task=task, seed=seed, device=device, progress=progress)

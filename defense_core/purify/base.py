@@ -59,7 +59,9 @@ class Method:
         function: the purifier.
         summary: one line for ``--help`` and the docs.
         zero_steps: configuration values with which the method must return an equal model.
-        control: true for the baseline that the others are compared with, never selected.
+        control: true for plain fine-tuning, which the others are compared with, never selected.
+        baseline: true for methods of others that stand in the tables and can be asked for by
+            name, but are not offered by default.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Method:
     summary: str
     zero_steps: dict[str, Any]
     control: bool = False
+    baseline: bool = False
 
 
 def chooser(clean: Splits) -> CleanSet:
@@ -83,6 +86,7 @@ def strongest_within(
     reference: float,
     max_drop: float,
     images: int,
+    patience: int = 1,
 ) -> tuple[float, T, list[dict[str, float | None]]]:
     """The declared rule for every hyper-parameter that trades accuracy for removal.
 
@@ -98,6 +102,8 @@ def strongest_within(
         reference: accuracy of the unpurified model on the same images.
         max_drop: permitted drop, in [0, 1].
         images: size of the select split.
+        patience: candidates in a row that may cost too much before the rest are left untried;
+            above 1 for a method that is not gentlest at its weakest.
 
     Returns:
         The strength, what was made at it, and one row per trial; ``accuracy`` is ``None``
@@ -111,8 +117,9 @@ def strongest_within(
     chosen = first
     reached, made = attempt(first)
     trials: list[dict[str, float | None]] = [{"strength": first, "accuracy": reached}]
+    failures = int(reference - reached > allowed)
     for strength in others:
-        if reference - reached > allowed:
+        if failures >= patience:
             break
         try:
             reached, candidate = attempt(strength)
@@ -120,6 +127,7 @@ def strongest_within(
             trials.append({"strength": strength, "accuracy": None})
             break
         trials.append({"strength": strength, "accuracy": reached})
-        if reference - reached <= allowed:
+        failures = failures + 1 if reference - reached > allowed else 0
+        if not failures:
             chosen, made = strength, candidate
     return chosen, made, trials

@@ -10,7 +10,7 @@ folded back into ordinary weights at the end.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from defense_core.loop import HistoryRow, Precision, Tuning, accuracy, channels_
 from defense_core.per_sample import samples_apart, squared_gradients
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified, chooser, strongest_within
-from defense_core.purify.fip import TraceTerm, epochs_for, regularised_step, retainer
+from defense_core.purify.fip import TraceTerm, epochs_for, finite_trace, regularised_step, retainer
 from defense_core.singular import ShiftLayer, fold, parametrise, ruled_layers, shift_gradients, shift_layers
 from defense_core.task import Task
 
@@ -54,7 +54,8 @@ class FastFIPConfig:
         min_steps: at least so many steps are taken: more passes on small sets. Nothing is
             trained where ``epochs`` is 0.
         batch_size: samples per step.
-        max_grad_norm: the gradient of the whole objective is clipped to this L2 norm.
+        max_trace_norm: the gradient of the trace term is clipped to this L2 norm; that of the
+            cross-entropy is left alone, so that a few steep samples cannot drown it.
         precision: of the cross-entropy, see :class:`defense_core.loop.Tuning`; the Fisher terms
             are always full precision.
     """
@@ -64,17 +65,16 @@ class FastFIPConfig:
     eta_r: float | None = None
     retain: float = 2.0
     norms: bool = True
-    flatten: float = 0.0
-    trace_every: int = 2
+    trace_every: int = 4
     trace_batch: int = 32
     retain_images: int = 500
     lr: float | None = None
-    lr_grid: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
+    lr_grid: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     max_drop: float = 0.02
     epochs: int = 10
     min_steps: int = 70
     batch_size: int = 128
-    max_grad_norm: float = 5.0
+    max_trace_norm: float = 1.0
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class FastFIPConfig:
         require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
         require(self.min_steps >= 0, "min_steps", "0 or more", self.min_steps)
         require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
-        require(self.max_grad_norm > 0, "max_grad_norm", "a positive norm", self.max_grad_norm)
+        require(self.max_trace_norm > 0, "max_trace_norm", "a positive norm", self.max_trace_norm)
 
 
 def purify(
@@ -128,16 +128,17 @@ def purify(
     order = torch.randperm(len(clean.fit), generator=torch.Generator().manual_seed(seed))
     measured = clean.fit.subset(order[: config.retain_images])
     inputs, targets = task.inputs(measured.images.to(device)), measured.labels.to(device)
-    ruled = ruled_layers(start, layers, inputs[:8], targets[:8], losses=task.losses)
-    fisher = diagonal(start, ruled, trained, inputs, targets, task=task)
-    trace = float(sum(value.sum(dtype=torch.float64) for value in fisher.values()))
+    with progress.phase("fisher") as phase:
+        ruled = ruled_layers(start, layers, inputs[:8], targets[:8], losses=task.losses)
+        phase.advance()
+        fisher = diagonal(start, ruled, trained, inputs, targets, task=task, after_chunk=phase.advance)
+    trace = finite_trace(fisher)
     eta_f = config.trace_share / max(trace, 1e-12) if config.eta_f is None else config.eta_f
     eta_r = config.retain * task.num_classes / len(clean.fit) if config.eta_r is None else config.eta_r
     anchors = {name: value.detach().clone() for name, value in start.named_parameters() if name in fisher}
 
     def attempt(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
         tuned = copy.deepcopy(start)
-        flatten_spectra(tuned, layers, strength=config.flatten)
         rows = tune(
             tuned,
             clean.fit,
@@ -148,7 +149,6 @@ def purify(
                 lr,
                 schedule="cosine",
                 precision=config.precision,
-                max_grad_norm=config.max_grad_norm,
             ),
             seed=seed,
             device=device,
@@ -158,6 +158,7 @@ def purify(
                 eta_f,
                 exact_trace_term(clean.fit, ruled, config, task=task, seed=seed, device=device),
                 every=config.trace_every,
+                max_norm=config.max_trace_norm,
                 retain=retainer(anchors, fisher, eta_r=eta_r, lr=lr),
             ),
         )
@@ -169,6 +170,7 @@ def purify(
         reference=reference,
         max_drop=config.max_drop,
         images=len(chooser(clean)),
+        patience=2,
     )
     purified = working_copy(model, device)
     fold(tuned, layers, purified)
@@ -198,15 +200,6 @@ def train_only_shifts(model: nn.Module, layers: Sequence[ShiftLayer], *, norms: 
     return [name for name, _ in model.named_parameters() if name in wanted]
 
 
-@torch.no_grad()
-def flatten_spectra(model: nn.Module, layers: Sequence[ShiftLayer], *, strength: float) -> None:
-    """Shift every singular value ``s`` to ``s^(1 - strength) m^strength``, m being the layer's mean."""
-    for layer in layers:
-        values = layer.spectrum(model).values
-        flat = values.pow(1 - strength) * values.mean().pow(strength)
-        model.get_parameter(layer.shift_name).copy_(torch.where(values > 0, flat - values, 0.0))
-
-
 def diagonal(
     model: nn.Module,
     ruled: Sequence[ShiftLayer],
@@ -216,6 +209,7 @@ def diagonal(
     *,
     task: Task,
     chunk_size: int = 32,
+    after_chunk: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Diagonal of the empirical Fisher matrix of what is trained, exact."""
     exact = [layer.shift_name for layer in ruled]
@@ -223,9 +217,18 @@ def diagonal(
     for some, labels in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
         for name, rows in shift_gradients(model, ruled, some, labels, losses=task.losses).items():
             sums[name] += rows.square().sum(0)
+        after_chunk()
     others = [name for name in trained if name not in sums]
     if others:
-        sums |= squared_gradients(model, inputs, targets, losses=task.losses, names=others, chunk_size=chunk_size)
+        sums |= squared_gradients(
+            model,
+            inputs,
+            targets,
+            losses=task.losses,
+            names=others,
+            chunk_size=chunk_size,
+            after_chunk=after_chunk,
+        )
     return {name: sums[name] / len(inputs) for name in trained}
 
 

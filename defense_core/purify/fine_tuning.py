@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from defense_core.config import require
 from defense_core.data import Splits
-from defense_core.loop import HistoryRow, Precision, Tuning, accuracy, finished, tune, working_copy
+from defense_core.loop import (
+    HistoryRow,
+    Precision,
+    Step,
+    Tuning,
+    accuracy,
+    finished,
+    plain_step,
+    tune,
+    working_copy,
+)
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified, chooser, strongest_within
 from defense_core.task import Task
@@ -18,7 +29,7 @@ from defense_core.task import Task
 
 @dataclass(frozen=True)
 class FineTuningConfig:
-    """Settings of plain fine-tuning.
+    """Settings of plain fine-tuning; baselines that end in tuning extend them.
 
     Attributes:
         lr: learning rate, or ``None`` to choose it from ``lr_grid`` by
@@ -59,6 +70,38 @@ def purify(
     progress: Progress,
 ) -> Purified:
     """Minimise the cross-entropy on the fit split by SGD, all parameters, BatchNorm in training mode."""
+    tuned, rows, facts = tune_within(
+        model, clean, config, task=task, seed=seed, device=device, progress=progress, name="fine-tune"
+    )
+    return Purified(finished(tuned, "fine_tuning"), tuple(rows), facts)
+
+
+def tune_within(
+    model: nn.Module,
+    clean: Splits,
+    config: FineTuningConfig,
+    *,
+    task: Task,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+    name: str,
+    reference: float | None = None,
+    step: Step = plain_step,
+    holding: Callable[[nn.Module], Callable[[], None]] | None = None,
+) -> tuple[nn.Module, list[HistoryRow], dict[str, Any]]:
+    """Tune copies of ``model`` at the rates of ``config`` and keep the one that the rule takes.
+
+    Args:
+        config: rates and schedule.
+        reference: accuracy on the *select* split to measure drops against; the model's own by
+            default.
+        step: the gradient; see :func:`defense_core.loop.tune`.
+        holding: from a copy to what is called after each of its steps (masks held at zero).
+
+    Returns:
+        The tuned copy, on ``device``, its history, and the facts ``lr`` and ``lr_trials``.
+    """
 
     def attempt(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
         tuned = working_copy(model, device)
@@ -70,21 +113,32 @@ def purify(
             schedule=config.schedule,
             precision=config.precision,
         )
-        name = f"fine-tune lr={lr:g}"
-        rows = tune(tuned, clean.fit, task=task, tuning=tuning, seed=seed, device=device, progress=progress, name=name)
+        rows = tune(
+            tuned,
+            clean.fit,
+            task=task,
+            tuning=tuning,
+            seed=seed,
+            device=device,
+            progress=progress,
+            name=f"{name} lr={lr:g}",
+            step=step,
+            after_step=holding(tuned) if holding is not None else None,
+        )
         return select_accuracy(tuned), (tuned, rows)
 
     def select_accuracy(network: nn.Module) -> float:
         return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
 
+    rates = (config.lr,) if config.lr is not None else config.lr_grid
     lr, (purified, history), trials = strongest_within(
-        config.lr_grid if config.lr is None else (config.lr,),
+        rates if config.epochs else (min(rates),),  # without steps every rate gives the same model
         attempt,
-        reference=select_accuracy(working_copy(model, device)),
+        reference=select_accuracy(working_copy(model, device)) if reference is None else reference,
         max_drop=config.max_drop,
         images=len(chooser(clean)),
     )
-    return Purified(finished(purified, "fine_tuning"), tuple(history), {"lr": lr, "lr_trials": trials})
+    return purified, history, {"lr": lr, "lr_trials": trials}
 
 
 METHOD = Method(

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from defense_core.config import require
-from defense_core.curvature import Kind, fisher_diagonal, fisher_trace, random_sign_trace
+from defense_core.curvature import Kind, fisher_diagonal, random_sign_trace
 from defense_core.data import CleanSet, Splits
+from defense_core.errors import MethodDiverged
 from defense_core.loop import (
     HistoryRow,
     LossOf,
@@ -68,7 +69,8 @@ class FIPConfig:
             trained where ``epochs`` is 0.
         batch_size: samples per step.
         weight_decay: L2 penalty.
-        max_grad_norm: the gradient of the whole objective is clipped to this L2 norm.
+        max_trace_norm: the gradient of the trace term is clipped to this L2 norm; that of the
+            cross-entropy is left alone, so that a few steep samples cannot drown it.
         precision: of the cross-entropy, see :class:`defense_core.loop.Tuning`; the Fisher terms
             are always full precision.
     """
@@ -89,7 +91,7 @@ class FIPConfig:
     min_steps: int = 100
     batch_size: int = 128
     weight_decay: float = 5e-4
-    max_grad_norm: float = 5.0
+    max_trace_norm: float = 2.0
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class FIPConfig:
         require(self.min_steps >= 0, "min_steps", "0 or more", self.min_steps)
         require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
         require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
-        require(self.max_grad_norm > 0, "max_grad_norm", "a positive norm", self.max_grad_norm)
+        require(self.max_trace_norm > 0, "max_trace_norm", "a positive norm", self.max_trace_norm)
 
 
 def purify(
@@ -140,9 +142,10 @@ def purify(
     chosen = torch.randperm(len(clean.fit), generator=torch.Generator().manual_seed(seed))
     measured = clean.fit.subset(chosen[: config.retain_images])
     inputs, targets = task.inputs(measured.images.to(device)), measured.labels.to(device)
-    retained = fisher_diagonal(start, inputs, targets, losses=task.losses)
+    with progress.phase("fisher") as phase:
+        retained = fisher_diagonal(start, inputs, targets, losses=task.losses, after_chunk=phase.advance)
     anchors = {name: value.detach().clone() for name, value in start.named_parameters()}
-    trace_before = float(sum(value.sum(dtype=torch.float64) for value in retained.values()))
+    trace_before = finite_trace(retained)
     eta_f = config.trace_share / max(trace_before, 1e-12) if config.eta_f is None else config.eta_f
     eta_r = config.retain * task.num_classes / len(clean.fit) if config.eta_r is None else config.eta_r
 
@@ -161,13 +164,14 @@ def purify(
                 weight_decay=config.weight_decay,
                 schedule="cosine",
                 precision=config.precision,
-                max_grad_norm=config.max_grad_norm,
             ),
             seed=seed,
             device=device,
             progress=progress,
             name=f"fip lr={lr:g}",
-            step=regularised_step(eta_f, term, every=config.trace_every, retain=penalty),
+            step=regularised_step(
+                eta_f, term, every=config.trace_every, max_norm=config.max_trace_norm, retain=penalty
+            ),
         )
         return select_accuracy(tuned), (tuned, rows)
 
@@ -178,7 +182,10 @@ def purify(
         reference=reference,
         max_drop=config.max_drop,
         images=len(chooser(clean)),
+        patience=2,
     )
+    with progress.phase("fisher after") as phase:
+        after = fisher_diagonal(tuned, inputs, targets, losses=task.losses, after_chunk=phase.advance)
     facts: dict[str, Any] = {
         "lr": lr,
         "lr_trials": trials,
@@ -186,9 +193,21 @@ def purify(
         "eta_f": eta_f,
         "eta_r": eta_r,
         "trace_before": trace_before,
-        "trace_after": fisher_trace(tuned, inputs, targets, losses=task.losses),
+        "trace_after": finite_trace(after),
     }
     return Purified(finished(tuned, "fip"), tuple(history), facts)
+
+
+def finite_trace(diagonal: Mapping[str, Tensor]) -> float:
+    """Sum of a Fisher diagonal.
+
+    Raises:
+        MethodDiverged: it is NaN or Inf.
+    """
+    trace = float(sum(value.sum(dtype=torch.float64) for value in diagonal.values()))
+    if not math.isfinite(trace):
+        raise MethodDiverged("the Fisher trace is not finite", expected="finite weights, inputs and losses", got=trace)
+    return trace
 
 
 def epochs_for(images: int, epochs: int, min_steps: int, batch_size: int) -> int:
@@ -202,9 +221,10 @@ TraceTerm = Callable[[nn.Module], Tensor]
 Penalty = Callable[[nn.Module], None]
 
 
-def regularised_step(eta_f: float, term: TraceTerm, *, every: int, retain: Penalty) -> Step:
+def regularised_step(eta_f: float, term: TraceTerm, *, every: int, max_norm: float, retain: Penalty) -> Step:
     """Gradient of the whole objective: the batch's cross-entropy as the loop runs it, the trace
-    on its own samples every ``every`` steps and weighted by as many, and the retainer.
+    on its own samples every ``every`` steps, weighted by as many and clipped to ``max_norm``,
+    and the retainer.
 
     The loss that is reported is the cross-entropy.
     """
@@ -214,12 +234,24 @@ def regularised_step(eta_f: float, term: TraceTerm, *, every: int, retain: Penal
         nonlocal taken
         loss = plain_step(model, loss_of)
         if eta_f and taken % every == 0:
-            (eta_f * every * term(model)).backward()
+            add_clipped(model, eta_f * every * term(model), max_norm=max_norm)
         taken += 1
         retain(model)
         return loss
 
     return step
+
+
+def add_clipped(model: nn.Module, term: Tensor, *, max_norm: float) -> None:
+    """Add the gradient of ``term``, clipped to the global L2 norm ``max_norm``, to every gradient."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(term, parameters, allow_unused=True)
+    pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for _, gradient in pairs]))
+    factor = (max_norm / norm.clamp_min(1e-12)).clamp(max=1.0)
+    for parameter, gradient in pairs:
+        scaled = gradient * factor
+        parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
 
 
 def trace_term(data: CleanSet, config: FIPConfig, *, task: Task, seed: int, device: torch.device | str) -> TraceTerm:

@@ -79,7 +79,7 @@ def mask_sites(
     }
     units: set[str] = set()
     if sites != "norm":
-        followed = _normalised(model, inputs) if sites == "auto" else set()
+        followed = set(following_norms(model, inputs)) if sites == "auto" else set()
         units = {layer.name for layer in unit_layers(model)} - followed
     dimensions = 2 if granularity == "kernel" else 1
     found = [
@@ -98,23 +98,27 @@ def mask_sites(
 
 
 @torch.no_grad()
-def _normalised(model: nn.Module, inputs: Tensor) -> set[str]:
-    """Names of the weights whose layer's output is, as it is, the input of a normalisation."""
+def following_norms(model: nn.Module, inputs: Tensor) -> dict[str, str]:
+    """Name of each weight whose layer's output is, as it is, the input of a normalisation, and
+    that normalisation's name."""
+    head = classifier_head(model)
     made: list[tuple[str, Tensor]] = []
-    followed: set[str] = set()
+    followed: dict[str, str] = {}
 
     def remember(name: str) -> Any:
         return lambda module, arguments, output: made.append((f"{name}.weight", output))
 
-    def compare(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        followed.update(name for name, output in made if output is arguments[0])
+    def compare(norm: str) -> Any:
+        return lambda module, arguments: followed.update(
+            {name: norm for name, output in made if output is arguments[0] and name not in followed}
+        )
 
     handles = []
     try:
         for name, module in model.named_modules():
             if isinstance(module, NORMS):
-                handles.append(module.register_forward_pre_hook(compare))
-            elif getattr(module, "weight", None) is not None and module is not classifier_head(model):
+                handles.append(module.register_forward_pre_hook(compare(name)))
+            elif getattr(module, "weight", None) is not None and module is not head:
                 handles.append(module.register_forward_hook(remember(name)))
         with evaluating(model):
             model(inputs)

@@ -35,35 +35,53 @@ def absolute_damping(trace: Tensor, rank: int, relative: float) -> Tensor:
     return relative * trace.double() / rank + 1e-12
 
 
-def head_step(features: Tensor, errors: Tensor, residual: Tensor | None = None, *, damping: float) -> Tensor:
+def head_step(
+    features: Tensor,
+    errors: Tensor,
+    *,
+    damping: float,
+    curvature: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Natural step of a linear classifier under the empirical Fisher.
 
-    The gradient of sample n is ``e_n h_n^T``, so the Gram matrix is ``(E E^T) * (H H^T)``.
+    The gradient of sample n is ``e_n h_n^T``, so the Gram matrix is ``(E E^T) * (H H^T)``. With a
+    regulariser of diagonal curvature ``C`` the step is ``(F + C + lambda I)^-1 (gbar + residual)``;
+    without ``C`` in the solve it would be unstable as soon as the loss, and with it F, is small.
 
     Args:
         features: H, (N, D), a last column of ones where the classifier has a bias.
         errors: E, (N, K): gradient of each sample's loss at the logits.
-        residual: (K, D), added to the mean gradient before solving (a regulariser's gradient).
         damping: relative; see :func:`sample_weights`.
+        curvature: C, (K, D), 0 or more.
+        residual: (K, D), the regulariser's gradient; given with ``curvature``.
 
     Returns:
         (K, D), float64.
     """
     H, E = features.double(), errors.double()
     gram = (E @ E.T) * (H @ H.T)
-    step = (E * sample_weights(gram, damping=damping).unsqueeze(1)).T @ H
-    if residual is None:
-        return step
+    if curvature is None or residual is None:
+        return (E * sample_weights(gram, damping=damping).unsqueeze(1)).T @ H
     count = len(H)
     ridge = absolute_damping(gram.diagonal().sum() / count, count, damping)
-    matrix = gram + count * ridge * torch.eye(count, dtype=torch.float64, device=H.device)
-    along = ((E @ residual.double()) * H).sum(1, keepdim=True)
-    weights = torch.cholesky_solve(along, torch.linalg.cholesky(matrix))
-    return step + (residual.double() - (E * weights).T @ H) / ridge
+    inverse = 1 / (curvature.double() + ridge)
+    matrix = count * torch.eye(count, dtype=torch.float64, device=H.device)
+    for column, weights in zip(E.T, inverse, strict=True):
+        matrix += torch.outer(column, column) * ((H * weights) @ H.T)
+    first = inverse * (E.T @ H / count + residual.double())
+    along = ((E @ first) * H).sum(1, keepdim=True)
+    return first - inverse * ((E * torch.cholesky_solve(along, torch.linalg.cholesky(matrix))).T @ H)
 
 
 def true_head_step(
-    features: Tensor, probabilities: Tensor, gradient: Tensor, *, damping: float, iterations: int = 50
+    features: Tensor,
+    probabilities: Tensor,
+    gradient: Tensor,
+    *,
+    damping: float,
+    curvature: Tensor | None = None,
+    iterations: int = 50,
 ) -> Tensor:
     """Natural step of a softmax classifier under the true Fisher, by conjugate gradients.
 
@@ -75,6 +93,7 @@ def true_head_step(
         probabilities: softmax outputs, (N, K).
         gradient: (K, D), any right-hand side.
         damping: relative to ``tr F / min(N K, D K)``.
+        curvature: (K, D), added to F; see :func:`head_step`.
         iterations: at most so many products; ends at a relative residual of 1e-10.
 
     Returns:
@@ -85,10 +104,12 @@ def true_head_step(
     trace = ((p * (1 - p)).sum(1) * H.square().sum(1)).sum() / count
     ridge = absolute_damping(trace, min(count * p.shape[1], right.numel()), damping)
 
+    diagonal = ridge if curvature is None else ridge + curvature.double()
+
     def product(vector: Tensor) -> Tensor:
         along = H @ vector.T
         curved = p * along - p * (p * along).sum(1, keepdim=True)
-        return curved.T @ H / count + ridge * vector
+        return curved.T @ H / count + diagonal * vector
 
     solution = torch.zeros_like(right)
     left = right.clone()

@@ -90,8 +90,8 @@ class NFTConfig:
     sites: Sites = "all"
     granularity: Granularity = "kernel"
     sparsity: float | None = None
-    sparsity_grid: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    max_drop: float = 0.02
+    sparsity_grid: tuple[float, ...] = (5e-4, 7e-4, 1e-3, 2e-3, 3e-3, 4e-3)
+    max_drop: float = 0.03
     eta: float = 1e-3
     alpha: float = 0.8
     beta: float = 0.5
@@ -281,7 +281,9 @@ def _train_masks(
     folded = working_copy(original, device)
     fold_masks(folded, sites, values)
     if follow and epochs:
-        renew_statistics(folded, data, task=task, batch_size=config.batch_size, seed=seed, device=device)
+        renew_statistics(
+            folded, data, task=task, batch_size=config.batch_size, seed=seed, device=device, progress=progress
+        )
     return _Outcome(folded, history, values)
 
 

@@ -53,7 +53,7 @@ class NGFConfig:
         fisher: ``"empirical"``, or ``"true"``: the model's own labels, solved by conjugate
             gradients; for ``"head"`` and ``"fresh_head"``.
         eta: weight of the regulariser ``eta / 2 * sum Fbar_ii (w_i - wbar_i)^2``, with ``Fbar``
-            the empirical Fisher's diagonal at the start, divided by its mean; ``"head"`` only.
+            the empirical Fisher's diagonal at the start; ``"head"`` only.
         damping: lambda, relative to the mean nonzero eigenvalue of F.
         lr: length of a step; falls linearly to 0. 1 is Newton's.
         views: augmented views of the fit split whose features are cached.
@@ -66,10 +66,10 @@ class NGFConfig:
 
     part: Part = "block"
     layers: int | None = None
-    layers_grid: tuple[int, ...] = (1, 2, 3, 4)
+    layers_grid: tuple[int, ...] = (1, 2)
     max_drop: float = 0.02
     fisher: Literal["empirical", "true"] = "empirical"
-    eta: float = 0.0
+    eta: float = 1.0
     damping: float = 0.1
     lr: float = 0.5
     views: int = 8
@@ -208,17 +208,17 @@ def _tune_on_features(model: nn.Module, run: _Run) -> list[HistoryRow]:
             rows = H[:, :-1] * (E @ theta[:, :-1])
             mask = (mask - rate * rows.T @ sample_weights(rows @ rows.T, damping=config.damping)).clamp(0, 1)
             return losses
-        residual = None
-        if config.eta and config.part == "head":
-            if held is None:
-                held = E.square().T @ H.square() / len(H)
-                held = held / held.mean().clamp_min(1e-30)
-            residual = config.eta * held * (theta - start)
+        if held is None:  # at the first step: the classifier that came in
+            held = (config.eta if config.part == "head" else 0.0) * E.square().T @ H.square() / len(H)
+        residual = held * (theta - start)
         if config.fisher == "true":
-            right = E.T @ H / len(H) + (0.0 if residual is None else residual)
-            theta = theta - rate * true_head_step(H, logits(H).softmax(1), right, damping=config.damping)
+            right = E.T @ H / len(H) + residual
+            move = true_head_step(H, logits(H).softmax(1), right, damping=config.damping, curvature=held)
+        elif config.eta and config.part == "head":
+            move = head_step(H, E, damping=config.damping, curvature=held, residual=residual)
         else:
-            theta = theta - rate * head_step(H, E, residual, damping=config.damping)
+            move = head_step(H, E, damping=config.damping)
+        theta = theta - rate * move
         return losses
 
     history = _passes(run, size, epochs, f"natural {config.part}", lambda b, e, r: step(b, views[e % len(views)], r))
@@ -269,7 +269,15 @@ def _tune_block(model: nn.Module, names: list[str], run: _Run) -> list[HistoryRo
     with seeded(run.seed, run.device):
         for module in chosen.values():
             module.reset_parameters()  # type: ignore[operator]
-    renew_statistics(model, run.data, task=run.task, batch_size=config.batch_size, seed=run.seed, device=run.device)
+    renew_statistics(
+        model,
+        run.data,
+        task=run.task,
+        batch_size=config.batch_size,
+        seed=run.seed,
+        device=run.device,
+        progress=run.progress,
+    )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = [p.requires_grad_() for module in chosen.values() for p in module.parameters(recurse=False)]

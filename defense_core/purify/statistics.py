@@ -8,12 +8,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.data import CleanSet
 from defense_core.loop import batch_indices, channels_last
+from defense_core.progress import Progress
 from defense_core.task import Task
 
 
 @torch.no_grad()
 def renew_statistics(
-    model: nn.Module, data: CleanSet, *, task: Task, batch_size: int, seed: int, device: torch.device | str
+    model: nn.Module,
+    data: CleanSet,
+    *,
+    task: Task,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
 ) -> None:
     """BatchNorm statistics measured afresh, in place, as the mean over the batches of one pass.
 
@@ -30,9 +38,12 @@ def renew_statistics(
     model.train()
     data = data.to(device)
     generator = torch.Generator().manual_seed(seed)
-    for batch in batch_indices(len(data), batch_size, generator):
-        images = task.augmented(data.images[batch.to(device)], generator)
-        model(channels_last(task.inputs(images)))
+    batches = batch_indices(len(data), batch_size, generator)
+    with progress.phase("statistics", total=len(batches)) as phase:
+        for batch in batches:
+            images = task.augmented(data.images[batch.to(device)], generator)
+            model(channels_last(task.inputs(images)))
+            phase.advance()
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.eval()

@@ -86,7 +86,7 @@ class TSBDConfig:
     unlearn_epochs: int = 30
     lr: float | None = None
     lr_grid: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-    max_drop: float = 0.02
+    max_drop: float = 0.01
     epochs: int = 10
     min_steps: int = 70
     batch_size: int = 128

@@ -38,7 +38,7 @@ CHEAP: dict[str, Any] = {
     "n_grid": (0.05, 0.1),
 }
 # And at these besides, method by method.
-CHEAP_BY_METHOD: dict[str, dict[str, Any]] = {}
+CHEAP_BY_METHOD: dict[str, dict[str, Any]] = {"anp": {"lr": 50.0, "threshold": 0.8}}
 # A rate at which no float32 network survives a step.
 ABSURD: dict[str, Any] = {"lr": 1e38}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -420,7 +420,7 @@ def other_values(hint: Any, value: Any) -> Iterator[Any]:
     elif isinstance(value, int):
         yield from (value + 1, value - 1)
     elif isinstance(value, float):
-        yield from (value * 0.75, value * 1.25, value + 0.125)
+        yield from (item for item in (value * 0.75, value * 1.25, value + 0.125) if item != value)
     elif isinstance(value, tuple):
         yield from (value[:-1], value * 2)
     elif dataclasses.is_dataclass(value):
@@ -545,7 +545,7 @@ def control_figures(planted: Planted) -> tuple[float, float]:
     return figures(control, planted)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.control])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not (method.control or method.baseline)])
 def test_beats_or_ties_the_control_on_a_planted_backdoor(
     name: str, planted: Planted, control_figures: tuple[float, float]
 ) -> None:
@@ -553,7 +553,6 @@ def test_beats_or_ties_the_control_on_a_planted_backdoor(
     assert asr_before >= 0.9, "nothing was planted"
     control_accuracy, control_asr = control_figures
     accuracy, asr = figures(name, planted)
-    print("FIG", name, accuracy, asr, control_figures)
     images = int(planted.probe.eligible(planted.test.labels).sum())
     # A tie: within two standard errors of the difference, and never by giving up accuracy.
     margin = 2 * math.sqrt(2 * max(control_asr * (1 - control_asr), 1 / images) / images)

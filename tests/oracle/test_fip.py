@@ -15,10 +15,11 @@ from defense_core.errors import ConfigError
 from defense_core.layers import frozen_statistics
 from defense_core.per_sample import per_sample_gradients, samples_apart
 from defense_core.progress import NullProgress
-from defense_core.purify import METHODS, Purified, fast_fip, fip
+from defense_core.purify import Purified, fast_fip, fip
 from defense_core.singular import fold, parametrise, ruled_layers, shift_gradients, shift_layers
 from defense_core.task import ImageClassification
 
+METHODS = {row.METHOD.name: row.METHOD for row in (fip, fast_fip)}
 TASK = ImageClassification((1, 8, 8), 3, (0.5,), (0.5,), augment="none")
 VIT = {
     "image_size": 8,
@@ -91,13 +92,24 @@ def test_gradient_of_a_step_is_that_of_the_objective() -> None:
         + eta_r / 2 * sum((fisher[name] * (value - anchors[name]).square()).sum() for name, value in named.items()),
         list(named.values()),
     )
-    step = fip.regularised_step(eta_f, trace, every=every, retain=fip.retainer(anchors, fisher, eta_r=eta_r, lr=0.01))
+    step = fip.regularised_step(
+        eta_f, trace, every=every, max_norm=1e9, retain=fip.retainer(anchors, fisher, eta_r=eta_r, lr=0.01)
+    )
     for expected in (want, without, without, want):
         model.zero_grad()
         loss = step(model, loss_of)
         torch.testing.assert_close(loss, loss_of().detach())
         for parameter, gradient in zip(named.values(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_trace_gradient_is_clipped_and_the_rest_is_not() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[100.0, 0.0]])
+    fip.add_clipped(model, (model.weight * torch.tensor([[30.0, 40.0]])).sum(), max_norm=5.0)
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[103.0, 4.0]]))
+    fip.add_clipped(model, (model.weight * torch.tensor([[0.3, 0.4]])).sum(), max_norm=5.0)
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[103.3, 4.4]]))
 
 
 def test_trace_term_estimates_the_exact_trace_of_its_samples() -> None:
@@ -318,7 +330,7 @@ def test_zero_epochs_return_the_same_bytes_and_the_input_is_untouched(method: st
         ({"trace_batch": 0}, "trace_batch"),
         ({"lr": 0.0}, "lr"),
         ({"lr_grid": ()}, "lr_grid"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"max_trace_norm": 0.0}, "max_trace_norm"),
         ({"epochs": -1}, "epochs"),
     ],
 )

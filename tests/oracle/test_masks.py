@@ -134,11 +134,11 @@ def test_depth_schedule_of_other_depths_starts_and_ends_alike(count: int) -> Non
 
 def test_renewed_statistics_are_the_mean_over_batches() -> None:
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 4)).eval()
-    renew_statistics(model, clean_set(), task=TASK, batch_size=8, seed=0, device="cpu")
+    renew_statistics(model, clean_set(), task=TASK, batch_size=8, seed=0, device="cpu", progress=NullProgress())
     plain = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,), augment="none")
     assert model[0].momentum == 0.1
     assert not model.training
-    renew_statistics(model, clean_set(), task=plain, batch_size=8, seed=0, device="cpu")
+    renew_statistics(model, clean_set(), task=plain, batch_size=8, seed=0, device="cpu", progress=NullProgress())
     # 24 samples in three batches of 8: the mean of the batch means is the mean.
     torch.testing.assert_close(model[0].running_mean, inputs().mean((0, 2, 3)))
 

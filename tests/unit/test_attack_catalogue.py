@@ -146,13 +146,13 @@ def test_the_adaptive_attackers_find_flatter_weights_than_the_ordinary_one() -> 
     attackers: dict[str, dict[str, Any]] = {
         "none": {},
         "sam": {"radius": 0.2},
-        "fisher": {"fisher_weight": 0.5, "fisher_every": 1},
+        "fisher": {"fisher_weight": 1.0, "fisher_every": 1},
     }
     for adaptive, settings in attackers.items():
-        model = trained(adaptive=adaptive, epochs=10, **settings)
+        model = trained(adaptive=adaptive, epochs=60, **settings)
         traces[adaptive] = fisher_trace(model, TASK.inputs(data.images), data.labels, losses=TASK.losses)
-    assert traces["fisher"] < traces["none"]
-    assert traces["sam"] < traces["none"]
+    assert traces["fisher"] < 0.75 * traces["none"]
+    assert traces["sam"] < 0.75 * traces["none"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from defense_core.architectures import build
 from defense_core.attacks.catalogue import ATTACKS, Attack, attack_from_spec
 from defense_core.attacks.generators import ColourMap, UNet
 from defense_core.attacks.input_aware import diversity, masks, patterns
-from defense_core.attacks.joint import Batch, Schedule, train_generator
+from defense_core.attacks.joint import Batch, Schedule, seeded_network, train_generator
 from defense_core.attacks.learned import Learned, prefixed, store_tensors
 from defense_core.attacks.lf import LowFrequency, cosines
 from defense_core.attacks.probe import TRIGGERS, probe_from_spec
@@ -191,7 +191,7 @@ def test_settings_out_of_range_are_refused(kind: str, setting: str, value: float
         attack_from_spec({"kind": kind, setting: value}, num_classes=CLASSES)
 
 
-@pytest.mark.parametrize("setting", ["epochs", "batch_size", "lr", "classifier_lr"])
+@pytest.mark.parametrize("setting", ["epochs", "batch_size", "images", "lr", "classifier_lr"])
 def test_schedules_out_of_range_are_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=setting):
         attack_from_spec({"kind": "lira", "schedule": {setting: 0}}, num_classes=CLASSES)
@@ -315,12 +315,9 @@ def test_diversity_is_the_ratio_of_distances_and_has_a_gradient_where_nothing_di
 
 def test_ssba_bounds_its_residual_and_a_decoder_reads_the_message(tmp_path: Path) -> None:
     settings = SsbaTraining(bits=4, strength=0.2, fidelity=0.0, width=8, schedule=Schedule(epochs=40, batch_size=40))
-    shape, kept = (1, 8, 8), []
-
-    class Keeping(NullProgress):
-        pass
-
-    network = Steganography(1, 4, 8)
+    shape = (1, 8, 8)
+    kept: list[float] = []
+    network = seeded_network(lambda: Steganography(1, 4, 8), 0, "cpu")
     data, generator = samples(shape), torch.Generator().manual_seed(0)
 
     def loss_of(batch: Batch) -> Tensor:
@@ -331,7 +328,7 @@ def test_ssba_bounds_its_residual_and_a_decoder_reads_the_message(tmp_path: Path
 
     train_generator(
         network, loss_of, data, lambda labels: labels, surrogate=None, schedule=settings.schedule,
-        task=task_of(shape), seed=0, device="cpu", progress=Keeping(), name="encoder",
+        task=task_of(shape), seed=0, device="cpu", progress=NullProgress(), name="encoder",
     )  # fmt: skip
     assert max(kept) <= 0.2 + 1e-6
     messages = torch.randint(0, 2, (len(data), 4), generator=generator).float()

@@ -1,0 +1,107 @@
+"""Natural-gradient steps against dense Fisher matrices built sample by sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from defense_core.purify.natural_step import absolute_damping, head_step, sample_weights, true_head_step
+
+
+def problem(count: int = 7, features: int = 5, classes: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    H = torch.randn(count, features, generator=generator, dtype=torch.float64)
+    H = F.pad(H, (0, 1), value=1.0)
+    p = torch.randn(count, classes, generator=generator, dtype=torch.float64).softmax(1)
+    Y = F.one_hot(torch.randint(0, classes, (count,), generator=generator), classes).double()
+    return H, p, p - Y
+
+
+def dense(gradients: list[Tensor]) -> Tensor:
+    """(1/N) sum_n g_n g_n^T, by a loop."""
+    size = gradients[0].numel()
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    for gradient in gradients:
+        matrix += torch.outer(gradient.flatten(), gradient.flatten())
+    return matrix / len(gradients)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-1, 10.0])
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_gram_identity_equals_the_dense_solve(count: int, damping: float) -> None:
+    H, _, E = problem(count)
+    gradients = [torch.outer(e, h) for e, h in zip(E, H, strict=True)]
+    fisher = dense(gradients)
+    ridge = absolute_damping(fisher.trace(), count, damping)
+    mean = torch.stack(gradients).mean(0)
+    identity = torch.eye(len(fisher), dtype=torch.float64)
+    expected = torch.linalg.solve(fisher + ridge * identity, mean.flatten()).view_as(mean)
+    torch.testing.assert_close(head_step(H, E, damping=damping), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_gram_identity_with_a_regulariser() -> None:
+    H, _, E = problem()
+    generator = torch.Generator().manual_seed(1)
+    curvature = torch.rand(3, 6, generator=generator, dtype=torch.float64)
+    residual = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    gradients = [torch.outer(e, h) for e, h in zip(E, H, strict=True)]
+    fisher = dense(gradients)
+    ridge = absolute_damping(fisher.trace(), len(H), 0.1)
+    right = torch.stack(gradients).mean(0) + residual
+    matrix = fisher + torch.diag(curvature.flatten()) + ridge * torch.eye(len(fisher), dtype=torch.float64)
+    expected = torch.linalg.solve(matrix, right.flatten()).view_as(right)
+    got = head_step(H, E, damping=0.1, curvature=curvature, residual=residual)
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_regulariser_of_no_weight_changes_nothing() -> None:
+    H, _, E = problem()
+    zeros = torch.zeros(3, 6, dtype=torch.float64)
+    with_it = head_step(H, E, damping=0.1, curvature=zeros, residual=zeros)
+    torch.testing.assert_close(with_it, head_step(H, E, damping=0.1), atol=1e-10, rtol=1e-8)
+
+
+def test_sample_weights_of_any_gradients() -> None:
+    generator = torch.Generator().manual_seed(2)
+    G = torch.randn(9, 30, generator=generator, dtype=torch.float64)
+    weights = sample_weights(G @ G.T, damping=0.01)
+    fisher = dense(list(G))
+    ridge = absolute_damping(fisher.trace(), 9, 0.01)
+    expected = torch.linalg.solve(fisher + ridge * torch.eye(30, dtype=torch.float64), G.mean(0))
+    torch.testing.assert_close(G.T @ weights, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("regularised", [False, True])
+def test_conjugate_gradients_solve_the_true_fisher(regularised: bool) -> None:
+    H, p, E = problem()
+    count, classes = p.shape
+    fisher = torch.zeros(classes * 6, classes * 6, dtype=torch.float64)
+    for row in range(count):  # E over the model's own labels of grad grad^T
+        for label in range(classes):
+            error = p[row] - F.one_hot(torch.tensor(label), classes)
+            gradient = torch.outer(error, H[row]).flatten()
+            fisher += p[row, label] * torch.outer(gradient, gradient) / count
+    right = E.T @ H / count
+    curvature = torch.full((3, 6), 0.3, dtype=torch.float64) if regularised else None
+    ridge = absolute_damping(fisher.trace(), min(count * classes, right.numel()), 0.1)
+    added = 0.3 if regularised else 0.0
+    identity = torch.eye(len(fisher), dtype=torch.float64)
+    expected = torch.linalg.solve(fisher + (ridge + added) * identity, right.flatten()).view_as(right)
+    got = true_head_step(H, p, right, damping=0.1, curvature=curvature)
+    torch.testing.assert_close(got, expected, atol=1e-8, rtol=1e-7)
+
+
+def test_no_gradient_no_step() -> None:
+    H, p, _ = problem()
+    nothing = torch.zeros(3, 6, dtype=torch.float64)
+    assert not true_head_step(H, p, nothing, damping=0.1).any()
+    assert not head_step(H, torch.zeros_like(p), damping=0.1).any()
+
+
+def test_large_damping_is_plain_gradient_descent() -> None:
+    H, _, E = problem()
+    step = head_step(H, E, damping=1e9)
+    gradient = E.T @ H / len(H)
+    torch.testing.assert_close(step / step.norm(), gradient / gradient.norm(), atol=1e-7, rtol=1e-7)
