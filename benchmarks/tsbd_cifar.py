@@ -102,8 +102,8 @@ def main() -> None:
     command = "python -m benchmarks.tsbd_cifar --data DATA" + (" --ablation" if options.ablation else "")
     known = {key_of(row): row for row in read_rows(name)}
     train, test = load_cifar10(options.data)
-    rows = []
-    for job in ablation_jobs() if options.ablation else comparison_jobs():
+    jobs = list(ablation_jobs() if options.ablation else comparison_jobs())
+    for job in jobs:
         if key_of(job) not in known:
             recipe = Recipe(attack=ATTACKS[job["attack"]], seed=job["victim_seed"])
             subject = victim(recipe, train, test, device=options.device, progress=default_progress())
@@ -111,8 +111,8 @@ def main() -> None:
             figures = purified_row(subject, test, job["method"], settings, seed=job["seed"], device=options.device)
             known[key_of(job)] = {**job, **figures}
             logging.info("%s", known[key_of(job)])
-        rows.append(known[key_of(job)])
-        write_results(name, rows, command=command, started=started)
+            done = [known[key_of(each)] for each in jobs if key_of(each) in known]
+            write_results(name, done, command=command, started=started)
 
 
 def comparison_jobs() -> Iterator[dict[str, Any]]:

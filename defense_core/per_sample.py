@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.errors import ConfigError
+from defense_core.layer_gradients import has_rule, layer_gradients
 from defense_core.layers import evaluating
 
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -209,19 +209,13 @@ def _owners(model: nn.Module, names: Sequence[str]) -> Owners:
     """Parameters whose layer has a rule."""
     found: Owners = {}
     for path, module in model.named_modules():
-        if not _has_rule(module):
+        if not has_rule(module):
             continue
         for part, _ in module.named_parameters(recurse=False):
             full = f"{path}.{part}" if path else part
             if full in names:
                 found[full] = (path, module, part)
     return found
-
-
-def _has_rule(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
-        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return type(module) in (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def _trustworthy(model: nn.Module, owners: Owners, chunk: Chunk, losses: Losses) -> Owners:
@@ -299,66 +293,3 @@ def _moments(module: nn.Module, part: str, inputs: Tensor, gradient: Tensor, *, 
             squares += each.square_().sum(0)
     assert squares is not None
     return total, squares
-
-
-def layer_gradients(module: nn.Module, part: str, inputs: Tensor, gradient: Tensor) -> Tensor:
-    """Gradient of ``module.<part>`` per sample, (N, *shape of the parameter).
-
-    Args:
-        part: ``"weight"`` or ``"bias"``.
-        inputs: what the module was given, samples first.
-        gradient: loss gradient at the module's output.
-    """
-    if isinstance(module, nn.Conv2d):
-        if part == "bias":
-            return gradient.flatten(2).sum(2)
-        return _convolution_weight(module, inputs, gradient)
-    if isinstance(module, nn.Linear):
-        flat = gradient.reshape(len(gradient), -1, gradient.shape[-1])
-        if part == "bias":
-            return flat.sum(1)
-        return torch.bmm(flat.transpose(1, 2), inputs.reshape(len(inputs), -1, inputs.shape[-1]))
-    if isinstance(module, nn.LayerNorm):
-        shape = tuple(module.normalized_shape)
-        if part == "weight":
-            gradient = gradient * F.layer_norm(inputs, shape, eps=module.eps)
-        return gradient.reshape(len(gradient), -1, *shape).sum(1)
-    if isinstance(module, _BatchNorm):
-        if part == "weight":
-            mean, variance = module.running_mean, module.running_var
-            gradient = gradient * F.batch_norm(inputs, mean, variance, training=False, eps=module.eps)
-        return gradient.reshape(*gradient.shape[:2], -1).sum(2)
-    raise ConfigError("layer has no rule", expected="Conv2d, Linear, LayerNorm or BatchNorm", got=type(module).__name__)
-
-
-def _convolution_weight(module: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> Tensor:
-    """``g_n A_n^T`` with ``A_n`` the patches of sample n, group by group.
-
-    Patches are copied out of a channels-last image, in runs of channels: several times faster
-    than ``unfold``, which copies single numbers.
-    """
-    count, groups = len(inputs), module.groups
-    assert not isinstance(module.padding, str)  # such layers have no rule
-    down, across = module.padding
-    image = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, across, across, down, down)).contiguous()
-    sample, row, column, channel = image.stride()
-    height, width = gradient.shape[2:]
-    windows = image.as_strided(
-        (count, height, width, *module.kernel_size, inputs.shape[1]),
-        (
-            sample,
-            row * module.stride[0],
-            column * module.stride[1],
-            row * module.dilation[0],
-            column * module.dilation[1],
-            channel,
-        ),
-    )
-    flat = gradient.reshape(count * groups, module.out_channels // groups, height * width)
-    if groups == 1:
-        patches = windows.reshape(count, height * width, -1)
-    else:
-        split = windows.unflatten(5, (groups, -1)).permute(0, 5, 1, 2, 3, 4, 6)
-        patches = split.reshape(count * groups, height * width, -1)
-    each = torch.bmm(flat, patches).view(count, module.out_channels, *module.kernel_size, -1)
-    return each.permute(0, 1, 4, 2, 3)

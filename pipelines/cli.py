@@ -48,7 +48,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 def purify(
     model: o.Model,
     clean: o.Clean,
-    method: Annotated[str, typer.Option(help="tsbd, or fine_tuning (the control); see `quarantine methods`.")],
+    method: Annotated[str, typer.Option(help="tsbd, fine_tuning (the control), or another of `quarantine methods`.")],
     out: Out,
     architecture: o.Architecture = "",
     architecture_args: o.ArchitectureArgs = "",

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import ConfigError, MethodDiverged
+from defense_core.layer_gradients import layer_gradients
 from defense_core.layers import classifier_head, evaluating, unit_layers
 from defense_core.loop import HistoryRow, accuracy, batch_indices, channels_last, finished, seeded, working_copy
-from defense_core.per_sample import layer_gradients, recorded
+from defense_core.per_sample import recorded
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified, chooser, strongest_within
 from defense_core.purify.natural_step import head_step, sample_weights, true_head_step

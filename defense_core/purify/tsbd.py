@@ -32,11 +32,12 @@ from defense_core.loop import (
     batch_indices,
     finished,
     gradient_norm_step,
+    predictions,
     tune,
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, strongest_within
+from defense_core.purify.base import Method, Purified, cautious_accuracy, chooser, strongest_within
 from defense_core.task import Task
 
 Variant = Literal["v1", "v2", "v3"]
@@ -60,9 +61,10 @@ class TSBDConfig:
             of the way down to chance, ``1 / K``.
         unlearn_epochs: cap on the ascent, passes.
         lr: repair rate, or ``None`` to choose it from ``lr_grid`` by
-            :func:`~defense_core.purify.base.strongest_within`.
+            :func:`~defense_core.purify.base.strongest_within` on the
+            :func:`~defense_core.purify.base.cautious_accuracy`.
         lr_grid: candidates.
-        max_drop: permitted drop of accuracy on the *select* split, in [0, 1].
+        max_drop: permitted drop of that accuracy on the *select* split, in [0, 1].
         epochs: passes of the repair.
         min_steps: the repair takes at least so many steps: more passes on small sets. Nothing
             is trained where ``epochs`` is 0.
@@ -135,8 +137,12 @@ def purify(
         Cancelled: a stop was requested.
     """
 
+    def correct(network: nn.Module) -> Tensor:
+        answers = predictions(network, chooser(clean), task=task, device=device, precision=config.precision)
+        return answers == chooser(clean).labels.cpu()
+
     def select_accuracy(network: nn.Module) -> float:
-        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
+        return float(correct(network).float().mean())
 
     unlearned = working_copy(model, device)
     history = unlearn(unlearned, clean.fit, config, task=task, seed=seed, device=device, progress=progress)
@@ -144,7 +150,8 @@ def purify(
     layers = unit_layers(pruned, scope=config.scope)
     changes = weight_changes(layers, dict(unlearned.named_parameters()))
     del unlearned
-    reference = select_accuracy(pruned)
+    before = correct(pruned)
+    reference = float(before.float().mean())
     original = [layer.weight.detach().clone() for layer in layers]
 
     def attempt_ratio(n: float) -> tuple[float, list[Tensor]]:
@@ -158,7 +165,7 @@ def purify(
     def attempt_rate(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
         repaired = working_copy(pruned, device)
         rows = repair(repaired, clean.fit, config, lr=lr, task=task, seed=seed, device=device, progress=progress)
-        return select_accuracy(repaired), (repaired, rows)
+        return cautious_accuracy(before, correct(repaired)), (repaired, rows)
 
     images = len(chooser(clean))
     ratios = config.n_grid if config.n is None else (config.n,)
