@@ -1,0 +1,35 @@
+"""The rule that chooses strengths reads the select split with caution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from defense_core.purify.base import cautious_accuracy, strongest_within
+
+
+@pytest.mark.parametrize(("seed", "images"), [(0, 1), (1, 79), (2, 200)])
+def test_cautious_accuracy_is_accuracy_less_one_paired_standard_error(seed, images):
+    generator = torch.Generator().manual_seed(seed)
+    before, after = (torch.rand(2, images, generator=generator) < 0.7).unbind()
+    lost = sum(1 for old, new in zip(before.tolist(), after.tolist(), strict=True) if old and not new)
+    won = sum(1 for old, new in zip(before.tolist(), after.tolist(), strict=True) if new and not old)
+    expected = sum(after.tolist()) / images - math.sqrt(lost + won) / images
+    assert cautious_accuracy(before, after) == pytest.approx(expected, abs=1e-6)
+
+
+def test_no_caution_where_no_image_changed_sides():
+    same = torch.tensor([True, True, False, True])
+    assert cautious_accuracy(same, same.clone()) == 0.75
+
+
+@pytest.mark.parametrize(("lost", "chosen"), [(3, 2.0), (4, 1.0)])
+def test_the_bound_is_never_tighter_than_three_images(lost, chosen):
+    accuracies = {1.0: 0.9, 2.0: 0.9 - lost / 100}
+    strength, made, trials = strongest_within(
+        (1.0, 2.0), lambda each: (accuracies[each], str(each)), reference=0.9, max_drop=0.0, images=100
+    )
+    assert (strength, made) == (chosen, str(chosen))
+    assert [row["strength"] for row in trials] == [1.0, 2.0]
