@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,22 @@ def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SwiftServer]:
         pytest.fail(str(error), pytrace=False)
     yield server
     server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _own_mlflow_variables() -> Iterator[None]:
+    """No test sees the MLflow that this machine, or a test before it, has chosen: MLflow itself sets variables."""
+
+    def present() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+
+    before = present()
+    for name in before:
+        del os.environ[name]
+    yield
+    for name in present():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture

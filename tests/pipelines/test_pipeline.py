@@ -20,8 +20,7 @@ STEPS = {"fetch", "select", "export", "gate", "promote"} | {
 
 
 @pytest.fixture(autouse=True)
-def _own_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
