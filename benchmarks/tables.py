@@ -14,11 +14,15 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks import purification_tables
 from benchmarks.results import FOLDER
 
 ROOT = FOLDER.parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "methods.md", ROOT / "README.md")
 MARKED = re.compile(r"<!-- (?P<name>[a-z-]+) -->\n(?P<body>.*?)<!-- /(?P=name) -->", re.DOTALL)
+
+NARROW, WIDE = "preact_resnet18(width=16)", "preact_resnet18(width=64)"
+"""Networks of the purification benchmark's presets."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -113,7 +117,41 @@ def readme_rows() -> str:
     return _table(("measured", "figure"), lines)
 
 
+def purification(
+    name: str, table: Callable[[Rows], purification_tables.Table], *, clean_fraction: float, architecture: str
+) -> str:
+    """A table of one network and one size of the clean set."""
+    content = load(name)
+    rows = content["rows"] if content else []
+    wanted = purification_tables.part(rows, clean_fraction=clean_fraction, architecture=architecture)
+    if content is None or not wanted:
+        return "Not yet measured.\n"
+    return _table(*table(wanted)) + _source(content)
+
+
+def _purification_cpu(
+    table: Callable[[Rows], purification_tables.Table], clean_fraction: float = 0.05, architecture: str = NARROW
+) -> Callable[[], str]:
+    return lambda: purification("purification-cpu", table, clean_fraction=clean_fraction, architecture=architecture)
+
+
+def _purification_gpu(table: Callable[[Rows], purification_tables.Table]) -> Callable[[], str]:
+    return lambda: purification("purification-gpu", table, clean_fraction=0.05, architecture=WIDE)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
+    "purification-cpu": _purification_cpu(purification_tables.by_method),
+    "purification-cpu-attacks": _purification_cpu(purification_tables.by_attack),
+    "purification-cpu-victims": _purification_cpu(purification_tables.victims),
+    "purification-cpu-one-percent": _purification_cpu(purification_tables.by_method, 0.01),
+    "purification-cpu-one-per-class": _purification_cpu(purification_tables.by_method, 10 / 20_000),
+    "purification-cpu-vit": _purification_cpu(purification_tables.by_method, 0.05, "vit_tiny"),
+    "purification-gpu": _purification_gpu(purification_tables.by_method),
+    "purification-gpu-attacks": _purification_gpu(purification_tables.by_attack),
+    "speed": lambda: measured(
+        "speed", ("method", "baseline", "ratio", "seconds", "baseline_seconds", "der", "baseline_der")
+    ),
+    "cost": lambda: measured("cost", ("method", "clean_images", "architecture", "width", "parameters", "seconds")),
     "demo": lambda: measured("demo", ("step", "seconds", "peak_mb")),
     "demo-quality": lambda: measured(
         "demo-quality", ("seed", "method", "acc_before", "acc_after", "asr_before", "asr_after", "ra_after", "der")

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 from defense_core import architectures, config
-from defense_core.attacks import Probe, poison, probe_from_spec
+from defense_core.attacks import Probe, probe_from_spec
+from defense_core.attacks.catalogue import Attack, attack_from_spec
+from defense_core.attacks.plant import TRIGGER_FILE, plant
+from defense_core.attacks.victim import VictimTraining, train_victim
 from defense_core.data import CleanSet, load_clean_set
-from defense_core.loop import Tuning, tune, working_copy
+from defense_core.files import atomic_directory
 from defense_core.progress import Progress
 from defense_core.task import ImageClassification
 
@@ -31,12 +34,12 @@ class Recipe:
     """How a victim is trained.
 
     Attributes:
-        attack: probe specification, or ``None`` for a clean model.
+        attack: attack specification, or ``None`` for a clean model.
         seed: draws the training subset, the poisoned samples, the initial weights and the order.
         images: training images.
-        rate: poisoning rate.
+        rate: poisoning rate, a share of the whole training set.
         architecture, architecture_args: the network.
-        tuning: the training schedule.
+        training: the training schedule.
     """
 
     attack: Mapping[str, Any] | None
@@ -45,8 +48,8 @@ class Recipe:
     rate: float = 0.1
     architecture: str = "preact_resnet18"
     architecture_args: Mapping[str, Any] = field(default_factory=lambda: {"width": 16, "num_classes": 10})
-    tuning: Tuning = field(
-        default_factory=lambda: Tuning(epochs=15, batch_size=128, lr=0.1, weight_decay=5e-4, schedule="onecycle")
+    training: VictimTraining = field(
+        default_factory=lambda: VictimTraining(epochs=15, batch_size=128, lr=0.1, weight_decay=5e-4)
     )
 
 
@@ -90,33 +93,59 @@ def cache_folder() -> Path:
 
 
 def victim(recipe: Recipe, train: CleanSet, test: CleanSet, *, device: str, progress: Progress) -> Victim:
-    """Train the model of ``recipe``, or read it from the cache."""
+    """Train the model of ``recipe``, or read it from the cache.
+
+    An attack that wants a clean model of the same kind gets the clean victim of the same seed.
+    """
     task = cifar10_task()
-    probe = probe_from_spec(recipe.attack, num_classes=10) if recipe.attack is not None else None
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))
     seen, held_out = train.subset(order[: recipe.images]), train.subset(order[recipe.images :])
     model = architectures.build(recipe.architecture, recipe.architecture_args)
     key = config.digest({"recipe": recipe, "data": train.digest}).removeprefix("sha256:")[:24]
-    stored = cache_folder() / f"{key}.safetensors"
-    facts = stored.with_suffix(".json")
-    if not facts.exists():
-        started = time.monotonic()
-        data = poison(seen, probe, rate=recipe.rate, seed=recipe.seed).data if probe is not None else seen
-        trained = working_copy(architectures.initialise(model, recipe.seed), device)
-        tune(
-            trained,
-            data,
-            task=task,
-            tuning=recipe.tuning,
-            seed=recipe.seed,
-            device=device,
-            progress=progress,
-            name=f"train {key[:8]}",
-        )
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.cpu().contiguous() for name, tensor in trained.state_dict().items()}
-        safetensors.torch.save_file(state, stored)
-        facts.write_text(json.dumps({"recipe": config.to_mapping(recipe), "seconds": time.monotonic() - started}))
-    model.load_state_dict(safetensors.torch.load_file(stored))
-    seconds = float(json.loads(facts.read_text())["seconds"])
-    return Victim(model.eval(), task, probe, held_out, test, seconds)
+    stored = cache_folder() / key
+    if not stored.exists():
+        clean = replace(recipe, attack=None, rate=0.0)
+        attack = attack_from_spec(recipe.attack, num_classes=10) if recipe.attack is not None else None
+        surrogate = None
+        if attack is not None and attack.row.surrogate:
+            surrogate = victim(clean, train, test, device=device, progress=progress).model
+        with atomic_directory(stored) as folder:
+            _train(recipe, attack, model, seen, surrogate, folder, device=device, progress=progress)
+    facts = json.loads((stored / "facts.json").read_text("utf-8"))
+    model.load_state_dict(safetensors.torch.load_file(stored / "model.safetensors"))
+    probe = None
+    if facts["probe"] is not None:
+        spec = dict(facts["probe"])
+        if "path" in spec:
+            spec["path"] = str(stored / TRIGGER_FILE)
+        probe = probe_from_spec(spec, num_classes=10)
+    return Victim(model.eval(), task, probe, held_out, test, float(facts["seconds"]))
+
+
+def _train(
+    recipe: Recipe,
+    attack: Attack | None,
+    network: nn.Module,
+    seen: CleanSet,
+    surrogate: nn.Module | None,
+    folder: Path,
+    *,
+    device: str,
+    progress: Progress,
+) -> None:
+    started, task = time.monotonic(), cifar10_task()
+    spec = None
+    if attack is None:
+        trained = train_victim(
+            network, seen, training=recipe.training, task=task, seed=recipe.seed, device=device, progress=progress,
+            name="train a clean model",
+        )  # fmt: skip
+    else:
+        planted = plant(
+            attack, network, seen, rate=recipe.rate, training=recipe.training, task=task, seed=recipe.seed,
+            device=device, progress=progress, folder=folder, surrogate=surrogate,
+        )  # fmt: skip
+        trained, spec = planted.model, planted.probe.to_spec()
+    safetensors.torch.save_file(trained.state_dict(), folder / "model.safetensors")
+    facts = {"recipe": recipe, "probe": spec, "seconds": round(time.monotonic() - started, 1)}
+    (folder / "facts.json").write_text(json.dumps(config.to_mapping(facts), indent=1) + "\n", "utf-8")

@@ -120,5 +120,5 @@ class CandidateRow:
     chosen: bool
     control: bool
     accuracy: float | None
-    agreement: float | None
+    residual: float | None
     why: str

@@ -295,7 +295,7 @@ def candidates(evidence: Evidences, *, selected: str) -> tuple[CandidateRow, ...
             chosen=row.get("method") == selected,
             control=row.get("control") is True,
             accuracy=number(row.get("accuracy")),
-            agreement=number(row.get("agreement")),
+            residual=number(row.get("residual")),
             why=text(row.get("why"), 200),
         )
         for row in mappings_at(evidence, "select", "results", "candidates")[:MAX_ROWS]

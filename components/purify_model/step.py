@@ -9,7 +9,6 @@ from typing import Any
 from components._runtime.evidence import Clock, compose, write_evidence
 from components._runtime.loading import open_model, open_splits, resolve_device, source_digest
 from components._runtime.plan import REPORT_SHARE, Loading
-from components.purify_model.signals import select_signals
 from defense_core.bundle import Bundle, bundle_of, save_bundle
 from defense_core.config import digest, from_mapping, to_mapping
 from defense_core.errors import MethodDiverged
@@ -17,6 +16,7 @@ from defense_core.files import atomic_directory
 from defense_core.progress import NullProgress, Progress
 from defense_core.purify import Purified, method_named, purify
 from defense_core.purify.base import Method
+from defense_core.universal import select_signals
 from defense_core.verdict import Finding, Verdict
 
 RESULT = "result.json"
@@ -69,7 +69,9 @@ def purify_model(
             **_described(row, parsed),
             "facts": purified.facts,
             "history": _finite_rows(purified),
-            "select": select_signals(purified.model, splits.select, task=task, device=where, progress=progress),
+            "select": select_signals(
+                bundle.model, purified.model, splits, task=task, device=where, progress=progress
+            ).to_mapping(),
             "images": {"fit": len(splits.fit), "select": len(splits.select)},
         }
         evidence = compose(

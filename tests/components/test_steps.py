@@ -25,7 +25,7 @@ from components.fetch_model.step import fetch_model
 from components.gate_promotion.step import gate_promotion
 from components.purify_model import step as purify_step
 from components.purify_model.step import purify_candidate, purify_model
-from components.select_model.step import Candidate, choose, select_model
+from components.select_model.step import select_model
 from defense_core import errors
 from defense_core.limits import LoadLimits
 from defense_core.parity import ParityBounds
@@ -328,32 +328,6 @@ def test_evaluate_needs_images(finished: Chain) -> None:
 # -- select ----------------------------------------------------------------------------
 
 
-def candidate(method: str, accuracy: float | None, agreement: float | None = None, **changes: Any) -> Candidate:
-    return replace(Candidate(method, Path(method), "sha256:x", False, accuracy, (), agreement), **changes)
-
-
-def test_the_rule_takes_the_most_accurate() -> None:
-    chosen = choose([candidate("a", 0.90, 0.9), candidate("b", 0.95, 0.1)])
-    assert chosen is not None
-    assert chosen.method == "b"
-
-
-def test_within_a_point_agreement_decides_then_the_order() -> None:
-    by_agreement = choose([candidate("a", 0.950, 0.7), candidate("b", 0.945, 0.8)])
-    by_order = choose([candidate("a", 0.945, 0.8), candidate("b", 0.950, 0.8)])
-    assert by_agreement is not None
-    assert by_agreement.method == "b"
-    assert by_order is not None
-    assert by_order.method == "a"
-
-
-def test_what_is_not_eligible_is_never_chosen() -> None:
-    chosen = choose([candidate("control", 0.99, eligible=False), candidate("a", None)])
-    assert chosen is not None
-    assert chosen.method == "a"
-    assert choose([candidate("control", 0.99, eligible=False)]) is None
-
-
 def test_select_copies_the_chosen_bundle_and_nothing_else(finished: Chain) -> None:
     evidence = finished.evidence["select"]
     assert evidence["results"]["method"] == "tsbd"
@@ -370,16 +344,18 @@ def test_select_sees_no_attack_figure(finished: Chain) -> None:
     assert "badnets" not in text
 
 
-def test_two_candidates_are_compared_by_agreement(chain: Chain, tmp_path: Path) -> None:
-    # The control, declared a method, votes too.
+def test_two_candidates_are_compared_by_what_they_leave(chain: Chain, tmp_path: Path) -> None:
+    # The control, declared a method, is a candidate too.
     result = chain["fine_tuning"] / "result.json"
     evidence = json.loads(result.read_text())
     evidence["results"]["control"] = False
+    evidence["results"]["select"] |= {"reached_before": [1.0] * 4, "reached": [0.0] * 4}
     result.write_text(json.dumps(evidence))
-    rows = select_model([chain["tsbd"], chain["fine_tuning"]], tmp_path / "out")["results"]["candidates"]
-    labels = [chainlet["results"]["select"]["noisy_labels"] for chainlet in (chain.evidence["purify.tsbd"], evidence)]
-    share = sum(a == b for a, b in zip(*labels, strict=True)) / len(labels[0])
-    assert [row["agreement"] for row in rows] == [share, share]
+    results = select_model([chain["tsbd"], chain["fine_tuning"]], tmp_path / "out")["results"]
+    suspect = results["suspected_class"]
+    signals = [each["results"]["select"] for each in (chain.evidence["purify.tsbd"], evidence)]
+    assert signals[0]["targets"] == [0, 1, 2, 3]
+    assert [row["residual"] for row in results["candidates"]] == [each["reached"][suspect] for each in signals]
 
 
 def test_select_refuses_another_runs_candidate(chain: Chain, tmp_path: Path) -> None:

@@ -1,0 +1,287 @@
+"""Every method against every attack: ``purification-cpu.json`` and ``purification-gpu.json``.
+
+``python -m benchmarks.purification --preset cpu --data FOLDER``. Victims are trained once and kept in the user's
+cache; rows that the results file already holds for the same configuration are not measured again, so a run may be
+stopped and started at will. Figures are quoted on the 10,000 test images. No method sees them, nor a trigger; the
+choice between the candidates (``selected``) sees the clean set alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.memory import peak_mb, reset_peak
+from benchmarks.results import FOLDER, read_rows, write_results
+from benchmarks.zoo import Recipe, Victim, load_cifar10, victim
+from defense_core import config
+from defense_core.attacks.victim import VictimTraining
+from defense_core.data import CleanSet, Splits, split_clean_set
+from defense_core.errors import MethodDiverged
+from defense_core.evaluate import evaluate
+from defense_core.progress import Progress, default_progress
+from defense_core.purify import METHODS, purify
+from defense_core.selection import Candidate, Signals, choose
+from defense_core.universal import select_signals
+
+ATTACKS: dict[str, tuple[Mapping[str, Any], float]] = {
+    "badnets": ({"kind": "badnets", "target": 0, "size": 3}, 0.1),
+    "blended": ({"kind": "blended", "target": 0, "alpha": 0.2}, 0.1),
+    "sig": ({"kind": "sig", "target": 0}, 0.08),
+    "label_consistent": ({"kind": "label_consistent", "target": 0}, 0.08),
+    "low_frequency": ({"kind": "low_frequency", "target": 0}, 0.1),
+    "trojan": ({"kind": "trojan", "target": 0}, 0.1),
+    "wanet": ({"kind": "wanet", "target": 0}, 0.1),
+    "input_aware": ({"kind": "input_aware", "target": 0}, 0.1),
+    "bpp": ({"kind": "bpp", "target": 0}, 0.1),
+    "lira": ({"kind": "lira", "target": 0}, 0.1),
+    "ssba": ({"kind": "ssba", "target": 0}, 0.1),
+    "fba": ({"kind": "fba", "target": 0}, 0.1),
+    "adaptive_blend": ({"kind": "adaptive_blend", "target": 0}, 0.1),
+    "badnets_all_to_all": ({"kind": "badnets", "target": None, "size": 3}, 0.1),
+}
+"""Attack specification and poisoning rate. Clean-label attacks poison 80 % of the target class."""
+
+DEVELOPMENT = ("badnets", "blended")
+"""The attacks that were looked at while the methods' defaults were chosen; the others were not."""
+
+KEY = ("attack", "method", "seed", "clean_fraction", "architecture", "config_digest")
+"""Fields that identify a row."""
+
+FIRST = ("badnets", "blended", "sig", "low_frequency", "ssba", "input_aware", "wanet", "trojan")
+"""The eight attacks of the TSBD paper, or this lab's nearest."""
+
+
+CONVOLUTIONAL = VictimTraining(epochs=15, batch_size=128, lr=0.1, weight_decay=5e-4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network, the clean data that a defence gets, and what is run there.
+
+    Attributes:
+        clean_fraction: clean images as a share of the training set.
+        attacks: names in ``ATTACKS``.
+        seeds: of the draw of the clean images and of the method.
+        methods: empty: every one.
+    """
+
+    clean_fraction: float
+    attacks: Sequence[str]
+    seeds: Sequence[int] = (0,)
+    architecture: str = "preact_resnet18"
+    architecture_args: Mapping[str, Any] = field(default_factory=dict)
+    images: int = 20_000
+    training: VictimTraining = CONVOLUTIONAL
+    methods: Sequence[str] = ()
+
+
+NARROW = {"width": 16, "num_classes": 10}
+VIT = {"num_classes": 10}
+VIT_TRAINING = VictimTraining(epochs=30, batch_size=128, lr=0.05, weight_decay=1e-4)
+WIDE = {"width": 64, "num_classes": 10}
+WIDE_TRAINING = VictimTraining(epochs=40, batch_size=128, lr=0.1, weight_decay=5e-4)
+SMALL_DATA = ("badnets", "blended", "wanet", "low_frequency")
+ONE_PER_CLASS = 10 / 20_000
+
+PRESETS: dict[str, tuple[Setting, ...]] = {
+    "cpu": (
+        *(Setting(0.05, tuple(ATTACKS), (seed,), architecture_args=NARROW) for seed in range(3)),
+        Setting(0.01, SMALL_DATA, architecture_args=NARROW),
+        Setting(ONE_PER_CLASS, SMALL_DATA, architecture_args=NARROW),
+        Setting(0.05, ("badnets", "blended"), architecture="vit_tiny", architecture_args=VIT, training=VIT_TRAINING),
+    ),
+    "gpu": (
+        Setting(0.05, FIRST, architecture_args=WIDE, images=45_000, training=WIDE_TRAINING),
+        Setting(0.05, tuple(ATTACKS), architecture_args=WIDE, images=45_000, training=WIDE_TRAINING),
+    ),
+}
+
+
+def tiny(setting: Setting) -> Setting:
+    """The same on next to nothing, to prove that a preset runs; its figures mean nothing."""
+    training = replace(setting.training, epochs=1)
+    return replace(setting, images=400, training=training, architecture_args={**setting.architecture_args, "width": 4})
+
+
+def jobs(settings: Sequence[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]]:
+    """Every row that is to be measured, with what identifies it; all methods of a model together."""
+    for setting in settings:
+        methods = setting.methods or tuple(METHODS)
+        for attack, seed, method in product(setting.attacks, setting.seeds, methods):
+            yield (
+                setting,
+                {
+                    "attack": attack,
+                    "method": method,
+                    "seed": seed,
+                    "clean_fraction": setting.clean_fraction,
+                    "architecture": described(setting),
+                    "config_digest": config.digest(METHODS[method].config()),
+                },
+            )
+
+
+def described(setting: Setting) -> str:
+    """``preact_resnet18(width=16)``."""
+    width = setting.architecture_args.get("width")
+    return setting.architecture + (f"(width={width})" if width else "")
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """What identifies a row: what was run on what."""
+    return config.digest([row[field] for field in KEY])
+
+
+def clean_splits(subject: Victim, setting: Setting, seed: int) -> Splits:
+    """Clean images that the victim has not seen, drawn by ``seed``: four fifths to fit, one fifth to select.
+
+    Where there is one image for each class, it is drawn class by class and nothing is set aside.
+    """
+    generator = torch.Generator().manual_seed(1000 + seed)
+    held_out = subject.held_out.subset(torch.randperm(len(subject.held_out), generator=generator))
+    count = round(setting.clean_fraction * setting.images)
+    if count <= held_out.num_classes:
+        first = [int((held_out.labels == label).nonzero()[0]) for label in range(held_out.num_classes)]
+        return split_clean_set(held_out.subset(torch.tensor(first)), seed=seed, select=0.0, report=0.0)
+    return split_clean_set(held_out.subset(torch.arange(count)), seed=seed, select=0.2, report=0.0)
+
+
+def figures(
+    subject: Victim, clean: Splits, test: CleanSet, method: str, *, seed: int, device: str, progress: Progress
+) -> dict[str, Any]:
+    """Purify once; what the row says beside its key."""
+    assert subject.probe is not None
+    reset_peak(device)
+    started = time.perf_counter()
+    try:
+        result = purify(
+            subject.model, clean, METHODS[method].config(), method=method, task=subject.task, seed=seed, device=device,
+            progress=progress,
+        )  # fmt: skip
+    except MethodDiverged as error:
+        return {"diverged": str(error), "seconds": round(time.perf_counter() - started, 1)}
+    seconds, peak = time.perf_counter() - started, peak_mb(device)
+    signals = select_signals(subject.model, result.model, clean, task=subject.task, device=device, progress=progress)
+    measured = evaluate(
+        result.model, test, task=subject.task, probes=(subject.probe,), reference=subject.model, device=device
+    ).to_results()
+    probe = measured["probes"][0]
+    return {
+        "acc_before": measured["acc_before"]["value"],
+        "acc_after": measured["acc"]["value"],
+        "asr_before": probe["asr_before"]["value"],
+        "asr_after": probe["asr"]["value"],
+        "ra_before": probe["ra_before"]["value"],
+        "ra_after": probe["ra"]["value"],
+        "der": probe["der"],
+        "seconds": round(seconds, 2),
+        "peak_mb": round(peak),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "select": signals.to_mapping(),
+    }
+
+
+def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with ``control_der`` and ``selected``, which depend on the others of the same model and data."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), []).append(row)
+    done = []
+    for row in rows:
+        members = groups[_group(row)]
+        control = [each.get("der") for each in members if METHODS[each["method"]].control]
+        chosen = choose([_candidate(each) for each in members if _may_be_selected(each)])
+        selected = chosen is not None and chosen.method == row["method"]
+        done.append({**row, "control_der": control[0] if control else None, "selected": selected})
+    return done
+
+
+def _group(row: Mapping[str, Any]) -> str:
+    return config.digest([row[field] for field in ("attack", "seed", "clean_fraction", "architecture")])
+
+
+def _may_be_selected(row: Mapping[str, Any]) -> bool:
+    method = METHODS[row["method"]]
+    return not method.control and not method.baseline and "diverged" not in row
+
+
+def _candidate(row: Mapping[str, Any]) -> Candidate:
+    return Candidate(row["method"], Signals.from_mapping(row["select"]))
+
+
+def run(
+    name: str,
+    settings: Sequence[Setting],
+    data: Path,
+    *,
+    wanted: Callable[[Mapping[str, Any]], bool],
+    device: str,
+    command: str,
+    folder: Path = FOLDER,
+) -> None:
+    """Measure what is missing in ``<folder>/<name>.json``, and keep the file whole after every row.
+
+    Rows of other configurations than today's are left out.
+
+    Args:
+        wanted: which of the missing rows to measure now.
+    """
+    started, progress = datetime.now(UTC), default_progress()
+    known = {key_of(row): row for row in read_rows(name, folder=folder)}
+    everything = {key_of(job): (setting, job) for setting, job in jobs(settings)}
+    train, test = load_cifar10(data)
+    for key, (setting, job) in everything.items():
+        if key in known or not wanted(job):
+            continue
+        spec, rate = ATTACKS[job["attack"]]
+        recipe = Recipe(
+            attack=spec, images=setting.images, rate=rate, architecture=setting.architecture,
+            architecture_args=setting.architecture_args, training=setting.training,
+        )  # fmt: skip
+        subject = victim(recipe, train, test, device=device, progress=progress)
+        clean = clean_splits(subject, setting, job["seed"])
+        measured = figures(subject, clean, test, job["method"], seed=job["seed"], device=device, progress=progress)
+        known[key] = {**job, **measured}
+        logging.info("%s", {name: value for name, value in known[key].items() if name != "select"})
+        rows = completed([known[each] for each in everything if each in known])
+        write_results(name, rows, command=command, started=started, folder=folder)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with cifar10-{train,test}.parquet")
+    for part in ("attack", "method", "seed", "clean_fraction", "architecture"):
+        parser.add_argument(f"--{part}", default="", help="measure these rows only, separated by commas")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results file")
+    parser.add_argument("--tiny", action="store_true", help="prove that the preset runs; needs --out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    if options.tiny and options.out == FOLDER:
+        parser.error("--tiny gives no figures: name another folder with --out")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    asked = {part: value.split(",") for part in KEY if (value := getattr(options, part, ""))}
+    run(
+        f"purification-{options.preset}",
+        [tiny(each) if options.tiny else each for each in PRESETS[options.preset]],
+        options.data,
+        wanted=lambda job: all(str(job[part]) in values for part, values in asked.items()),
+        device=options.device,
+        command=f"make bench-purify PRESET={options.preset} DATA=DATA",
+        folder=options.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What each method costs beside another, as ratios in one run: ``speed.json``; and how cost grows: ``cost.json``.
+
+``python -m benchmarks.speed --data FOLDER``. Both sides of a ratio purify the same model with the same clean data, one
+after the other, whole methods with their own search for a strength; the fastest of ``--repeats`` counts. ``cost.json``
+holds seconds of each method against clean images, width and depth, on untrained networks with one strength each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.purification import ATTACKS, CONVOLUTIONAL, NARROW, Setting, clean_splits
+from benchmarks.results import write_results
+from benchmarks.zoo import Recipe, Victim, cifar10_task, load_cifar10, victim
+from defense_core import architectures
+from defense_core.data import CleanSet, split_clean_set
+from defense_core.errors import MethodDiverged
+from defense_core.evaluate import evaluate
+from defense_core.progress import NullProgress
+from defense_core.purify import METHODS, Purified, purify
+
+ATTACK = "blended"
+PAIRS = (
+    ("fast_fip", "fip"),
+    ("ngf", "fine_tuning"),
+    ("fip", "fine_tuning"),
+    ("nft", "fine_tuning"),
+    ("tsbd", "fine_tuning"),
+)
+"""Method and what it is compared with."""
+CLEAN_IMAGES = (250, 500, 1000, 2000)
+NETWORKS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("resnet20", {"num_classes": 10}),
+    ("wrn16_1", {"num_classes": 10}),
+    ("preact_resnet18", {"width": 8, "num_classes": 10}),
+    ("preact_resnet18", {"width": 16, "num_classes": 10}),
+    ("preact_resnet18", {"width": 32, "num_classes": 10}),
+)
+
+
+def purified(method: str, subject: Victim, setting: Setting, *, device: str) -> tuple[Purified, float]:
+    """The outcome and the seconds of one purification."""
+    clean = clean_splits(subject, setting, 0)
+    started = time.perf_counter()
+    result = purify(
+        subject.model, clean, METHODS[method].config(), method=method, task=subject.task, seed=0, device=device,
+        progress=NullProgress(),
+    )  # fmt: skip
+    return result, time.perf_counter() - started
+
+
+def ratios(subject: Victim, setting: Setting, *, device: str, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row a pair."""
+    assert subject.probe is not None
+    names = dict.fromkeys(name for pair in PAIRS for name in pair)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    der = {}
+    for _ in range(repeats):
+        for name in names:
+            result, took = purified(name, subject, setting, device=device)
+            seconds[name].append(took)
+            measured = evaluate(
+                result.model, subject.test, task=subject.task, probes=(subject.probe,), reference=subject.model,
+                device=device,
+            )  # fmt: skip
+            der[name] = measured.to_results()["probes"][0]["der"]
+    for method, baseline in PAIRS:
+        yield {
+            "method": method,
+            "baseline": baseline,
+            "ratio": round(min(seconds[baseline]) / min(seconds[method]), 2),
+            "seconds": round(min(seconds[method]), 2),
+            "baseline_seconds": round(min(seconds[baseline]), 2),
+            "der": der[method],
+            "baseline_der": der[baseline],
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        }
+
+
+def costs(train: CleanSet, *, device: str) -> Iterator[dict[str, Any]]:
+    """Seconds of one attempt of each method, by clean images and by network."""
+    middle = ("preact_resnet18", {"width": 16, "num_classes": 10})
+    cases = [(1000, *network) for network in NETWORKS if network != middle]
+    for images, architecture, arguments in [*((count, *middle) for count in CLEAN_IMAGES), *cases]:
+        network = architectures.initialise(architectures.build(architecture, arguments), 0)
+        clean = split_clean_set(train.subset(torch.arange(images)), seed=0, select=0.2, report=0.0)
+        for method, row in METHODS.items():
+            if row.baseline:
+                continue
+            started = time.perf_counter()
+            try:
+                purify(
+                    network, clean, one_attempt(row.config), method=method, task=cifar10_task(), seed=0, device=device,
+                    progress=NullProgress(),
+                )  # fmt: skip
+                seconds = round(time.perf_counter() - started, 2)
+            except MethodDiverged:
+                seconds = None
+            yield {
+                "method": method,
+                "clean_images": images,
+                "architecture": architecture,
+                "width": arguments.get("width"),
+                "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                "seconds": seconds,
+            }
+
+
+def one_attempt(kind: type[Any]) -> Any:
+    """The method's defaults with the weakest strength of its grid alone, so that every case does the same work."""
+    grids = {field.name: getattr(kind(), field.name)[:1] for field in fields(kind) if field.name.endswith("_grid")}
+    return kind(**grids)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with cifar10-{train,test}.parquet")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--part", choices=("ratios", "costs", "both"), default="both")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    started = datetime.now(UTC)
+    train, test = load_cifar10(options.data)
+    setting = Setting(0.05, (ATTACK,), architecture_args=NARROW, training=CONVOLUTIONAL)
+    if options.part in ("ratios", "both"):
+        spec, rate = ATTACKS[ATTACK]
+        subject = victim(Recipe(attack=spec, rate=rate), train, test, device=options.device, progress=NullProgress())
+        rows = list(ratios(subject, setting, device=options.device, repeats=options.repeats))
+        write_results("speed", rows, command="python -m benchmarks.speed --data DATA --part ratios", started=started)
+    if options.part in ("costs", "both"):
+        rows = list(costs(train, device=options.device))
+        write_results("cost", rows, command="python -m benchmarks.speed --data DATA --part costs", started=started)
+
+
+if __name__ == "__main__":
+    main()

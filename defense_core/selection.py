@@ -1,0 +1,138 @@
+"""The choice between purified models: a declared rule on clean images, blind to attacks.
+
+Clean accuracy alone would choose the gentlest method, which leaves the backdoor. So every candidate is also asked how
+far the universal perturbations that were found on the *given* model still work on it (:mod:`defense_core.universal`).
+The candidates together name the class whose perturbation lost most: where several purifiers agree that a shortcut went
+away, one was there. The candidate on which least is left of it is chosen.
+
+No tensor is touched here: the signals are measured by :func:`defense_core.universal.select_signals`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from defense_core.config import from_mapping, to_mapping
+
+MAX_DROP = 0.03
+"""Permitted drop of the cautious accuracy on the select split."""
+TIE = 0.05
+"""Shares of perturbed images within this are tied."""
+
+RULE = (
+    "Among the methods that ended well, the control left out: those whose accuracy on the select split, less a "
+    f"standard error, is within {MAX_DROP:g} of the given model's (all, where none is). Of these, the least success of "
+    "the universal perturbation that was found on the given model for the suspected class; within "
+    f"{TIE:g}, the highest accuracy; then the order in which the methods were given. The suspected class is the one "
+    "whose perturbation lost most, averaged over the candidates."
+)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a candidate is chosen by.
+
+    Attributes:
+        images: size of the split that was asked.
+        correct_before, correct: images that the given and the purified model label as stated.
+        cautious_accuracy: accuracy of the purified model less one standard error of the paired difference.
+        targets: class of each universal perturbation, found on the given model.
+        reached_before, reached: share of perturbed images that the given and the purified model put there.
+    """
+
+    images: int
+    correct_before: int
+    correct: int
+    cautious_accuracy: float
+    targets: tuple[int, ...]
+    reached_before: tuple[float, ...]
+    reached: tuple[float, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy of the purified model, in [0, 1]."""
+        return self.correct / self.images
+
+    def to_mapping(self) -> dict[str, Any]:
+        """JSON types, with the accuracy."""
+        return {**to_mapping(self), "accuracy": self.accuracy}
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Signals:
+        """The inverse of :meth:`to_mapping`. Raises ConfigError for unknown keys."""
+        known = {key: value for key, value in mapping.items() if key != "accuracy"}
+        return from_mapping(cls, known, where="select signals")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A purified model as the rule sees it.
+
+    Attributes:
+        method: its name.
+        signals: ``None`` where nothing could be asked.
+        eligible: whether it can be chosen.
+        why: the reason, where it cannot.
+        residual: success of the suspected class's perturbation on it, in [0, 1]; filled in by :func:`with_residuals`.
+    """
+
+    method: str
+    signals: Signals | None
+    eligible: bool = True
+    why: str = ""
+    residual: float | None = None
+
+
+def suspected_class(candidates: Sequence[Candidate]) -> int | None:
+    """The class whose universal perturbation lost most success, averaged over the eligible candidates.
+
+    Returns:
+        ``None`` where no candidate has signals, or they were not asked about the same classes.
+    """
+    voters = [each.signals for each in candidates if each.eligible and each.signals is not None]
+    if not voters or len({each.targets for each in voters}) != 1:
+        return None
+    falls = [
+        math.fsum(each.reached_before[place] - each.reached[place] for each in voters)
+        for place in range(len(voters[0].targets))
+    ]
+    return voters[0].targets[falls.index(max(falls))]
+
+
+def with_residuals(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with what each leaves of the suspected class's perturbation."""
+    suspect = suspected_class(candidates)
+
+    def residual(signals: Signals | None) -> float | None:
+        if signals is None or suspect is None or suspect not in signals.targets:
+            return None
+        return signals.reached[signals.targets.index(suspect)]
+
+    return [replace(each, residual=residual(each.signals)) for each in candidates]
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Apply :data:`RULE` to candidates in order of preference; ``None`` where none is eligible."""
+    eligible = [each for each in with_residuals(candidates) if each.eligible]
+    accurate = [each for each in eligible if _holds(each.signals)] or eligible
+    if not accurate:
+        return None
+    least = min(_residual(each) for each in accurate)
+    tied = [each for each in accurate if _residual(each) <= least + TIE]
+    # max() keeps the first of equals, which is the one that was given first.
+    return max(tied, key=lambda each: each.signals.accuracy if each.signals is not None else -1.0)
+
+
+def _holds(signals: Signals | None) -> bool:
+    if signals is None:
+        return False
+    # As everywhere, the bound is never tighter than three images.
+    allowed = max(MAX_DROP, 3 / signals.images) + 1e-9
+    return signals.correct_before / signals.images - signals.cautious_accuracy <= allowed
+
+
+def _residual(candidate: Candidate) -> float:
+    return 1.0 if candidate.residual is None else candidate.residual

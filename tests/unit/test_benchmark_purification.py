@@ -1,0 +1,95 @@
+"""The purification benchmark runs its GPU preset on next to nothing, resumes, and chooses without seeing an attack."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from benchmarks import purification
+from benchmarks.purification import ATTACKS, PRESETS, completed, jobs, run, tiny
+from defense_core.purify import METHODS
+
+
+def write_images(path: Path, count: int, seed: int) -> None:
+    """``count`` PNG images of 32x32, ten classes that differ in brightness, in the data set's format."""
+    random = numpy.random.default_rng(seed)
+    labels = numpy.arange(count) % 10
+    encoded = []
+    for label in labels:
+        pixels = (random.integers(0, 90, (32, 32, 3)) + 16 * label).clip(0, 255).astype(numpy.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    pyarrow.parquet.write_table(pyarrow.table({"image": encoded, "label": labels}), path)
+
+
+def test_the_gpu_preset_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUARANTINE_CACHE", str(tmp_path / "cache"))
+    write_images(tmp_path / "cifar10-train.parquet", 450, seed=0)
+    write_images(tmp_path / "cifar10-test.parquet", 60, seed=1)
+    settings = [tiny(each) for each in PRESETS["gpu"]]
+
+    def measure(*methods: str) -> list[dict[str, Any]]:
+        run(
+            "purification-gpu",
+            settings,
+            tmp_path,
+            wanted=lambda job: job["attack"] == "badnets" and job["method"] in methods,
+            device="cpu",
+            command="a test",
+            folder=tmp_path,
+        )
+        rows: list[dict[str, Any]] = json.loads((tmp_path / "purification-gpu.json").read_text())["rows"]
+        return rows
+
+    first = measure("clp")
+    assert [row["method"] for row in first] == ["clp"]
+    assert first[0]["control_der"] is None
+    again = measure("clp", "fine_tuning", "tsbd")
+    assert {row["method"] for row in again} == {"clp", "fine_tuning", "tsbd"}
+    (kept,) = [row for row in again if row["method"] == "clp"]
+    assert kept["seconds"] == first[0]["seconds"]
+    assert [row["method"] for row in again if row["selected"]] == ["tsbd"]
+    control = next(row for row in again if row["method"] == "fine_tuning")
+    assert {row["control_der"] for row in again} == {control["der"]}
+    wanted = {
+        "attack", "method", "seed", "clean_fraction", "architecture", "acc_before", "acc_after", "asr_before",
+        "asr_after", "ra_before", "ra_after", "der", "control_der", "seconds", "peak_mb", "config_digest", "device",
+        "selected",
+    }  # fmt: skip
+    assert all(wanted <= row.keys() for row in again)
+
+
+def test_presets_hold_what_is_promised() -> None:
+    rows = [job for _, job in jobs(PRESETS["cpu"])]
+    wide = [row for row in rows if row["clean_fraction"] == 0.05 and row["architecture"] == "preact_resnet18(width=16)"]
+    assert {(row["attack"], row["method"], row["seed"]) for row in wide} == {
+        (attack, method, seed) for attack in ATTACKS for method in METHODS for seed in range(3)
+    }
+    for fraction in (0.01, purification.ONE_PER_CLASS):
+        assert len({row["attack"] for row in rows if row["clean_fraction"] == fraction}) == 4
+    assert len({row["attack"] for row in rows if row["architecture"].startswith("vit")}) == 2
+
+
+def test_the_choice_sees_no_attack_figure() -> None:
+    signals = {
+        "images": 200, "correct_before": 180, "correct": 180, "cautious_accuracy": 0.9, "targets": [0],
+        "reached_before": [1.0], "accuracy": 0.9,
+    }  # fmt: skip
+    key = {"attack": "badnets", "seed": 0, "clean_fraction": 0.05, "architecture": "x"}
+    rows = [
+        {**key, "method": "tsbd", "der": 0.5, "asr_after": 1.0, "select": {**signals, "reached": [0.1]}},
+        {**key, "method": "fip", "der": 0.9, "asr_after": 0.0, "select": {**signals, "reached": [0.9]}},
+        {**key, "method": "fine_tuning", "der": 0.7, "asr_after": 0.0, "select": {**signals, "reached": [0.0]}},
+        {**key, "method": "nft", "diverged": "NaN", "seconds": 1.0},
+    ]
+    assert [row["selected"] for row in completed(rows)] == [True, False, False, False]
+    assert {row["control_der"] for row in completed(rows)} == {0.7}
