@@ -33,12 +33,14 @@ RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("plain fine-tuning", "fine_tuning", {}),
     ("TSBD", "tsbd", {}),
     ("FIP", "fip", {}),
+    ("FIP from the given model", "fip", {"start": "given"}),
     ("FIP at one rate", "fip", {"lr": 0.1}),
     ("FIP at one rate, no trace", "fip", {"lr": 0.1, "eta_f": 0.0}),
     ("FIP at one rate, no retainer", "fip", {"lr": 0.1, "eta_r": 0.0}),
     ("FIP at one rate, eta_r = 5", "fip", {"lr": 0.1, "eta_r": 5.0}),
     ("FIP at one rate, true Fisher", "fip", {"lr": 0.1, "fisher": "true"}),
     ("Fast FIP", "fast_fip", {}),
+    ("Fast FIP from the given model", "fast_fip", {"start": "given"}),
     ("Fast FIP, shifts alone", "fast_fip", {"norms": False}),
     ("Fast FIP, no trace", "fast_fip", {"eta_f": 0.0}),
 )
@@ -100,7 +102,6 @@ def rows_of(seed: int) -> list[dict[str, Any]]:
                 "seconds": round(seconds, 1),
                 "lr": result.facts.get("lr"),
                 "trace_before": result.facts.get("trace_before"),
-                "trace_after": result.facts.get("trace_after"),
             }
         )
         logging.info("%s", rows[-1])

@@ -20,6 +20,9 @@ from defense_core.progress import Progress
 from defense_core.task import Mixed, Task
 
 Precision = Literal["auto", "fp32", "bf16"]
+LARGE_NETWORK = 1_000_000
+"""Parameters from which a network without convolutions gains from bfloat16 (a ViT of 5 million: six times)."""
+
 LossOf = Callable[[], Tensor]
 Step = Callable[[nn.Module, LossOf], Tensor]
 HistoryRow = dict[str, Any]
@@ -38,7 +41,8 @@ class Tuning:
         schedule: ``constant``; ``cosine`` to zero; ``onecycle``: linear to the peak over the
             first third, then linear to zero.
         precision: ``fp32``; ``bf16`` autocast; ``auto``: bf16 where the device multiplies
-            bfloat16 natively (CUDA, CPUs with AMX) and the network is convolutional.
+            bfloat16 natively (CUDA, CPUs with AMX) and the network is convolutional, or a transformer
+            or another network with large matrices.
         max_grad_norm: clip the gradient's global L2 norm to this; 0 leaves it.
     """
 
@@ -313,7 +317,8 @@ def autocast(
 ) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Context that runs a forward pass in the precision asked for."""
     kind = torch.device(device).type
-    wanted = precision == "bf16" or (precision == "auto" and _is_convolutional(model) and _multiplies_bfloat16(kind))
+    heavy = _is_convolutional(model) or sum(parameter.numel() for parameter in model.parameters()) >= LARGE_NETWORK
+    wanted = precision == "bf16" or (precision == "auto" and heavy and _multiplies_bfloat16(kind))
     if not wanted:
         return contextlib.nullcontext
     return lambda: torch.autocast(kind, dtype=torch.bfloat16)

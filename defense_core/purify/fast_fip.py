@@ -9,89 +9,52 @@ folded back into ordinary weights at the end.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from defense_core.config import require
 from defense_core.curvature import random_sign_trace
 from defense_core.data import CleanSet, Splits
-from defense_core.loop import HistoryRow, Precision, Tuning, accuracy, channels_last, finished, tune, working_copy
+from defense_core.loop import channels_last, finished, working_copy
 from defense_core.per_sample import samples_apart, squared_gradients
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, strongest_within
-from defense_core.purify.fip import TraceTerm, epochs_for, finite_trace, regularised_step, retainer
+from defense_core.purify.base import Method, Purified
+from defense_core.purify.fisher_guided import (
+    FisherGuidedConfig,
+    TraceTerm,
+    measured_samples,
+    minimise,
+    starting_point,
+)
 from defense_core.singular import ShiftLayer, fold, parametrise, ruled_layers, shift_gradients, shift_layers
 from defense_core.task import Task
 
 
 @dataclass(frozen=True)
-class FastFIPConfig:
+class FastFIPConfig(FisherGuidedConfig):
     """Settings of Fast FIP. Symbols are the paper's.
 
+    Shifts move along fixed directions only, and want larger rates than weights. A search for the
+    rate would cost more than everything else, so one rate is the default.
+
     Attributes:
-        eta_f: weight of the Fisher trace of the shifts, or ``None`` for
-            ``trace_share / Tr F(0)``, at which the term starts at ``trace_share`` nats.
-        trace_share: see ``eta_f``.
-        eta_r: weight of the retainer, or ``None`` for ``retain K / N``: the fewer samples a class
-            has, the closer the shifts stay to zero.
-        retain: see ``eta_r``.
         norms: whether BatchNorm scales and offsets train too.
-        trace_every: the trace is taken every so many steps, and weighted by as many.
-        trace_batch: samples that it is taken on.
-        retain_images: samples behind ``Fbar``, at most.
-        lr: learning rate, or ``None`` to choose it from ``lr_grid`` by
-            :func:`~defense_core.purify.base.strongest_within`. Shifts move along fixed
-            directions only, and want a larger rate than weights.
-        lr_grid: candidates.
-        max_drop: permitted drop of accuracy on the *select* split, in [0, 1].
-        epochs: passes over the fit split.
-        min_steps: at least so many steps are taken: more passes on small sets. Nothing is
-            trained where ``epochs`` is 0.
-        batch_size: samples per step.
-        max_trace_norm: the gradient of the trace term is clipped to this L2 norm; that of the
-            cross-entropy is left alone, so that a few steep samples cannot drown it.
-        precision: of the cross-entropy, see :class:`defense_core.loop.Tuning`; the Fisher terms
-            are always full precision.
+        start, eta_f, trace_share, eta_r, retain, trace_every, trace_batch, retain_images: see
+            :class:`~defense_core.purify.fisher_guided.FisherGuidedConfig`.
+        lr, lr_grid, max_drop, epochs, min_steps, batch_size, weight_decay: see there.
+        max_trace_norm, precision: see there.
     """
 
-    eta_f: float | None = None
-    trace_share: float = 0.1
-    eta_r: float | None = None
-    retain: float = 2.0
     norms: bool = True
-    trace_every: int = 4
-    trace_batch: int = 32
-    retain_images: int = 500
-    lr: float | None = None
-    lr_grid: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
-    max_drop: float = 0.02
-    epochs: int = 10
-    min_steps: int = 70
-    batch_size: int = 128
+    trace_every: int = 5
+    retain_images: int = 128
+    lr: float | None = 0.1
+    lr_grid: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    weight_decay: float = 0.0
     max_trace_norm: float = 1.0
-    precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        require(self.eta_f is None or self.eta_f >= 0, "eta_f", "0 or more, or null", self.eta_f)
-        require(self.trace_share >= 0, "trace_share", "0 or more", self.trace_share)
-        require(self.eta_r is None or self.eta_r >= 0, "eta_r", "0 or more, or null", self.eta_r)
-        require(self.retain >= 0, "retain", "0 or more", self.retain)
-        require(self.trace_every >= 1, "trace_every", "1 or more", self.trace_every)
-        require(self.trace_batch >= 1, "trace_batch", "1 or more", self.trace_batch)
-        require(self.retain_images >= 1, "retain_images", "1 or more", self.retain_images)
-        require(self.lr is None or self.lr > 0, "lr", "a positive rate, or null", self.lr)
-        require(bool(self.lr_grid) and min(self.lr_grid) > 0, "lr_grid", "positive rates", self.lr_grid)
-        require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
-        require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
-        require(self.min_steps >= 0, "min_steps", "0 or more", self.min_steps)
-        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
-        require(self.max_trace_norm > 0, "max_trace_norm", "a positive norm", self.max_trace_norm)
 
 
 def purify(
@@ -108,84 +71,44 @@ def purify(
 
     Returns:
         The purified model, an ordinary one. ``facts`` holds ``lr``, its trials, ``eta_f``,
-        ``eta_r``, the accuracy on the *select* split before, ``Tr F(0)`` (``trace_before``), the
-        numbers trained (``trained``), of them those with an exact trace (``exact``), and the
-        singular values that ended at zero (``removed``).
+        ``eta_r``, the accuracy on the *select* split before, the trace at the starting point
+        (``trace_before``), what was zeroed for it, the numbers trained (``trained``), of them those
+        with an exact trace (``exact``), and the singular values that ended at zero (``removed``).
 
     Raises:
         MethodDiverged: a loss or weight became NaN or Inf.
         Cancelled: a stop was requested.
     """
-
-    def select_accuracy(network: nn.Module) -> float:
-        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
-
-    start = working_copy(model, device)
-    reference = select_accuracy(start)
+    start, begun = starting_point(model, clean, config, task=task, seed=seed, device=device, progress=progress)
+    purified = working_copy(start, device)
     layers = shift_layers(start)
     parametrise(start, layers)
     trained = train_only_shifts(start, layers, norms=config.norms)
-    order = torch.randperm(len(clean.fit), generator=torch.Generator().manual_seed(seed))
-    measured = clean.fit.subset(order[: config.retain_images])
-    inputs, targets = task.inputs(measured.images.to(device)), measured.labels.to(device)
+    inputs, targets = measured_samples(clean.fit, config, task=task, seed=seed, device=device)
     with progress.phase("fisher") as phase:
         ruled = ruled_layers(start, layers, inputs[:8], targets[:8], losses=task.losses)
         phase.advance()
         fisher = diagonal(start, ruled, trained, inputs, targets, task=task, after_chunk=phase.advance)
-    trace = finite_trace(fisher)
-    eta_f = config.trace_share / max(trace, 1e-12) if config.eta_f is None else config.eta_f
-    eta_r = config.retain * task.num_classes / len(clean.fit) if config.eta_r is None else config.eta_r
-    anchors = {name: value.detach().clone() for name, value in start.named_parameters() if name in fisher}
-
-    def attempt(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
-        tuned = copy.deepcopy(start)
-        rows = tune(
-            tuned,
-            clean.fit,
-            task=task,
-            tuning=Tuning(
-                epochs_for(len(clean.fit), config.epochs, config.min_steps, config.batch_size),
-                config.batch_size,
-                lr,
-                schedule="cosine",
-                precision=config.precision,
-            ),
-            seed=seed,
-            device=device,
-            progress=progress,
-            name=f"fast fip lr={lr:g}",
-            step=regularised_step(
-                eta_f,
-                exact_trace_term(clean.fit, ruled, config, task=task, seed=seed, device=device),
-                every=config.trace_every,
-                max_norm=config.max_trace_norm,
-                retain=retainer(anchors, fisher, eta_r=eta_r, lr=lr),
-            ),
-        )
-        return select_accuracy(tuned), (tuned, rows)
-
-    lr, (tuned, history), trials = strongest_within(
-        config.lr_grid if config.lr is None else (config.lr,),
-        attempt,
-        reference=reference,
-        max_drop=config.max_drop,
-        images=len(chooser(clean)),
-        patience=2,
+    tuned, history, facts = minimise(
+        model,
+        start,
+        clean,
+        config,
+        fisher=fisher,
+        term=lambda: exact_trace_term(clean.fit, ruled, config, task=task, seed=seed, device=device),
+        task=task,
+        seed=seed,
+        device=device,
+        progress=progress,
+        name="fast fip",
     )
-    purified = working_copy(model, device)
     fold(tuned, layers, purified)
-    facts: dict[str, Any] = {
-        "lr": lr,
-        "lr_trials": trials,
-        "accuracy_before": reference,
-        "eta_f": eta_f,
-        "eta_r": eta_r,
-        "trace_before": trace,
+    counts = {
         "trained": sum(value.numel() for value in fisher.values()),
         "exact": sum(fisher[layer.shift_name].numel() for layer in ruled),
         "removed": removed_values(tuned, layers),
     }
-    return Purified(finished(purified, "fast_fip"), tuple(history), facts)
+    return Purified(finished(purified, "fast_fip"), tuple(history), begun | facts | counts)
 
 
 def train_only_shifts(model: nn.Module, layers: Sequence[ShiftLayer], *, norms: bool) -> list[str]:
@@ -278,6 +201,6 @@ METHOD = Method(
     name="fast_fip",
     config=FastFIPConfig,
     function=purify,
-    summary="FIP over shifts of the weights' singular values, with exact Fisher terms (Fast FIP)",
+    summary="zero as TSBD does, then FIP over shifts of singular values, with exact Fisher terms (Fast FIP)",
     zero_steps={"epochs": 0},
 )

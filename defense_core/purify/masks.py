@@ -43,7 +43,7 @@ class Mask(nn.Module):
     """The parametrisation ``W -> m * W``.
 
     Attributes:
-        values: m, float32, of the site's shape, all ones at first.
+        values: m, float32, of the site's shape, ones until set.
     """
 
     def __init__(self, shape: tuple[int, ...], *, device: torch.device) -> None:
@@ -128,8 +128,8 @@ def following_norms(model: nn.Module, inputs: Tensor) -> dict[str, str]:
     return followed
 
 
-def attach_masks(model: nn.Module, sites: list[MaskSite]) -> list[Mask]:
-    """Put masks on ``model`` in place; afterwards only they are trainable."""
+def attach_masks(model: nn.Module, sites: list[MaskSite], starts: list[Tensor] | None = None) -> list[Mask]:
+    """Put masks on ``model`` in place, at ``starts`` or at 1; afterwards only they are trainable."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     masks = []
@@ -139,6 +139,9 @@ def attach_masks(model: nn.Module, sites: list[MaskSite]) -> list[Mask]:
         mask = Mask(site.shape, device=getattr(module, name).device)
         parametrize.register_parametrization(module, name, mask)
         masks.append(mask)
+    with torch.no_grad():
+        for mask, start in zip(masks, starts or [mask.values for mask in masks], strict=True):
+            mask.values.copy_(start)
     return masks
 
 

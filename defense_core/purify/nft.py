@@ -3,12 +3,13 @@
 Weights stay; multiplicative masks in [mu(l), 1] are trained on MixUp batches of the clean set
 and folded into the weights at the end. ``mu(l) = alpha * exp(-beta * l)`` protects early layers.
 
-Two things are ours, and ``docs/methods-nft-ngf.md`` has the measurements behind them. The paper
+Three things are ours, and ``docs/methods-nft-ngf.md`` has the measurements behind them. The paper
 masks BatchNorm scales; here masks stand on every kernel of the hidden convolutions too, since in
-a pre-activation or narrow network no scale reaches the units that carry the trigger. And the
-paper only pulls masks towards 1 (``eta / N_c * ||1 - m||_1``), which leaves what clean data do
-not need as it was; here an opposite pull, ``sparsity * ||m||_1``, closes it, as strongly as
-accuracy on the *select* split permits. ``sites="norm", sparsity=0`` is the paper's method.
+a pre-activation or narrow network no scale reaches the units that carry the trigger. The paper
+starts every mask at 1; here the kernels that a short clean unlearning moves most start at the
+lower clamp, and MixUp tuning opens what clean images need. And a weak pull towards 0,
+``sparsity * ||m||_1``, keeps shut what they do not need. ``sites="norm", ratio=0, sparsity=0``
+is the paper's method.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import MethodDiverged
-from defense_core.layers import running_statistics
+from defense_core.layers import running_statistics, unit_layers
 from defense_core.loop import (
     HistoryRow,
     LossOf,
@@ -47,6 +48,7 @@ from defense_core.purify.masks import (
     mask_sites,
 )
 from defense_core.purify.statistics import renew_statistics
+from defense_core.purify.unlearning import choose_ratio, unlearning_changes
 from defense_core.task import Task
 
 PAPER_DEPTH = 19
@@ -65,8 +67,15 @@ class NFTConfig:
         granularity: of the masks on hidden layers; see there.
         sparsity: weight of the pull of every mask towards 0, or ``None`` to choose it from
             ``sparsity_grid`` by :func:`~defense_core.purify.base.strongest_within`.
-        sparsity_grid: candidates.
+        sparsity_grid: candidates; each is one training of the masks.
         max_drop: permitted drop of accuracy on the *select* split, in [0, 1].
+        ratio: share of the hidden units whose most-moved kernels start at the lower clamp, or
+            ``None`` to choose the largest of ``ratio_grid`` that keeps ``start_keep`` of the
+            accuracy on the *select* split before the masks are tuned. 0 starts all at 1.
+        ratio_grid: candidates.
+        start_keep: share of the accuracy that closing must leave, in (0, 1].
+        unlearn_lr: rate of the clean unlearning that ranks the kernels.
+        unlearn_epochs: its passes over the fit split.
         eta: weight of the pull towards 1 at one sample a class; ``eta / N_c`` with ``N_c``
             samples a class.
         alpha: the lower clamp's scale, in [0, 1].
@@ -75,9 +84,8 @@ class NFTConfig:
         depth: ``l`` runs evenly from 1 at the first masked layer to this at the last, so that
             the schedule means the same in shallow and deep networks.
         mixup: parameter of MixUp's Beta distribution; 0 mixes nothing.
-        statistics: BatchNorm while tuning: normalise by the ``batch`` and follow it, or by the
-            ``running`` statistics and leave them; ``auto``: running where a class has fewer
-            than ten samples on average.
+        statistics: BatchNorm while tuning: leave the ``running`` statistics and normalise by
+            them, or normalise by the ``batch`` and measure them afresh at the end.
         lr: learning rate of the masks.
         momentum: of SGD.
         epochs: passes over the fit split.
@@ -90,31 +98,38 @@ class NFTConfig:
     sites: Sites = "all"
     granularity: Granularity = "kernel"
     sparsity: float | None = None
-    sparsity_grid: tuple[float, ...] = (5e-4, 7e-4, 1e-3, 2e-3, 3e-3, 4e-3)
+    sparsity_grid: tuple[float, ...] = (5e-4, 3e-3)
     max_drop: float = 0.03
+    ratio: float | None = None
+    ratio_grid: tuple[float, ...] = (0.02, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
+    start_keep: float = 0.92
+    unlearn_lr: float = 2e-3
+    unlearn_epochs: int = 2
     eta: float = 1e-3
     alpha: float = 0.8
     beta: float = 0.5
     ceiling: float = 1.0
     depth: float = PAPER_DEPTH
     mixup: float = 1.0
-    statistics: Literal["auto", "batch", "running"] = "auto"
+    statistics: Literal["running", "batch"] = "batch"
     lr: float = 0.5
     momentum: float = 0.9
-    epochs: int = 20
+    epochs: int = 10
     min_steps: int = 150
     batch_size: int = 128
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         require(self.sparsity is None or self.sparsity >= 0, "sparsity", "0 or more, or null", self.sparsity)
-        require(
-            bool(self.sparsity_grid) and min(self.sparsity_grid) >= 0,
-            "sparsity_grid",
-            "weights of 0 or more",
-            self.sparsity_grid,
-        )
+        grid_fits = bool(self.sparsity_grid) and min(self.sparsity_grid) >= 0
+        require(grid_fits, "sparsity_grid", "weights of 0 or more", self.sparsity_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
+        require(self.ratio is None or 0 <= self.ratio < 1, "ratio", "in [0, 1), or null", self.ratio)
+        ratios_fit = bool(self.ratio_grid) and all(0 <= ratio < 1 for ratio in self.ratio_grid)
+        require(ratios_fit, "ratio_grid", "shares in [0, 1)", self.ratio_grid)
+        require(0 < self.start_keep <= 1, "start_keep", "in (0, 1]", self.start_keep)
+        require(self.unlearn_lr > 0, "unlearn_lr", "a positive rate", self.unlearn_lr)
+        require(self.unlearn_epochs >= 1, "unlearn_epochs", "1 or more", self.unlearn_epochs)
         require(self.eta >= 0, "eta", "0 or more", self.eta)
         require(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
         require(self.beta >= 0, "beta", "0 or more", self.beta)
@@ -147,63 +162,120 @@ def purify(
     device: torch.device | str,
     progress: Progress,
 ) -> Purified:
-    """Train masks at one or more sparsities and fold the strongest that keeps the accuracy.
+    """Close what clean unlearning moves most, tune the masks from there, and fold them.
 
     Returns:
-        The purified model. ``facts`` holds ``sparsity``, the trials behind it, the BatchNorm
-        policy used, and per masked tensor the clamp (``floors``), the mean mask (``means``) and
+        The purified model. ``facts`` holds ``ratio`` and ``sparsity``, the trials behind them, the
+        BatchNorm policy used, and per masked tensor the clamp (``floors``), the mean mask (``means``) and
         the share of masks at the clamp (``closed``).
 
     Raises:
         MethodDiverged: a loss, mask or weight became NaN or Inf.
         Cancelled: a stop was requested.
     """
-
-    def select_accuracy(network: nn.Module) -> float:
-        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
-
     original = working_copy(model, device)
-    reference = select_accuracy(original)
     sample = channels_last(task.inputs(clean.fit.images[:2].to(device)))
     sites = mask_sites(original, sample, sites=config.sites, granularity=config.granularity)
     floors = depth_schedule(len(sites), alpha=config.alpha, beta=config.beta, depth=config.depth)
     per_class = len(clean.fit) / task.num_classes
-    follow = config.statistics == "batch" or (config.statistics == "auto" and per_class >= 10)
+    starts, chosen = _starts(
+        original, clean, config, sites, floors, task=task, seed=seed, device=device, progress=progress
+    )
 
     def attempt(sparsity: float) -> tuple[float, _Outcome]:
-        outcome = _train_masks(
+        made = _train_masks(
             original,
             clean.fit,
             config,
             sites,
             floors,
+            starts=starts,
             pull=sparsity - config.eta / max(per_class, 1.0),
-            follow=follow,
+            follow=config.statistics == "batch",
             task=task,
             seed=seed,
             device=device,
             progress=progress,
-            name=f"masks sparsity={sparsity:g}",
         )
-        return select_accuracy(outcome.model), outcome
+        return select_accuracy(made.model), made
 
+    def select_accuracy(network: nn.Module) -> float:
+        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
+
+    candidates = (config.sparsity,) if config.sparsity is not None else config.sparsity_grid
     sparsity, made, trials = strongest_within(
-        config.sparsity_grid if config.sparsity is None else (config.sparsity,),
+        candidates if config.epochs else (min(candidates),),
         attempt,
-        reference=reference,
+        reference=select_accuracy(original),
         max_drop=config.max_drop,
         images=len(chooser(clean)),
     )
     closed = [float((v <= floor).float().mean()) for v, floor in zip(made.values, floors, strict=True)]
     facts: dict[str, Any] = {
+        **chosen,
         "sparsity": sparsity,
         "sparsity_trials": trials,
-        "statistics": "batch" if follow else "running",
+        "statistics": config.statistics,
         "floors": {site.name: floor for site, floor in zip(sites, floors, strict=True)},
         "means": {site.name: float(value.mean()) for site, value in zip(sites, made.values, strict=True)},
         "closed": {site.name: share for site, share in zip(sites, closed, strict=True)},
     }
     return Purified(finished(made.model, "nft"), tuple(made.history), facts)
+
+
+def _starts(
+    original: nn.Module,
+    clean: Splits,
+    config: NFTConfig,
+    sites: list[MaskSite],
+    floors: list[float],
+    *,
+    task: Task,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Where each mask starts, of its site's shape, and the facts ``ratio`` and ``ratio_trials``."""
+    starts = [torch.ones(site.shape, device=device) for site in sites]
+    if config.ratio == 0 or not config.epochs:
+        return starts, {"ratio": 0.0, "ratio_trials": []}
+
+    def select_accuracy(network: nn.Module) -> float:
+        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
+
+    changes = unlearning_changes(
+        original,
+        clean.fit,
+        epochs=config.unlearn_epochs,
+        lr=config.unlearn_lr,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        task=task,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    reference = select_accuracy(original)
+    pruned = working_copy(original, device)
+    ratio, closed, trials = choose_ratio(
+        pruned,
+        changes,
+        config.ratio_grid if config.ratio is None else (config.ratio,),
+        select_accuracy,
+        granularity="kernel",
+        reference=reference,
+        max_drop=(1 - config.start_keep) * reference,
+        images=len(chooser(clean)),
+        progress=progress,
+    )
+    by_name = {layer.name: part for layer, part in zip(unit_layers(pruned), closed, strict=True)}
+    for start, site, floor in zip(starts, sites, floors, strict=True):
+        part = by_name.get(site.name)
+        if part is not None:
+            # A mask of whole units closes in proportion to the kernels that do.
+            share = part.float() if start.dim() > 1 else part.float().mean(1)
+            start.lerp_(torch.full_like(start, floor), share)
+    return starts, {"ratio": ratio, "ratio_trials": trials}
 
 
 def depth_schedule(count: int, *, alpha: float, beta: float, depth: float = PAPER_DEPTH) -> list[float]:
@@ -219,20 +291,20 @@ def _train_masks(
     sites: list[MaskSite],
     floors: list[float],
     *,
+    starts: list[Tensor],
     pull: float,
     follow: bool,
     task: Task,
     seed: int,
     device: torch.device | str,
     progress: Progress,
-    name: str,
 ) -> _Outcome:
     """Masks trained on a copy of ``original`` with ``loss + pull * ||m||_1``, folded into another.
 
     The two pulls are one: on [0, 1], ``||1 - m||_1`` is a constant minus ``||m||_1``.
     """
     masked = working_copy(original, device)
-    masks = attach_masks(masked, sites)
+    masks = attach_masks(masked, sites, starts)
     farthest = torch.zeros((), device=device)
 
     def step(network: nn.Module, loss_of: LossOf) -> Tensor:
@@ -265,14 +337,14 @@ def _train_masks(
         seed=seed,
         device=device,
         progress=progress,
-        name=name,
+        name="masks",
         step=step,
         mixup=config.mixup,
         after_step=clamp,
     )
     if not float(farthest) < JUMP:
         raise MethodDiverged(
-            f"{name} diverged",
+            "NFT's masks diverged",
             expected=f"masks that move less than {JUMP:g} a step",
             got=f"{float(farthest):g}",
             hint="Lower its learning rate",
@@ -291,6 +363,6 @@ METHOD = Method(
     name="nft",
     config=NFTConfig,
     function=purify,
-    summary="train masks on scales and kernels with MixUp, fold what stays open (NFT)",
+    summary="close what clean unlearning moves most, tune masks on kernels with MixUp, fold them (NFT)",
     zero_steps={"epochs": 0},
 )

@@ -15,7 +15,7 @@ from defense_core.errors import ConfigError
 from defense_core.layers import frozen_statistics
 from defense_core.per_sample import per_sample_gradients, samples_apart
 from defense_core.progress import NullProgress
-from defense_core.purify import Purified, fast_fip, fip
+from defense_core.purify import Purified, fast_fip, fip, fisher_guided, tsbd
 from defense_core.singular import fold, parametrise, ruled_layers, shift_gradients, shift_layers
 from defense_core.task import ImageClassification
 
@@ -92,8 +92,8 @@ def test_gradient_of_a_step_is_that_of_the_objective() -> None:
         + eta_r / 2 * sum((fisher[name] * (value - anchors[name]).square()).sum() for name, value in named.items()),
         list(named.values()),
     )
-    step = fip.regularised_step(
-        eta_f, trace, every=every, max_norm=1e9, retain=fip.retainer(anchors, fisher, eta_r=eta_r, lr=0.01)
+    step = fisher_guided.regularised_step(
+        eta_f, trace, every=every, max_norm=1e9, retain=fisher_guided.retainer(anchors, fisher, eta_r=eta_r, lr=0.01)
     )
     for expected in (want, without, without, want):
         model.zero_grad()
@@ -106,9 +106,9 @@ def test_gradient_of_a_step_is_that_of_the_objective() -> None:
 def test_trace_gradient_is_clipped_and_the_rest_is_not() -> None:
     model = nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[100.0, 0.0]])
-    fip.add_clipped(model, (model.weight * torch.tensor([[30.0, 40.0]])).sum(), max_norm=5.0)
+    fisher_guided.add_clipped(model, (model.weight * torch.tensor([[30.0, 40.0]])).sum(), max_norm=5.0)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[103.0, 4.0]]))
-    fip.add_clipped(model, (model.weight * torch.tensor([[0.3, 0.4]])).sum(), max_norm=5.0)
+    fisher_guided.add_clipped(model, (model.weight * torch.tensor([[0.3, 0.4]])).sum(), max_norm=5.0)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[103.3, 4.4]]))
 
 
@@ -131,14 +131,14 @@ def test_trace_term_estimates_the_exact_trace_of_its_samples() -> None:
 def test_stiffness_is_capped_at_what_the_rate_can_follow() -> None:
     model = nn.Linear(2, 1, bias=False)
     anchors = {"weight": model.weight.detach() - 1}
-    penalty = fip.retainer(anchors, {"weight": torch.tensor([[1e6, 2.0]])}, eta_r=1.0, lr=0.1)
+    penalty = fisher_guided.retainer(anchors, {"weight": torch.tensor([[1e6, 2.0]])}, eta_r=1.0, lr=0.1)
     penalty(model)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[10.0, 2.0]]))
 
 
 def test_derived_weights_follow_trace_and_samples_per_class() -> None:
     model = network()
-    facts = run("fip", model, epochs=1, min_steps=0, lr=0.01, trace_share=0.3, retain=2.0).facts
+    facts = run("fip", model, start="given", epochs=1, min_steps=0, lr=0.01, trace_share=0.3, retain=2.0).facts
     fit = splits().fit
     diagonal = fisher_diagonal(model, TASK.inputs(fit.images), fit.labels, losses=TASK.losses)
     exact = float(sum(value.sum() for value in diagonal.values()))
@@ -285,7 +285,7 @@ def test_layers_without_a_rule_fall_back_and_shared_weights_stay() -> None:
     data = clean_set(8)
     ruled = ruled_layers(model, layers, TASK.inputs(data.images), data.labels, losses=TASK.losses)
     assert [layer.path for layer in ruled] == ["plain", "head"]
-    result = run("fast_fip", original, epochs=1, lr=0.01)
+    result = run("fast_fip", original, start="given", epochs=1, lr=0.01)
     assert 0 < result.facts["exact"] < result.facts["trained"]
     assert torch.equal(result.model.one.weight, original.one.weight)
     assert not torch.equal(result.model.depthwise.weight, original.depthwise.weight)
@@ -294,7 +294,7 @@ def test_layers_without_a_rule_fall_back_and_shared_weights_stay() -> None:
 @pytest.mark.parametrize("norms", [True, False])
 def test_only_shifts_and_norms_move(norms: bool) -> None:
     original = network()
-    result = run("fast_fip", original, epochs=2, lr=0.05, norms=norms)
+    result = run("fast_fip", original, start="given", epochs=2, lr=0.05, norms=norms)
     after = result.model.state_dict()
     for name, value in original.named_parameters():
         is_norm, is_weight = name.startswith("bn"), name.endswith("weight") and not name.startswith("bn")
@@ -305,6 +305,55 @@ def test_only_shifts_and_norms_move(norms: bool) -> None:
     assert list(after) == list(original.state_dict())
     assert result.facts["exact"] == 4 + 8 + 16 + 3
     assert result.facts["trained"] == 31 + (2 * (4 + 8 + 16) if norms else 0)
+
+
+@pytest.mark.parametrize("method", ["fip", "fast_fip"])
+def test_zeroed_start_is_stage_one_of_tsbd_and_its_fisher_is_taken_there(method: str) -> None:
+    model, parts = network(), splits()
+    config = METHODS[method].config(epochs=1, min_steps=0, lr=1e-12, norms=False) if method == "fast_fip" else None
+    config = config or METHODS[method].config(epochs=1, min_steps=0, lr=1e-12, weight_decay=0.0)
+    result = METHODS[method].function(model, parts, config, task=TASK, seed=0, device="cpu", progress=NullProgress())
+    stage_one = tsbd.purify(
+        model,
+        parts,
+        tsbd.TSBDConfig(epochs=0, lr=1.0, batch_size=config.batch_size),
+        task=TASK,
+        seed=0,
+        device="cpu",
+        progress=NullProgress(),
+    )
+    assert any(stage_one.facts["zeroed"].values()), "nothing was zeroed, and nothing is tested"
+    assert result.facts["zeroed"] == stage_one.facts["zeroed"]
+    after = dict(result.model.named_parameters())
+    for name, value in stage_one.model.named_parameters():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-7)
+    if method == "fip":
+        diagonal = fisher_diagonal(stage_one.model, TASK.inputs(parts.fit.images), parts.fit.labels, losses=TASK.losses)
+        exact = float(sum(value.sum() for value in diagonal.values()))
+        assert result.facts["trace_before"] == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fip", "fast_fip"])
+def test_rate_is_chosen_with_caution(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search goes on while the cautious accuracy holds, and takes the last rate that did."""
+    answers = iter([1.0, 1.0, -1.0, 1.0])
+    monkeypatch.setattr(fisher_guided, "cautious_accuracy", lambda before, after: next(answers))
+    grid = (0.001, 0.002, 0.004, 0.008)
+    facts = run(method, network(), start="given", epochs=1, min_steps=0, lr=None, lr_grid=grid).facts
+    assert [row["strength"] for row in facts["lr_trials"]] == [0.001, 0.002, 0.004]
+    assert facts["lr"] == 0.002
+
+
+@pytest.mark.parametrize("method", ["fip", "fast_fip"])
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_one_image_per_class_has_no_select_split(method: str, kind: str) -> None:
+    few = split_clean_set(clean_set(3), seed=0, select=0.2, report=0.0)
+    assert len(few.select) == 0
+    row = METHODS[method]
+    result = row.function(network(kind), few, row.config(), task=TASK, seed=0, device="cpu", progress=NullProgress())
+    outputs = result.model(TASK.inputs(clean_set().images))
+    assert torch.isfinite(outputs).all()
+    assert len(result.history) >= row.config().min_steps
 
 
 @pytest.mark.parametrize("method", ["fip", "fast_fip"])
@@ -332,6 +381,7 @@ def test_zero_epochs_return_the_same_bytes_and_the_input_is_untouched(method: st
         ({"lr_grid": ()}, "lr_grid"),
         ({"max_trace_norm": 0.0}, "max_trace_norm"),
         ({"epochs": -1}, "epochs"),
+        ({"start": "pruned"}, "start"),
     ],
 )
 def test_bad_settings_are_refused(method: str, settings: dict[str, object], word: str) -> None:

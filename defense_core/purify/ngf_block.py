@@ -1,0 +1,101 @@
+"""NGF on the last hidden layers, started afresh: exact natural steps by the samples' Gram matrix."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from defense_core.errors import ConfigError
+from defense_core.layer_gradients import layer_gradients
+from defense_core.layers import evaluating, unit_layers
+from defense_core.loop import HistoryRow, channels_last, seeded
+from defense_core.per_sample import recorded
+from defense_core.purify.natural_step import sample_weights
+from defense_core.purify.ngf_head import linear_head
+from defense_core.purify.ngf_run import Run, passes, require_finite
+from defense_core.purify.statistics import renew_statistics
+
+
+def last_layers(model: nn.Module, run: Run) -> list[str]:
+    """Names of the hidden convolutions and linear layers that run once, in order, then the head's."""
+    modules = dict(model.named_modules())
+    names = [layer.name.removesuffix(".weight") for layer in unit_layers(model, scope="all")]
+    hidden = {name: modules[name] for name in names if isinstance(modules.get(name), (nn.Conv2d, nn.Linear))}
+    head = linear_head(model)
+    with recorded(hidden) as seen, evaluating(model), torch.no_grad():
+        model(channels_last(run.task.inputs(run.data.images[:2])))
+    once = [name for name in hidden if len(seen.outputs.get(name, ())) == 1]
+    if not once:
+        raise ConfigError("there is no hidden layer to tune", expected="a convolution or linear layer", got="none")
+    return [*once, next(name for name, module in modules.items() if module is head)]
+
+
+def tune_block(model: nn.Module, names: list[str], run: Run) -> list[HistoryRow]:
+    """Start the layers ``names`` afresh and tune them by natural steps, in place."""
+    config = run.config
+    if not run.epochs:
+        return []
+    chosen = {name: model.get_submodule(name) for name in names}
+    before = _norms(model, run)
+    kept = {name: copy.deepcopy(model.get_submodule(name).state_dict()) for name in before}
+    with seeded(run.seed, run.device):
+        for module in chosen.values():
+            module.reset_parameters()  # type: ignore[operator]
+    behind = {name for name, inputs in _norms(model, run).items() if not torch.equal(inputs, before[name])}
+    renew_statistics(
+        model,
+        run.data,
+        task=run.task,
+        batch_size=config.batch_size,
+        seed=run.seed,
+        device=run.device,
+        progress=run.progress,
+    )
+    # In front of the fresh layers nothing changed; measured afresh on clean images, those statistics would bring a
+    # closed backdoor back.
+    for name in kept.keys() - behind:
+        model.get_submodule(name).load_state_dict(kept[name])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    parameters = [p.requires_grad_() for module in chosen.values() for p in module.parameters(recurse=False)]
+    generator = torch.Generator().manual_seed(run.seed)
+
+    def step(batch: Tensor, epoch: int, rate: float) -> Tensor:
+        images = run.task.augmented(run.data.images[batch], generator)
+        targets = run.data.labels[batch]
+        with recorded(chosen) as seen, evaluating(model):
+            losses = run.task.losses(model(channels_last(run.task.inputs(images))), targets)
+        outputs = [seen.outputs[name][0] for name in names]
+        slopes = torch.autograd.grad(losses.sum(), outputs, retain_graph=True)
+        gram = torch.zeros(len(batch), len(batch), device=losses.device)
+        for (name, module), slope in zip(chosen.items(), slopes, strict=True):
+            for part, _ in module.named_parameters(recurse=False):
+                rows = layer_gradients(module, part, seen.inputs[name][0].detach(), slope).flatten(1)
+                gram += rows @ rows.T
+        weights = _weights(gram, losses, config.damping)
+        # sum_n a_n g_n, without keeping any g_n: the gradient of the weighted losses.
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad((weights * losses).sum(), parameters), strict=True
+        ):
+            parameter.data.sub_(gradient, alpha=rate)
+        return losses.detach()
+
+    return passes(run, f"natural block of {len(names) - 1}", step)
+
+
+def _norms(model: nn.Module, run: Run) -> dict[str, Tensor]:
+    """What every normalisation with running statistics is given for two clean images."""
+    norms: dict[str, nn.Module] = {
+        name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+    }
+    with recorded(norms) as seen, evaluating(model), torch.no_grad():
+        model(channels_last(run.task.inputs(run.data.images[:2])))
+    return {name: torch.cat([each.flatten() for each in inputs]) for name, inputs in seen.inputs.items()}
+
+
+def _weights(gram: Tensor, losses: Tensor, damping: float) -> Tensor:
+    require_finite(losses)
+    return sample_weights(gram.detach(), damping=damping)

@@ -1,0 +1,98 @@
+"""NGF on a linear classifier: exact natural steps on features that are computed once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from defense_core.errors import ConfigError
+from defense_core.layers import classifier_head, evaluating
+from defense_core.loop import HistoryRow, autocast, channels_last
+from defense_core.per_sample import recorded
+from defense_core.purify.natural_step import head_step, sample_weights, true_head_step
+from defense_core.purify.ngf_run import Run, passes
+from defense_core.task import Task
+
+
+def linear_head(model: nn.Module) -> nn.Linear:
+    head = classifier_head(model)
+    if not isinstance(head, nn.Linear):
+        raise ConfigError("NGF needs a linear classifier", expected="a network that ends in nn.Linear", got=head)
+    return head
+
+
+@torch.no_grad()
+def cached_features(model: nn.Module, run: Run) -> list[Tensor]:
+    """Inputs of the classifier, float64 (N, D), one tensor a view; eval mode."""
+    head = linear_head(model)
+    context = autocast(model, run.config.precision, run.device)
+    generator = torch.Generator().manual_seed(run.seed)
+    views = []
+    with recorded({"head": head}) as seen, evaluating(model), run.progress.phase("features", run.config.views) as phase:
+        for _ in range(run.config.views):
+            parts = []
+            for batch in torch.arange(len(run.data)).split(512):
+                images = run.task.augmented(run.data.images[batch.to(run.device)], generator)
+                with context():
+                    model(channels_last(run.task.inputs(images)))
+                parts.append(seen.inputs["head"][0].detach().flatten(1).double())
+            views.append(torch.cat(parts))
+            phase.advance()
+    return views
+
+
+def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
+    """Every part but ``block``, in place."""
+    config, head = run.config, linear_head(model)
+    if not run.epochs:
+        return []
+    held_back = config.part in ("masked", "head") and config.eta > 0
+    views = cached_features(model, run)
+    start = torch.cat([head.weight.detach(), _bias(head).unsqueeze(1)], 1).double()
+    theta = torch.zeros_like(start) if config.part == "fresh_head" else start.clone()
+    mask = torch.ones(head.in_features, dtype=torch.float64, device=start.device)
+    held: Tensor | None = None
+
+    def logits(H: Tensor) -> Tensor:
+        return (H * F.pad(mask, (0, 1), value=1.0)) @ theta.T
+
+    def step(batch: Tensor, view: Tensor, rate: float) -> Tensor:
+        nonlocal theta, mask, held
+        H = F.pad(view[batch], (0, 1), value=1.0)
+        losses, E = _errors(logits(H), run.data.labels[batch], run.task)
+        if config.part == "feature_mask":
+            rows = H[:, :-1] * (E @ theta[:, :-1])
+            mask = (mask - rate * rows.T @ sample_weights(rows @ rows.T, damping=config.damping)).clamp(0, 1)
+            return losses
+        if held is None:  # at the first step: the classifier that came in
+            held = (config.eta if held_back else 0.0) * E.square().T @ H.square() / len(H)
+        residual = held * (theta - start)
+        if config.fisher == "true":
+            right = E.T @ H / len(H) + residual
+            move = true_head_step(H, logits(H).softmax(1), right, damping=config.damping, curvature=held)
+        elif held_back:
+            move = head_step(H, E, damping=config.damping, curvature=held, residual=residual)
+        else:
+            move = head_step(H, E, damping=config.damping)
+        theta = theta - rate * move
+        return losses
+
+    history = passes(run, f"natural {config.part}", lambda b, e, r: step(b, views[e % len(views)], r))
+    with torch.no_grad():
+        head.weight.copy_(theta[:, :-1] * mask)
+        if head.bias is not None:
+            head.bias.copy_(theta[:, -1])
+    return history
+
+
+def _bias(head: nn.Linear) -> Tensor:
+    return head.bias.detach() if head.bias is not None else head.weight.new_zeros(head.out_features)
+
+
+def _errors(logits: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Losses (N,) and their gradients at the logits (N, K), float64."""
+    leaf = logits.detach().requires_grad_()
+    losses = task.losses(leaf, targets)
+    (errors,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), errors.double()

@@ -1,0 +1,140 @@
+"""NGF's settings, and the passes that all of its parts share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from defense_core.config import require
+from defense_core.data import CleanSet
+from defense_core.errors import MethodDiverged
+from defense_core.loop import HistoryRow, Precision, batch_indices
+from defense_core.progress import Progress
+from defense_core.task import Task
+
+Part = Literal["masked", "head", "fresh_head", "feature_mask", "block", "masked_block"]
+
+
+@dataclass(frozen=True)
+class NGFConfig:
+    """Settings of NGF.
+
+    Attributes:
+        part: what is tuned. ``"masked_block"``: the last hidden layer and the classifier, started
+            at random, after the hidden units that a short clean unlearning moves most were
+            closed. ``"masked"``: the classifier alone after the same. ``"head"``: the classifier,
+            the paper's choice. ``"fresh_head"``: the classifier, started at zero.
+            ``"feature_mask"``: a mask in [0, 1] on the classifier's inputs. ``"block"``: the last
+            hidden layers and the classifier, started at random. All but the blocks run on cached
+            features.
+        ratio: share of the hidden units that the masked parts close, or ``None`` to choose the
+            largest of ``ratio_grid`` that keeps ``start_keep`` of the accuracy on the *select*
+            split before the classifier is tuned.
+        ratio_grid: candidates.
+        start_keep: share of the accuracy that closing must leave, in (0, 1].
+        unlearn_lr: rate of the clean unlearning that ranks the units.
+        unlearn_epochs: its passes over the fit split.
+        layers: hidden layers of ``"block"``, or ``None`` to choose their number from
+            ``layers_grid`` by :func:`~defense_core.purify.base.strongest_within`.
+        layers_grid: candidates.
+        max_drop: permitted drop of accuracy on the *select* split for ``"block"``, in [0, 1].
+        fisher: ``"empirical"``, or ``"true"``: the model's own labels, solved by conjugate
+            gradients; for the classifier.
+        eta: weight of the regulariser ``eta / 2 * sum Fbar_ii (w_i - wbar_i)^2``, with ``Fbar``
+            the empirical Fisher's diagonal at the start; ``"masked"`` and ``"head"``.
+        damping: lambda, relative to the mean nonzero eigenvalue of F.
+        lr: length of a step; falls linearly to 0. 1 is Newton's.
+        views: augmented views of the fit split whose features are cached.
+        epochs: passes over the fit split.
+        min_steps: at least so many steps: more passes on small sets. Nothing is trained where
+            ``epochs`` is 0.
+        batch_size: samples per step, and so the size of the solve.
+        precision: of the unlearning and of the passes that cache features; see
+            :class:`defense_core.loop.Tuning`. Natural steps on features are float64.
+    """
+
+    part: Part = "masked_block"
+    ratio: float | None = None
+    ratio_grid: tuple[float, ...] = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
+    start_keep: float = 0.92
+    unlearn_lr: float = 2e-3
+    unlearn_epochs: int = 2
+    layers: int | None = None
+    layers_grid: tuple[int, ...] = (1, 2)
+    max_drop: float = 0.02
+    fisher: Literal["empirical", "true"] = "empirical"
+    eta: float = 1.0
+    damping: float = 0.1
+    lr: float = 0.5
+    views: int = 2
+    epochs: int = 10
+    min_steps: int = 60
+    batch_size: int = 128
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.ratio is None or 0 <= self.ratio < 1, "ratio", "in [0, 1), or null", self.ratio)
+        ratios_fit = bool(self.ratio_grid) and all(0 <= ratio < 1 for ratio in self.ratio_grid)
+        require(ratios_fit, "ratio_grid", "shares in [0, 1)", self.ratio_grid)
+        require(0 < self.start_keep <= 1, "start_keep", "in (0, 1]", self.start_keep)
+        require(self.unlearn_lr > 0, "unlearn_lr", "a positive rate", self.unlearn_lr)
+        require(self.unlearn_epochs >= 1, "unlearn_epochs", "1 or more", self.unlearn_epochs)
+        require(self.layers is None or self.layers >= 1, "layers", "1 or more, or null", self.layers)
+        require(bool(self.layers_grid) and min(self.layers_grid) >= 1, "layers_grid", "counts", self.layers_grid)
+        require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
+        require(self.eta >= 0, "eta", "0 or more", self.eta)
+        require(self.damping > 0, "damping", "a positive number", self.damping)
+        require(self.lr > 0, "lr", "a positive rate", self.lr)
+        require(self.views >= 1, "views", "1 or more", self.views)
+        require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
+        require(self.min_steps >= 0, "min_steps", "0 or more", self.min_steps)
+        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What every part needs."""
+
+    data: CleanSet
+    config: NGFConfig
+    task: Task
+    seed: int
+    device: torch.device | str
+    progress: Progress
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the fit split."""
+        steps = len(batch_indices(len(self.data), self.config.batch_size, torch.Generator()))
+        return max(self.config.epochs, math.ceil(self.config.min_steps / steps)) if self.config.epochs else 0
+
+
+def require_finite(losses: Tensor) -> None:
+    if not bool(torch.isfinite(losses).all()):
+        raise MethodDiverged("NGF diverged", expected="finite losses", got="NaN or Inf", hint="Lower lr, raise damping")
+
+
+def passes(run: Run, name: str, step: Callable[[Tensor, int, float], Tensor]) -> list[HistoryRow]:
+    """Shuffled passes of ``step(batch, epoch, rate)``, the rate falling linearly to 0."""
+    size, epochs = run.config.batch_size, run.epochs
+    generator = torch.Generator().manual_seed(run.seed)
+    each = len(batch_indices(len(run.data), size, torch.Generator()))
+    history: list[HistoryRow] = []
+    done = 0
+    with run.progress.phase(name, total=epochs * each) as phase:
+        for epoch in range(epochs):
+            total = 0.0
+            for batch in batch_indices(len(run.data), size, generator):
+                rate = run.config.lr * (1 - done / (epochs * each))
+                losses = step(batch.to(run.device), epoch, rate)
+                require_finite(losses)
+                total += float(losses.mean())
+                done += 1
+                phase.advance(loss=total / each)
+            history.append({"phase": name, "step": epoch + 1, "loss": total / each, "lr": rate})
+    return history
