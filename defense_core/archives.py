@@ -16,15 +16,16 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from defense_core.errors import CorruptArtifact, StorageError, UnsafeArtifact
 from defense_core.files import CHUNK_BYTES
 from defense_core.limits import LoadLimits
+from defense_core.zip_layout import check_layout
 
 _MAX_RATIO = 200  # deflate reaches 1000:1 on a bomb, about 1.1:1 on weights
 _RATIO_FREE_BYTES = 1 << 20
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _MAX_BUNDLE_ENTRIES = 16
 # What the standard library raises on damaged archives, besides OSError without an error number.
 _DAMAGE = (
@@ -51,7 +52,7 @@ def checked_zip(path: Path, limits: LoadLimits, *, stored_only: bool) -> Iterato
         UnsafeArtifact: names that escape or repeat, links, encryption, too many or too large entries.
         CorruptArtifact: not a complete zip file, or damage found while it is read.
     """
-    with _damage(path), zipfile.ZipFile(path) as archive:
+    with damage_as_errors(path), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if archive.comment or not entries or min(entry.header_offset for entry in entries) != 0:
             raise UnsafeArtifact(
@@ -64,6 +65,8 @@ def checked_zip(path: Path, limits: LoadLimits, *, stored_only: bool) -> Iterato
         for entry in entries:
             _check_zip_entry(path, entry, stored_only=stored_only)
         _check_total(path, sum(entry.file_size for entry in entries), limits)
+        with open(path, "rb") as stream:
+            check_layout(stream, entries, archive.start_dir, where=path.name)
         yield archive
 
 
@@ -95,7 +98,7 @@ def unpacked(path: Path, limits: LoadLimits) -> Iterator[Path]:
 
 
 def _unpack_tar(path: Path, target: Path, limits: LoadLimits) -> None:
-    with _damage(path), tempfile.TemporaryFile() as plain:
+    with damage_as_errors(path), tempfile.TemporaryFile() as plain:
         # Expanded first and under a limit: tarfile reads extended headers of any declared size into memory.
         _expand(path, plain, limits)
         plain.seek(0)
@@ -119,7 +122,7 @@ def _unpack_tar(path: Path, target: Path, limits: LoadLimits) -> None:
 def _expand(path: Path, plain: BinaryIO, limits: LoadLimits) -> None:
     with open(path, "rb") as raw:
         head = raw.read(6)
-    opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), open)
+    opener = next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), open)
     allowed = limits.max_bytes + CHUNK_BYTES
     with opener(path, "rb") as source:  # type: ignore[operator]
         while chunk := source.read(CHUNK_BYTES):
@@ -197,7 +200,8 @@ def _unsafe(path: Path, name: str, why: str) -> UnsafeArtifact:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def damage_as_errors(path: Path) -> Iterator[None]:
+    """What the standard library raises on damaged archives, as CorruptArtifact or StorageError."""
     try:
         yield
     except _DAMAGE as error:

@@ -126,6 +126,12 @@ class CorruptArtifact(ArtifactError):
     """The artifact is truncated, damaged or of an unknown format."""
 
 
+class ScanInconclusive(ArtifactError):
+    """The static scan could not finish, and what it could not judge is not loaded."""
+
+    exit_code = EXIT_UNKNOWN
+
+
 class LoadTimeout(ArtifactError):
     """Reading the artifact took longer than the operator's limit."""
 

@@ -7,6 +7,8 @@ needs, and nothing else. Anything that is not listed is refused, whether or not 
 from __future__ import annotations
 
 import pickletools
+import re
+import struct
 import zipfile
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -18,8 +20,8 @@ from defense_core.errors import CorruptArtifact, UnsafeArtifact
 MAX_PICKLE_BYTES = 16 << 20
 _MAX_OPCODES = 2_000_000
 # How pickletools reports damage, depending on where the bytes end or stop making sense.
-_DAMAGE = (ValueError, KeyError, IndexError, EOFError, OverflowError)
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file by torch < 1.6, torch/serialization.py
+_DAMAGE = (ValueError, KeyError, IndexError, EOFError, OverflowError, struct.error, AssertionError)
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file by torch < 1.6, torch/serialization.py
 
 # The opcodes that torch's weights-only unpickler implements; all others are refused there too.
 _OPCODES = frozenset({
@@ -28,13 +30,15 @@ _OPCODES = frozenset({
     "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINGET", "LONG_BINGET", "BINPUT",
     "LONG_BINPUT", "GLOBAL", "REDUCE", "BUILD", "NEWOBJ", "BINPERSID",
 })  # fmt: skip
-_DTYPES = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
+_CALLS = frozenset({"REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD"})
+_ARGUMENTS = frozenset({"MARK", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+DTYPES = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
 _STORAGES = frozenset({
     "FloatStorage", "DoubleStorage", "HalfStorage", "BFloat16Storage", "LongStorage", "IntStorage", "ShortStorage",
     "CharStorage", "ByteStorage", "BoolStorage", "ComplexFloatStorage", "ComplexDoubleStorage", "UntypedStorage",
 })  # fmt: skip
 _GLOBALS = (
-    frozenset(("torch", name) for name in _DTYPES | _STORAGES | {"Size", "device", "Tensor"})
+    frozenset(("torch", name) for name in DTYPES | _STORAGES | {"Size", "device", "Tensor"})
     | frozenset(("torch.storage", name) for name in _STORAGES | {"TypedStorage"})
     | frozenset(
         ("torch._utils", f"_rebuild_{name}")
@@ -61,6 +65,90 @@ class PickleFacts:
     first_integer: int | None
 
 
+@dataclass(frozen=True)
+class PickleWalk:
+    """One pickle, read opcode by opcode and never run.
+
+    Attributes:
+        facts: globals and first integer.
+        objections: (offset in bytes from the pickle's start, what it asks for), in order.
+        damage: why it could not be read to its STOP opcode; ``None`` if it could.
+        plausible: whether something that Python could import is named and called, as in bytes of another
+            format that happen to be opcodes it is not.
+    """
+
+    facts: PickleFacts
+    objections: tuple[tuple[int, str], ...]
+    damage: str | None
+    plausible: bool
+
+
+class _Clipped:
+    """A stream of at most ``left`` bytes: a length that an opcode claims is never allocated before it is there."""
+
+    def __init__(self, stream: BinaryIO, left: int) -> None:
+        self._stream, self._left = stream, left
+        self.position = 0
+
+    def read(self, size: int) -> bytes:
+        if size > self._left:
+            raise ValueError(f"an opcode claims {size} bytes, more than {MAX_PICKLE_BYTES} in all")
+        return self._count(self._stream.read(size))
+
+    def readline(self) -> bytes:
+        return self._count(self._stream.readline(self._left))
+
+    def tell(self) -> int:
+        return self.position
+
+    def _count(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        self.position += len(data)
+        return data
+
+
+def walk_pickle(stream: BinaryIO, *, max_objections: int = 1) -> PickleWalk:
+    """Read one pickle up to its STOP opcode, noting what is not on the lists.
+
+    Args:
+        stream: positioned at the pickle's first byte; afterwards behind its last.
+        max_objections: where to stop looking.
+    """
+    found: list[str] = []
+    objections: list[tuple[int, str]] = []
+    first_integer: int | None = None
+    strings = 0
+    named = False
+    seen: set[str] = set()
+    damage = None
+    clipped = _Clipped(stream, MAX_PICKLE_BYTES)
+    try:
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(clipped)):  # type: ignore[arg-type]
+            if count > _MAX_OPCODES:
+                objections.append((position or 0, f"more than {_MAX_OPCODES} opcodes"))
+            elif opcode.name not in _OPCODES:
+                shown = f" {argument!r}"[:80] if argument else ""
+                objections.append((position or 0, f"pickle opcode {opcode.name}{shown}"))
+                named |= opcode.name == "INST" and _importable(str(argument))
+                named |= opcode.name == "STACK_GLOBAL" and strings >= 2
+            elif opcode.name == "GLOBAL":
+                module, _, name = str(argument).partition(" ")
+                if (module, name) not in _GLOBALS:
+                    objections.append((position or 0, f"{module}.{name}"))
+                    named |= _importable(str(argument))
+                found.append(f"{module}.{name}")
+            strings += "UNICODE" in opcode.name or "STRING" in opcode.name
+            seen.add(opcode.name)
+            if first_integer is None and isinstance(argument, int) and opcode.name in ("LONG1", "BININT", "BININT2"):
+                first_integer = argument
+            if len(objections) >= max_objections:
+                break
+    except _DAMAGE as error:
+        damage = str(error)[:200] or type(error).__name__
+    plausible = named and bool(seen & _CALLS) and bool(seen & _ARGUMENTS)
+    return PickleWalk(PickleFacts(tuple(found), first_integer), tuple(objections), damage, plausible)
+
+
 def check_pickle(stream: BinaryIO, *, where: str) -> PickleFacts:
     """Read one pickle up to its STOP opcode and refuse what is not on the lists.
 
@@ -72,29 +160,22 @@ def check_pickle(stream: BinaryIO, *, where: str) -> PickleFacts:
         UnsafeArtifact: an opcode or a global that is not allowed, or too many opcodes.
         CorruptArtifact: the bytes are no complete pickle.
     """
-    found: list[str] = []
-    first_integer: int | None = None
-    try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count > _MAX_OPCODES:
-                raise UnsafeArtifact(f"pickle in {where} is too long", expected=f"at most {_MAX_OPCODES} opcodes")
-            if opcode.name not in _OPCODES:
-                raise _refused(where, f"pickle opcode {opcode.name}" + (f" {argument!r}"[:80] if argument else ""))
-            if opcode.name == "GLOBAL":
-                module, _, name = str(argument).partition(" ")
-                if (module, name) not in _GLOBALS:
-                    raise _refused(where, f"{module}.{name}")
-                found.append(f"{module}.{name}")
-            if first_integer is None and isinstance(argument, int) and opcode.name in ("LONG1", "BININT", "BININT2"):
-                first_integer = argument
-    except _DAMAGE as error:
+    walk = walk_pickle(stream)
+    if walk.objections:
+        raise _refused(where, walk.objections[0][1])
+    if walk.damage is not None:
         raise CorruptArtifact(
             f"pickle in {where} is damaged",
             expected="a complete pickle",
-            got=str(error)[:200],
+            got=walk.damage,
             hint="Fetch the file again and compare its digest",
-        ) from error
-    return PickleFacts(tuple(found), first_integer)
+        )
+    return walk.facts
+
+
+def _importable(argument: str) -> bool:
+    module, _, name = argument.partition(" ")
+    return all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", part) for part in (module, name))
 
 
 def check_torch_zip(archive: zipfile.ZipFile, root: str, *, where: str) -> None:
@@ -117,7 +198,7 @@ def check_torch_zip(archive: zipfile.ZipFile, root: str, *, where: str) -> None:
 def check_torch_legacy(stream: BinaryIO, *, where: str) -> None:
     """Check the five pickles at the start of a file by torch < 1.6 (magic, version, system, object, storage keys)."""
     magic = check_pickle(stream, where=where)
-    if magic.first_integer != _LEGACY_MAGIC:
+    if magic.first_integer != LEGACY_MAGIC:
         raise CorruptArtifact(
             f"{where} is a pickle but was not written by torch.save",
             expected="a file by torch.save, or safetensors",
@@ -129,20 +210,14 @@ def check_torch_legacy(stream: BinaryIO, *, where: str) -> None:
 
 
 def refuse_if_pickle(stream: BinaryIO, *, where: str) -> None:
-    """Raise UnsafeArtifact if the bytes are a whole pickle that names code; say nothing otherwise.
+    """Raise UnsafeArtifact if the bytes start like a pickle that names code; say nothing otherwise.
 
-    For files of no known format: a pickle of protocol 0 or 1 has no mark at its start.
+    For files of no known format: a pickle of protocol 0 or 1 has no mark at its start, and one that
+    breaks off behind its payload has already run it.
     """
-    start = stream.tell()
-    try:
-        for count, _ in enumerate(pickletools.genops(stream)):
-            if count > _MAX_OPCODES:
-                return
-    except _DAMAGE:
-        # No pickle: the caller reports an unknown format.
-        return
-    stream.seek(start)
-    check_pickle(stream, where=where)
+    walk = walk_pickle(stream, max_objections=1000)
+    if walk.objections and (walk.damage is None or walk.plausible):
+        raise _refused(where, walk.objections[0][1])
 
 
 def _refused(where: str, what: str) -> UnsafeArtifact:

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from defense_core.errors import CorruptArtifact, UnsafeArtifact
 from defense_core.limits import LoadLimits
 
-_MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 16 << 20
 
 
 def read_safetensors(path: Path, limits: LoadLimits, *, where: str) -> dict[str, torch.Tensor]:
@@ -31,10 +31,10 @@ def parse_safetensors(data: bytes, limits: LoadLimits, *, where: str) -> dict[st
         CorruptArtifact: truncated, overlapping, or of an unknown type.
     """
     header_bytes = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
-    if len(data) > limits.max_bytes or header_bytes > _MAX_HEADER_BYTES:
+    if len(data) > limits.max_bytes or header_bytes > MAX_HEADER_BYTES:
         raise UnsafeArtifact(
             f"{where} is too large",
-            expected=f"at most {limits.max_bytes} bytes with a header of at most {_MAX_HEADER_BYTES}",
+            expected=f"at most {limits.max_bytes} bytes with a header of at most {MAX_HEADER_BYTES}",
             got=f"{len(data)} bytes with a header of {header_bytes}",
         )
     try:

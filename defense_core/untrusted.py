@@ -107,7 +107,7 @@ def check_static(path: Path, limits: LoadLimits) -> str:
     found = sniff(path, limits)
     if found == TORCH_ZIP:
         with checked_zip(path, limits, stored_only=True) as archive:
-            root = _torch_root(path, archive.namelist())
+            root = torch_root(path, archive.namelist())
             # torch itself does not compare the checksums that it wrote.
             damaged = archive.testzip()
             if damaged is not None:
@@ -180,7 +180,8 @@ def _zip_format(path: Path, limits: LoadLimits) -> str:
     return ARCHIVE
 
 
-def _torch_root(path: Path, names: list[str]) -> str:
+def torch_root(path: Path, names: list[str]) -> str:
+    """The folder of all entries of a ``torch.save`` file. Raises CorruptArtifact or UnsafeArtifact on others."""
     root = common_root(names)
     if root is None or f"{root}data.pkl" not in names:
         raise CorruptArtifact(
