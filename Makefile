@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DATA ?= $(QUARANTINE_DATA)
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help setup demo test check compile format images bench-demo bench-fetch bench-overhead bench-tsbd tables clean
+.PHONY: help setup demo test test-pages check docs compile format images bench-demo bench-fetch bench-gate-mutants bench-hostile bench-overhead bench-purify bench-speed bench-tamper bench-tsbd bench-verify tables clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -29,13 +29,24 @@ demo: setup  ## train a backdoored digits model and take it through the whole pi
 test: setup .venv-swift/.ready  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-check: setup  ## ruff, mypy, import-linter, compiled pipeline and the docs' figures up to date
+tests/pages/node_modules/.ready: tests/pages/package-lock.json
+	npm ci --prefix tests/pages --no-audit --no-fund
+	touch $@
+
+test-pages: setup tests/pages/node_modules/.ready  ## axe-core on every page, in a headless Chromium (needs npm and chromium)
+	$(BIN)/python -m pytest tests/pages/check_pages.py
+
+check: setup  ## ruff, mypy, import-linter, compiled pipeline, the docs and their figures
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pipelines.compile --check
 	$(BIN)/python -m benchmarks.tables --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: setup  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 compile: setup  ## write the KFP pipeline's IR to build/
 	$(BIN)/quarantine compile --out build
@@ -50,11 +61,31 @@ bench-demo: setup  ## demo.json and demo-quality.json
 bench-fetch: setup .venv-swift/.ready  ## fetch.json
 	$(BIN)/python -m benchmarks.fetch
 
+bench-tamper: setup  ## tamper.json
+	$(BIN)/python -m benchmarks.tamper
+
+bench-verify: setup  ## verify.json
+	$(BIN)/python -m benchmarks.verify
+
 tables: setup  ## figures from benchmarks/results into the docs
 	$(BIN)/python -m benchmarks.tables
 
+bench-gate-mutants: setup  ## gate-mutants.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gate_mutants
+
+bench-hostile: setup  ## hostile.json
+	$(BIN)/python -m benchmarks.hostile
+
 bench-overhead: setup  ## overhead.json
 	$(BIN)/python -m benchmarks.overhead
+
+PRESET ?= cpu
+
+bench-purify: setup  ## purification-PRESET.json; PRESET is cpu or gpu, DATA the folder with CIFAR-10 as parquet
+	$(BIN)/python -m benchmarks.purification --preset $(PRESET) --data $(DATA)
+
+bench-speed: setup  ## speed.json and cost.json
+	$(BIN)/python -m benchmarks.speed --data $(DATA)
 
 bench-tsbd: setup  ## tsbd-cifar.json; DATA is the folder with CIFAR-10 as parquet
 	$(BIN)/python -m benchmarks.tsbd_cifar --data $(DATA)

@@ -34,6 +34,7 @@ STEPS = (
     "select",
     "export",
     "gate",
+    "sign",
     "promote",
     "report",
 )
@@ -46,6 +47,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "select": ("components.select_model.step",),
     "export": ("components.export_onnx.step", "torch.onnx", "onnx", "onnxscript", "onnxruntime"),
     "gate": ("components.gate_promotion.step",),
+    "sign": ("components.sign_evidence.step", "model_signing.signing", "securesystemslib.signer"),
     "promote": ("components.promote_model.step", "mlflow", "mlflow.tracking"),
     "report": ("components.report.step", "defense_core.report", "mlflow", "mlflow.tracking"),
 }
@@ -107,13 +109,24 @@ def _call(step: str, out: Path, work: Path) -> Callable[[], object]:
     def keep(found: dict[str, Any]) -> None:
         write_evidence(evidence / f"{found['name']}.json", found)
 
+    def sign() -> dict[str, Any]:
+        from components._runtime.signing_keys import signing_key_from_environment
+        from components._runtime.statements import Destination
+
+        return module.sign_evidence(  # type: ignore[no-any-return]
+            out / "selected",
+            out / "onnx",
+            out / "decision",
+            out / "release",
+            destination=Destination("overhead", "champion"),
+            key=signing_key_from_environment(),
+        )
+
     def promote() -> dict[str, Any]:
         from components._runtime.journal import open_connection
 
         return module.promote_model(  # type: ignore[no-any-return]
-            out / "selected",
-            out / "onnx",
-            out / "decision",
+            out / "release",
             name="overhead",
             alias="champion",
             connection=open_connection(),
@@ -140,6 +153,7 @@ def _call(step: str, out: Path, work: Path) -> Callable[[], object]:
         "select": lambda: module.select_model([purified], out / "selected", order=[METHOD]),
         "export": lambda: module.export_onnx(out / "selected", out / "onnx", test=test, probes=plan.probes),
         "gate": lambda: module.gate_promotion(read_folder(evidence), plan.policy, out / "decision"),
+        "sign": sign,
         "promote": promote,
     }
     return lambda: keep(calls[kind]())

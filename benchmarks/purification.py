@@ -40,16 +40,20 @@ ATTACKS: dict[str, tuple[Mapping[str, Any], float]] = {
     "label_consistent": ({"kind": "label_consistent", "target": 0}, 0.08),
     "low_frequency": ({"kind": "low_frequency", "target": 0}, 0.1),
     "trojan": ({"kind": "trojan", "target": 0}, 0.1),
-    "wanet": ({"kind": "wanet", "target": 0}, 0.1),
+    "wanet": ({"kind": "wanet", "target": 0, "strength": 1.0, "cover_rate": 0.1}, 0.1),
     "input_aware": ({"kind": "input_aware", "target": 0}, 0.1),
-    "bpp": ({"kind": "bpp", "target": 0}, 0.1),
+    "bpp": ({"kind": "bpp", "target": 0, "levels": 4}, 0.1),
     "lira": ({"kind": "lira", "target": 0}, 0.1),
     "ssba": ({"kind": "ssba", "target": 0}, 0.1),
     "fba": ({"kind": "fba", "target": 0}, 0.1),
     "adaptive_blend": ({"kind": "adaptive_blend", "target": 0}, 0.1),
     "badnets_all_to_all": ({"kind": "badnets", "target": None, "size": 3}, 0.1),
 }
-"""Attack specification and poisoning rate. Clean-label attacks poison 80 % of the target class."""
+"""Attack specification and poisoning rate. Clean-label attacks poison 80 % of the target class.
+
+WaNet and BppAttack are stronger than in their papers: at strength 0.5 with twice the cover samples, and at 8 levels,
+the 15 epochs on 20,000 images teach the narrow network only ASR 0.51 and 0.77.
+"""
 
 DEVELOPMENT = ("badnets", "blended")
 """The attacks that were looked at while the methods' defaults were chosen; the others were not."""
@@ -253,6 +257,8 @@ def run(
         measured = figures(subject, clean, test, job["method"], seed=job["seed"], device=device, progress=progress)
         known[key] = {**job, **measured}
         logging.info("%s", {name: value for name, value in known[key].items() if name != "select"})
+        # Another process may have measured other rows meanwhile.
+        known = {**{key_of(row): row for row in read_rows(name, folder=folder)}, **known}
         rows = completed([known[each] for each in everything if each in known])
         write_results(name, rows, command=command, started=started, folder=folder)
 

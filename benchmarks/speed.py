@@ -29,7 +29,6 @@ from defense_core.purify import METHODS, Purified, purify
 
 ATTACK = "blended"
 PAIRS = (
-    ("fast_fip", "fip"),
     ("ngf", "fine_tuning"),
     ("fip", "fine_tuning"),
     ("nft", "fine_tuning"),

@@ -18,7 +18,10 @@ from benchmarks import purification_tables
 from benchmarks.results import FOLDER
 
 ROOT = FOLDER.parent.parent
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "methods.md", ROOT / "README.md")
+PAGES = (
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "methods", "artifact-scan", "evidence-format", "policy")),
+    ROOT / "README.md",
+)
 MARKED = re.compile(r"<!-- (?P<name>[a-z-]+) -->\n(?P<body>.*?)<!-- /(?P=name) -->", re.DOTALL)
 
 NARROW, WIDE = "preact_resnet18(width=16)", "preact_resnet18(width=64)"
@@ -139,6 +142,43 @@ def _purification_gpu(table: Callable[[Rows], purification_tables.Table]) -> Cal
     return lambda: purification("purification-gpu", table, clean_fraction=0.05, architecture=WIDE)
 
 
+def hostile_summary() -> str:
+    """Files by class: how many, what the scan says, and what went wrong."""
+    content = load("hostile")
+    if content is None:
+        return "Not yet measured.\n"
+    labels = dict.fromkeys(row["label"] for row in content["rows"])
+    states = ("dangerous", "inconclusive", "clean")
+
+    def lines() -> Iterable[list[str]]:
+        for label in (*labels, "all hostile"):
+            rows = [row for row in content["rows"] if label in (row["label"], f"all {row['kind']}")]
+            verdicts = [sum(row["verdict"] == state for row in rows) for state in states]
+            wrong = [sum(bool(row[field]) for row in rows) for field in ("payload_ran", "crashed")]
+            yield [label, *map(str, (len(rows), *verdicts, *wrong))]
+
+    columns = ("class", "files", *states, "payloads run", "crashes")
+    return _table(columns, lines()) + _source(content)
+
+
+def tamper_summary() -> str:
+    """Mutations by kind, and how many were found and named."""
+    content = load("tamper")
+    if content is None:
+        return "Not yet measured.\n"
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in content["rows"]:
+        kinds.setdefault(str(row["kind"]).replace("_", " "), []).append(row)
+
+    def line(name: str, rows: Rows) -> list[str]:
+        return [name, str(len(rows)), *(str(sum(bool(row[key]) for row in rows)) for key in ("found", "named_file"))]
+
+    lines = [line(name, rows) for name, rows in sorted(kinds.items())]
+    return _table(("mutation", "made", "found", "file named"), [*lines, line("all", content["rows"])]) + _source(
+        content
+    )
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "purification-cpu": _purification_cpu(purification_tables.by_method),
     "purification-cpu-attacks": _purification_cpu(purification_tables.by_attack),
@@ -164,6 +204,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "tsbd-ablation": lambda: measured(
         "tsbd-ablation", ("attack", "ablation", "acc_before", "acc_after", "asr_after", "ra_after", "der", "seconds")
     ),
+    "gate-mutants": lambda: measured("gate-mutants", ("module", "mutants", "killed")),
+    "hostile": hostile_summary,
+    "verify": lambda: measured("verify", ("what", "seconds", "baseline_seconds", "bytes")),
+    "tamper": tamper_summary,
     "readme": readme_rows,
 }
 

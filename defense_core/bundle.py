@@ -130,8 +130,8 @@ def load_bundle(path: Path, *, limits: LoadLimits | None = None, trusted_modules
         SourceNotFound: nothing is there.
         UnsafeArtifact: links, unknown files, an archive that escapes or explodes.
         DigestMismatch: the weights are not those that ``bundle.json`` names.
-        CorruptArtifact, ArtifactTooLarge, ArchitectureNotAllowed, ConfigError, StateDictMismatch,
-        NonFiniteWeights: as the names say.
+        CorruptArtifact, ArtifactTooLarge, ArchitectureNotAllowed, ConfigError: as the names say.
+        StateDictMismatch, NonFiniteWeights: as the names say.
     """
     path, limits = Path(path), limits or LoadLimits()
     if not path.is_dir():

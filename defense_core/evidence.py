@@ -13,9 +13,9 @@ from defense_core.errors import ConfigError, EvidenceMismatch
 from defense_core.verdict import Verdict
 
 EVIDENCE_SCHEMA = 1
-BEFORE_DECISION = ("fetch", "scan", "purify", "evaluate", "select", "export")
+BEFORE_DECISION = ("fetch", "scan", "control", "purify", "evaluate", "rescan", "select", "export")
 """Steps that a decision can rest on."""
-AFTER_DECISION = ("gate", "promote", "report")
+AFTER_DECISION = ("gate", "sign", "promote", "report")
 """Steps that come after the decision; their evidence is never an input of it."""
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -24,7 +24,10 @@ _NAME = re.compile(r"([a-z_]+)(?:\.([A-Za-z0-9_-]+))?")
 
 @dataclass(frozen=True)
 class Evidence:
-    """One evidence file. ``results`` is step-specific and may hold anything that JSON can."""
+    """One evidence file. ``results`` is step-specific and may hold anything that JSON can.
+
+    ``started`` is when the step began, as the file states it; unchecked, since old files may lack it.
+    """
 
     name: str
     step: str
@@ -32,6 +35,7 @@ class Evidence:
     outputs: Mapping[str, Any]
     results: Mapping[str, Any]
     verdict: Verdict
+    started: Any = None
 
     def input_digest(self, key: str) -> str | None:
         """The digest of what went in (``source``, ``model``, …); ``None`` where none is named."""
@@ -91,7 +95,11 @@ def _parse(name: object, mapping: Any) -> Evidence:
     verdict = mapping.get("verdict")
     if verdict not in [each.value for each in Verdict]:
         raise _damaged(name, "verdict PASS, FAIL or UNKNOWN", repr(verdict))
-    evidence = Evidence(name, step, mapping["inputs"], mapping["outputs"], mapping["results"], Verdict(verdict))
+    environment = mapping.get("environment")
+    started = environment.get("started") if isinstance(environment, Mapping) else None
+    evidence = Evidence(
+        name, step, mapping["inputs"], mapping["outputs"], mapping["results"], Verdict(verdict), started
+    )
     for key in ("source", "model", "reference"):
         evidence.input_digest(key)
     for key in ("model", "onnx"):

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from defense_core import report_charts as charts
 from defense_core import report_text as words
 from defense_core.config import canonical_json, digest, to_mapping
 from defense_core.evaluate.compare import ComparisonRow, Estimate
 from defense_core.report_commands import Command, commands
+from defense_core.report_page import safe_svg, template
 from defense_core.report_provenance import Stage, broken, chain
 from defense_core.report_records import (
     CandidateRow,
@@ -31,7 +28,9 @@ from defense_core.report_records import (
     Tile,
     Training,
 )
+from defense_core.report_scan import ScanPart, SharpnessRow, artifact_scan_sentence, scan_part, sharpness
 from defense_core.report_sections import (
+    WAIVED,
     came_in,
     candidates,
     changed_layers,
@@ -46,7 +45,6 @@ from defense_core.report_sections import (
 )
 
 REPORT_SCHEMA = 1
-TEMPLATES = Path(__file__).parent / "templates"
 OUTCOMES = ("allow", "deny", "unknown", "observe")
 
 
@@ -68,7 +66,9 @@ class Report:
         unread: evaluations that hold no figures.
         selection: the rule by which the model was chosen.
         candidates: what it was chosen from.
+        scan: the backdoor scan of the incoming model, if there was one.
         classes: accuracy per class of the chosen model.
+        sharpness: of the loss around the weights, before, after and control, where it was measured.
         training: history of each method.
         layers: units that the chosen method changed.
         parity: ONNX against network.
@@ -94,7 +94,9 @@ class Report:
     unread: tuple[str, ...]
     selection: str
     candidates: tuple[CandidateRow, ...]
+    scan: ScanPart | None
     classes: tuple[ClassRow, ...]
+    sharpness: tuple[SharpnessRow, ...]
     training: tuple[Training, ...]
     layers: tuple[LayerChange, ...]
     parity: tuple[ParityRow, ...]
@@ -144,19 +146,22 @@ def build_report(
         rules=tally,
         failed=[each.step for each in failed],
         promotion=words.at(records, "promote", "results"),
+        waived=sum(row.effect in WAIVED for row in rules),
     )
     verdict = words.at(decided, "verdict")
     if problem := words.contradiction(outcome, verdict=verdict, rules=tally, chain=broken(stages)):
         outcome, headline = "unknown", f"Not to be trusted: the decision says allow, but {problem}."
         detail = "Treat the model as not promoted, and find out how this record came about."
     measured = words.at(records, f"evaluate.{method}", "results")
+    scan = scan_part(records)
+    risks = words.residual_risks(measured, scanned=scan is not None, exported=exported, method=method)
     return Report(
         outcome=outcome or ("stopped" if failed else "incomplete"),
         headline=headline,
         detail=detail,
         method=method,
         policy=_policy(decided),
-        came_in=came_in(records),
+        came_in=(*came_in(records), *_artifact_scan(records)),
         goes_out=goes_out(records, outcome=outcome, method=method),
         tiles=tiles(rows, rules=rules, export=exported),
         rules=rules,
@@ -165,13 +170,15 @@ def build_report(
         unread=tuple(words.text(each, 60) for each in unread),
         selection=words.text(words.at(records, "select", "results", "rule")),
         candidates=candidates(records, selected=method),
+        scan=scan,
         classes=classes(records, selected=method),
+        sharpness=sharpness(records, selected=method, control=_control(rows)),
         training=training(records),
         layers=changed_layers(records, selected=method),
         parity=parity(exported),
         stages=stages,
         broken=broken(stages),
-        risks=words.residual_risks(measured, scanned="scan" in records, exported=exported, method=method),
+        risks=(*(scan.coverage if scan else ()), *risks),
         commands=commands(records, policy=words.text(words.at(decided, "policy_name"), 80)),
         environment=_environment(records),
         evidence_digest=digest(_without_nonfinite({"evidence": records, "decision": decided})),
@@ -180,23 +187,8 @@ def build_report(
 
 def render_report(report: Report) -> str:
     """The page: one self-contained HTML document, the same for the same report."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        percent=words.percent,
-        points=words.points,
-        span=words.span,
-        method=words.label,
-        seconds=words.seconds,
-        plain=words.plain,
-    )
-    page = environment.get_template("report.html.j2")
-    return page.render(report=report, charts={name: Markup(svg) for name, svg in _drawn(report).items() if svg})  # noqa: S704
+    charts_by_name = {name: safe_svg(svg) for name, svg in _drawn(report).items() if svg}
+    return template("report.html.j2").render(report=report, charts=charts_by_name)
 
 
 def _drawn(report: Report) -> dict[str, str]:
@@ -216,6 +208,15 @@ def _drawn(report: Report) -> dict[str, str]:
     for index, trained in enumerate(report.training):
         drawn[f"training{index}"] = charts.training_chart(trained, name=f"training{index}")
     return drawn
+
+
+def _control(rows: tuple[ComparisonRow, ...]) -> str:
+    return next((row.method for row in rows if row.role == "control"), "")
+
+
+def _artifact_scan(records: Mapping[str, Mapping[str, Any]]) -> tuple[Fact, ...]:
+    said = artifact_scan_sentence(records)
+    return (Fact("File scan", said),) if said else ()
 
 
 def _policy(decided: Any) -> tuple[Fact, ...]:

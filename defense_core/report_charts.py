@@ -10,6 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -187,6 +188,41 @@ def layers_chart(rows: Sequence[LayerChange], *, name: str) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     return _svg(draw, name=name, height_in=0.9 + 0.27 * len(shown))
+
+
+@dataclass(frozen=True)
+class TrendPoint:
+    """One version in the order of time: its name, accuracy and attack success."""
+
+    name: str
+    accuracy: Estimate
+    success: Estimate
+
+
+def trend_chart(rows: Sequence[TrendPoint], *, name: str) -> str:
+    """Accuracy (line, dots) and attack success (dashed, diamonds) of a model's versions, oldest left."""
+    shown = list(rows)[-MAX_LAYERS:]
+    if not any(row.accuracy.value is not None for row in shown):
+        return ""
+
+    def draw(axes: Any) -> None:
+        for pick, mark, style, colour in (("accuracy", "o", "-", ACCENT), ("success", "D", "--", CONTROL)):
+            found = [(place, getattr(row, pick)) for place, row in enumerate(shown)]
+            found = [(place, each) for place, each in found if each.value is not None]
+            for place, each in found:
+                if each.low is not None and each.high is not None:
+                    axes.plot([place, place], [100 * each.low, 100 * each.high], color=colour, linewidth=2)
+            values = [100 * each.value for _, each in found]
+            axes.plot([place for place, _ in found], values, style, marker=mark, markersize=6, color=colour)
+        axes.set_xticks(range(len(shown)), [_short(row.name) for row in shown])
+        if len(shown) > 8:
+            axes.tick_params(axis="x", labelrotation=90)
+        axes.set_xlim(-0.4, len(shown) - 0.6)
+        axes.set_ylim(-4, 104)
+        axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+        axes.set_xlabel("version   (dots: accuracy, diamonds: attack success)")
+
+    return _svg(draw, name=name, height_in=2.6)
 
 
 def _svg(draw: Any, *, name: str, height_in: float) -> str:

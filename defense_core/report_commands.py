@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from defense_core.report_text import at, command, mappings_at, text
+from defense_core.config import to_mapping
+from defense_core.purify import METHODS
+from defense_core.report_text import at, command, mappings_at, number, text
+
+SHIPPED_POLICIES = ("strict", "standard", "observe")
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,11 @@ def commands(evidence: Mapping[str, Mapping[str, Any]], *, policy: str) -> tuple
     if onnx := text(at(evidence, "export", "outputs", "onnx"), 100):
         found.append(Command(f"Check the ONNX file; it has to print {onnx}", "sha256sum model.onnx"))
     if evidence:
-        line = command("quarantine gate", [("--policy", f"{policy or 'POLICY'}.yaml"), ("--evidence", "EVIDENCE_DIR")])
+        line = command("quarantine gate", [("--policy", _policy(policy)), ("--evidence", "EVIDENCE_DIR")])
         found.append(Command("Decide again, offline, from the evidence alone", line))
+    if version := _registered(at(evidence, "promote", "results")):
+        line = command(f"quarantine verify {shlex.quote(version)}", [("--public-key", "SIGNER.pub")])
+        found.append(Command("Check the registered version: files, signatures, statements, decision", line))
     return tuple(found)
 
 
@@ -59,6 +67,9 @@ def _run(evidence: Mapping[str, Mapping[str, Any]], fetch: Any, address: str, po
             "--architecture-args",
             json.dumps(arguments, sort_keys=True, default=str) if isinstance(arguments, Mapping) else None,
         ),
+        ("--input-size", _numbers(at(fetch, "input_size"))),
+        ("--mean", _numbers(at(fetch, "mean"))),
+        ("--std", _numbers(at(fetch, "std"))),
         ("--clean", "CLEAN_SET"),
     ]
     if at(fetch, "test_images"):
@@ -68,6 +79,35 @@ def _run(evidence: Mapping[str, Mapping[str, Any]], fetch: Any, address: str, po
     }
     options += [("--probe", f"{probe}.yaml") for probe in sorted(probes)]
     if isinstance(methods, (list, tuple)):
-        options += [("--method", method) for method in methods]
-    options += [("--policy", f"{policy or 'POLICY'}.yaml"), ("--seed", str(seeds[0]) if seeds else None)]
+        options.append(("--methods", ",".join(text(method, 60) for method in methods)))
+        options += [("--set", change) for method in methods for change in _changed_settings(evidence, text(method, 60))]
+    options += [("--policy", _policy(policy)), ("--seed", str(seeds[0]) if seeds else None)]
     return command("quarantine run", options)
+
+
+def _policy(name: str) -> str:
+    """A shipped policy goes by its name, another one by its file."""
+    return name if name in SHIPPED_POLICIES else f"{name or 'POLICY'}.yaml"
+
+
+def _registered(promotion: Any) -> str:
+    name, version = text(at(promotion, "name"), 120), text(at(promotion, "version"), 40)
+    return f"models:/{name}/{version}" if name and version else ""
+
+
+def _numbers(value: Any) -> str:
+    return ",".join(f"{each:g}" for each in value if number(each) is not None) if isinstance(value, list) else ""
+
+
+def _changed_settings(evidence: Mapping[str, Mapping[str, Any]], method: str) -> list[str]:
+    """Settings that are not the method's own, as ``method.key=value``."""
+    config = at(evidence, f"purify.{method}", "results", "config")
+    row = METHODS.get(method)
+    if not isinstance(config, Mapping) or row is None:
+        return []
+    own = to_mapping(row.config())
+    return [
+        f"{method}.{text(key, 60)}={json.dumps(value, default=str)}"
+        for key, value in sorted(config.items(), key=lambda item: str(item[0]))
+        if own.get(key) != value
+    ]

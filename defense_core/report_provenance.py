@@ -61,6 +61,7 @@ _STAGES = (
     ("Select", ("select",)),
     ("Export", ("export",)),
     ("Decide", ("gate",)),
+    ("Sign", ("sign",)),
     ("Promote", ("promote",)),
 )
 _SHOWN_INPUTS = ("source", "model", "reference", "onnx", "clean", "policy", "evidence")
@@ -131,10 +132,13 @@ def _given(name: str, side: str, key: str, evidence: Mapping[str, Mapping[str, A
         ("select", "outputs", "model"): [(each, "outputs", "model") for each in evidence if each.startswith("purify.")],
         ("export", "inputs", "model"): [selected],
         ("gate", "inputs", "model"): [selected],
+        ("sign", "inputs", "model"): [selected],
         ("promote", "inputs", "model"): [selected],
         ("gate", "inputs", "onnx"): [("export", "outputs", "onnx")],
+        ("sign", "inputs", "onnx"): [("export", "outputs", "onnx")],
         ("promote", "inputs", "onnx"): [("export", "outputs", "onnx")],
         ("gate", "inputs", "policy"): [("fetch", "inputs", "policy")],
+        ("sign", "inputs", "policy"): [("fetch", "inputs", "policy")],
         ("promote", "inputs", "policy"): [("fetch", "inputs", "policy")],
     }
     paths = where.get((step, side, key), [])

@@ -42,6 +42,8 @@ from defense_core.report_text import (
 )
 
 Evidences = Mapping[str, Mapping[str, Any]]
+WAIVED = ("excepted", "approved")
+"""Effects of rules that would block, but that an exception or an approval lets rest."""
 MAX_ROWS = 2000
 """Rows of one list that are taken over from evidence."""
 
@@ -51,19 +53,25 @@ def decision_rules(decision: Any) -> tuple[RuleRow, ...]:
     rows = []
     for row in mappings_at(decision, "findings")[:MAX_ROWS]:
         verdict = _verdict(row.get("verdict"))
-        rests = row.get("effect") == "skipped" and verdict == "UNKNOWN"
         rows.append(
             RuleRow(
                 rule=text(row.get("rule"), 80),
                 verdict=verdict,
-                # Whatever does not plainly say otherwise blocks.
-                effect="warn" if row.get("effect") == "warn" else "skipped" if rests else "block",
+                effect=_effect(row.get("effect"), verdict, rule=text(row.get("rule"), 80)),
                 value=plain(row.get("value")),
                 bound=text(row.get("bound"), 120),
                 why=text(row.get("why")),
             )
         )
     return tuple(sorted(rows, key=lambda row: ({"FAIL": 0, "UNKNOWN": 1}.get(row.verdict, 2), row.effect != "block")))
+
+
+def _effect(stated: Any, verdict: str, *, rule: str) -> str:
+    """What a rule does to the decision; whatever does not plainly say otherwise blocks."""
+    rests = stated == "skipped" and verdict == "UNKNOWN"
+    # Built-in rules are out of reach of exceptions and approvals.
+    waived = stated in WAIVED and not rule.startswith("integrity.")
+    return str(stated) if stated in ("warn", "later") or rests or waived else "block"
 
 
 def failed_steps(failures: Iterable[Mapping[str, Any]]) -> tuple[FailedStep, ...]:
@@ -202,8 +210,17 @@ def goes_out(evidence: Evidences, *, outcome: str, method: str) -> tuple[Fact, .
         Fact("Model", bundle, "code"),
         Fact("ONNX", onnx, "code"),
         Fact("Format", _onnx_facts(at(evidence, "export", "results"))),
+        Fact("Signature", _signature(at(evidence, "sign", "results"))),
     ]
     return tuple(row for row in rows if row.value)
+
+
+def _signature(signed: Any) -> str:
+    """Whether the release was signed, and by which key; empty where it was not tried."""
+    if at(signed, "signed") is not True:
+        return "none" if at(signed, "signed") is False else ""
+    key = text(at(signed, "key_id"), 100).removeprefix("sha256:")
+    return f"model and {count(at(signed, 'statements')) or 0} statements, key {key[:16]}"
 
 
 def _onnx_facts(results: Any) -> str:

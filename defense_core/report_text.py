@@ -138,7 +138,14 @@ def command(program: str, options: Sequence[tuple[str, Any]]) -> str:
 
 
 def verdict_sentences(
-    outcome: str, *, method: str, policy: str, rules: Mapping[str, int], failed: Sequence[str], promotion: Any
+    outcome: str,
+    *,
+    method: str,
+    policy: str,
+    rules: Mapping[str, int],
+    failed: Sequence[str],
+    promotion: Any,
+    waived: int = 0,
 ) -> tuple[str, str]:
     """The verdict in one sentence, and a second one that says why or what follows.
 
@@ -149,6 +156,7 @@ def verdict_sentences(
         rules: blocking rules by verdict (``PASS``, ``FAIL``, ``UNKNOWN``).
         failed: names of steps that failed.
         promotion: the results of the promote step, if there are any.
+        waived: rules that would block, but that an exception or an approval lets rest.
     """
     total = sum(rules.values())
     under = f" of policy “{policy}”" if policy else ""
@@ -161,7 +169,8 @@ def verdict_sentences(
         model = f"the model purified with {label(method)}" if method else "the model"
         if failed:
             return f"Allowed, but not finished: the step {failed[0]} failed.", f"Every rule was met. {registered}"
-        return f"Allowed: {model} met {_all(total)}{under}.", registered
+        rest = f"; {_rules(waived, 'more ')} {_is(waived)} waived, see below" if waived else ""
+        return f"Allowed: {model} met {_all(total)}{under}{rest}.", registered
     if outcome == "deny":
         undecided = f", and {_rules(rules['UNKNOWN'])} could not be decided" if rules["UNKNOWN"] else ""
         return f"Denied: {_of(rules['FAIL'], total)}{under} {_is(rules['FAIL'])} not met{undecided}.", registered

@@ -15,7 +15,12 @@ from defense_core import __version__
 from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, ConfigError, QuarantineError
 from defense_core.verdict import Verdict
 from pipelines import options as o
+from pipelines.gate_cli import app as gate_app
+from pipelines.inspect_cli import inspect
 from pipelines.lab_cli import app as lab_app
+from pipelines.policy_cli import app as policy_app
+from pipelines.report_cli import app as report_app
+from pipelines.verify_cli import app as verify_app
 from pipelines.yaml_files import read_mapping
 
 app = typer.Typer(
@@ -29,6 +34,11 @@ app = typer.Typer(
 )
 
 app.add_typer(lab_app, name="lab")
+app.add_typer(gate_app)
+app.add_typer(policy_app, name="policy")
+app.add_typer(verify_app)
+app.add_typer(report_app)
+app.command()(inspect)
 
 # typer brings a click of its own, under a private name; this is the base of its usage errors.
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -205,22 +215,6 @@ def export(
 
 
 @app.command()
-def gate(
-    policy: Annotated[str, typer.Option(help="strict, standard, observe, or a policy file.")],
-    evidence: Annotated[Path, typer.Option(help="Folder of evidence files, one <name>.json a step.")],
-    out: Annotated[str, typer.Option(help="Folder for the decision and all that it rests on.")] = "",
-    as_json: o.AsJson = False,
-) -> None:
-    """Decide, offline: apply a policy to evidence. The same inputs always give the same decision."""
-    from components._runtime.evidence import read_folder
-    from components.gate_promotion.step import gate_promotion
-
-    decision = gate_promotion(read_folder(evidence), o.read_policy(policy), o.optional_path(out))
-    outcome = decision["results"]["outcome"]
-    _finish(decision, as_json, f"policy {decision['results']['policy_name']}: {outcome}")
-
-
-@app.command()
 def run(
     model: Annotated[str, typer.Option(help="s3://bucket/key[?versionId=…], models:/name/3, or a path.")],
     clean: Annotated[str, typer.Option(help="Clean set: s3://… or a path, .parquet or .npz, or an image folder.")],
@@ -247,6 +241,7 @@ def run(
     settings: Annotated[
         list[str], typer.Option("--set", help="tsbd.n=0.15; repeatable.", metavar="METHOD.KEY=VALUE")
     ] = [],
+    signing_key: o.SigningKey = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     sha256: o.Sha256 = "",
@@ -289,7 +284,12 @@ def run(
         },
     )
     result = run_local(
-        plan, out, model_name=register, alias=alias, on_line=(lambda line: None) if as_json else print_line
+        plan,
+        out,
+        model_name=register,
+        alias=alias,
+        signing_key=signing_key,
+        on_line=(lambda line: None) if as_json else print_line,
     )
     print_run(result, as_json=as_json)
     raise typer.Exit(result.exit_code)
@@ -302,11 +302,12 @@ def demo(
     as_json: o.AsJson = False,
 ) -> None:
     """Plant a backdoor into a digits classifier and take it through the whole pipeline, offline."""
-    from pipelines.demo import run_demo
+    from components._runtime.signing_keys import PUBLIC_NAME
+    from pipelines.demo import KEYS, run_demo
     from pipelines.summary import print_line, print_run
 
     result = run_demo(out, seed=seed, on_line=(lambda line: None) if as_json else print_line)
-    print_run(result, as_json=as_json)
+    print_run(result, as_json=as_json, public_key=out / KEYS / PUBLIC_NAME)
     raise typer.Exit(result.exit_code)
 
 

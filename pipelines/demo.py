@@ -19,6 +19,7 @@ from torch import nn
 from components._runtime.embedded_s3 import embedded_s3
 from components._runtime.plan import Plan
 from components._runtime.s3 import parse_s3_uri, upload_file
+from components._runtime.signing_keys import existing_or_new_pair
 from defense_core import architectures
 from defense_core.attacks import Probe, poison, probe_from_spec
 from defense_core.data import CleanSet
@@ -36,6 +37,8 @@ TASK = ImageClassification((1, 8, 8), 10, mean=(0.3,), std=(0.35,), class_names=
 PROBE = {"name": "white 2x2 corner", "kind": "badnets", "target": 0, "size": 2}
 TRAINING_IMAGES, CLEAN_IMAGES = 900, 397
 POISONING_RATE = 0.1
+KEYS = "keys"
+"""Folder of the demo's own key pair, below its output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +87,15 @@ def make_inputs(seed: int) -> DemoInputs:
 def run_demo(out: Path, *, seed: int = 0, on_line: Callable[[str], None] = lambda line: None) -> LocalRun:
     """Train, upload, and run the pipeline; the work folder keeps everything.
 
+    The release is signed with a key pair that the first run makes in ``keys``; a real one would
+    come from a secret store.
+
     Raises:
         ConfigError: the extra ``demo`` is not installed.
         StorageError: ``out`` cannot be written.
     """
+    keys = existing_or_new_pair(out / KEYS)
+    on_line(f"releases of this demo are signed with a key of its own, in {keys.private}")
     on_line("training a digits classifier with a planted BadNets backdoor")
     inputs = make_inputs(seed)
     files = write_inputs(inputs, out / "inputs")
@@ -95,7 +103,7 @@ def run_demo(out: Path, *, seed: int = 0, on_line: Callable[[str], None] = lambd
         for path in files:
             upload_file(path, parse_s3_uri(f"s3://{BUCKET}/digits/{path.name}"), settings)
         on_line(f"uploaded to s3://{BUCKET}/digits/; running the pipeline")
-        return run_local(make_plan(seed), out, model_name="digits", on_line=on_line)
+        return run_local(make_plan(seed), out, model_name="digits", signing_key=keys.private, on_line=on_line)
 
 
 def make_plan(seed: int) -> Plan:

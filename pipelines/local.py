@@ -22,6 +22,12 @@ from components._runtime.environment import local_environment
 from components._runtime.evidence import REPORT_PAGE
 from components._runtime.outcome import RunOutcome, outcome_of
 from components._runtime.plan import Plan, RunSettings, run_settings
+from components._runtime.signing_keys import (
+    CERTIFICATE_VARIABLE,
+    KEY_VARIABLE,
+    load_signing_key,
+    signing_key_from_environment,
+)
 from components._runtime.step import STEP_LINE, failure_record, interruptible
 from components._runtime.store import EvidenceStore, open_store
 from components.report.step import report_run
@@ -49,6 +55,8 @@ class LocalRun:
         log: everything that the steps and kfp said.
         tracking_uri: where MLflow's records are.
         promotion: ``results`` of promote; ``None`` where it was not reached.
+        signed: ``results`` of sign; ``None`` where it was not reached.
+        release: the folder that was registered; ``None`` where there is none.
         seconds: wall time.
     """
 
@@ -59,6 +67,8 @@ class LocalRun:
     log: Path
     tracking_uri: str
     promotion: Mapping[str, Any] | None
+    signed: Mapping[str, Any] | None
+    release: Path | None
     seconds: float
 
     @property
@@ -74,6 +84,7 @@ def run_local(
     model_name: str,
     alias: str = "champion",
     name: str = "",
+    signing_key: Path | None = None,
     on_line: Callable[[str], None] = lambda line: None,
 ) -> LocalRun:
     """Run the pipeline; every failure of a step is in the result, and the report is written whatever failed.
@@ -84,12 +95,13 @@ def run_local(
         model_name: the registered model.
         alias: what moves on allow.
         name: of the execution; empty: the time.
+        signing_key: private key that signs the release; ``None``: as ``QUARANTINE_SIGNING_KEY`` says.
         on_line: called with every message that a step logs; what kfp says is in the log only.
 
     MLflow is where ``MLFLOW_TRACKING_URI`` says; without it, in ``mlflow.db`` in ``work``.
 
     Raises:
-        ConfigError: ``model_name``, ``alias`` or ``name`` is not usable.
+        ConfigError: ``model_name``, ``alias``, ``name`` or ``signing_key`` is not usable.
         StorageError: ``work`` cannot be written, or holds a run of this name.
     """
     started = time.monotonic()
@@ -97,6 +109,7 @@ def run_local(
     name = name or datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S-%f")
     asked = RunSettings(evidence=str(work / EVIDENCE_FOLDER), model_name=model_name, alias=alias, name=name)
     settings = run_settings(asked.to_json())
+    variables = _with_key(signing_key)
     folder, root = work / EVIDENCE_FOLDER / name, work / "artifacts" / name
     if folder.exists() or root.exists():
         raise StorageError(
@@ -107,13 +120,13 @@ def run_local(
     write_atomic(
         request, json.dumps({"root": str(root), "workspace": str(root / "workspace"), "arguments": arguments}).encode()
     )
-    environment = local_environment(work)
+    environment = local_environment(work, variables)
     store = open_store(settings.evidence, name)
     stopped = _run_worker(request, log, environment.variables, on_line)
     _finish_report(settings, store, folder, environment.variables, stopped)
     records = store.records()
     page = folder / REPORT_PAGE
-    promotion = records.evidence.get("promote", {}).get("results")
+    signed = records.evidence.get("sign", {}).get("results")
     return LocalRun(
         name=name,
         outcome=outcome_of(records, stopped=stopped),
@@ -121,9 +134,26 @@ def run_local(
         report=page if page.is_file() else None,
         log=log,
         tracking_uri=environment.tracking_uri,
-        promotion=promotion,
+        promotion=records.evidence.get("promote", {}).get("results"),
+        signed=signed,
+        release=_release(root) if signed else None,
         seconds=time.monotonic() - started,
     )
+
+
+def _with_key(signing_key: Path | None) -> dict[str, str]:
+    """Which key signs; checked now, because the sign step comes last."""
+    if signing_key is None:
+        signing_key_from_environment()
+        return {}
+    load_signing_key(signing_key)
+    return {KEY_VARIABLE: str(Path(signing_key).absolute()), CERTIFICATE_VARIABLE: ""}
+
+
+def _release(root: Path) -> Path | None:
+    """The sign step's output among the artifacts of a run."""
+    found = sorted(path.parent for path in root.glob("**/release/MLmodel"))
+    return found[-1] if found else None
 
 
 def _run_worker(request: Path, log: Path, variables: Mapping[str, str], on_line: Callable[[str], None]) -> str:

@@ -60,6 +60,10 @@ Test = Annotated[str, typer.Option(help="Test set that figures are quoted on; de
 Probes = Annotated[list[Path], typer.Option("--probe", help="Trigger specification, YAML; repeatable.")]
 Seed = Annotated[int, typer.Option(help="Seed of the splits and of the method.", min=0, max=MAX_SEED)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option(help="Private key, PEM, that signs the release; default: as QUARANTINE_SIGNING_KEY says."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Settings = Annotated[list[str], typer.Option("--set", help="One setting: n=0.15; repeatable.", metavar="KEY=VALUE")]
 

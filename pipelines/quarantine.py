@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator"
 """The pipeline, one definition for a laptop and a cluster.
 
-Fetch → evaluate before → for each method: purify, evaluate → select → export → gate → promote; report always.
+Fetch → evaluate before → for each method: purify, evaluate → select → export → gate → sign → promote; report always.
 
 Parameters are strings, JSON strings, one int and one list:
 see :meth:`components._runtime.plan.Plan.arguments`.
@@ -19,6 +19,7 @@ from components.promote_model.component import promote_model
 from components.purify_model.component import purify_model
 from components.report.component import report
 from components.select_model.component import select_model
+from components.sign_evidence.component import sign_evidence
 from pipelines.resources import with_resources
 
 PIPELINE_NAME = "model-quarantine"
@@ -122,7 +123,8 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
             ),
             "gate_promotion",
         )
-        _task(
-            promote_model(bundle=chosen, onnx=exported.outputs["onnx"], decision=gate.outputs["decision"], **records),
-            "promote_model",
+        signed = _task(
+            sign_evidence(bundle=chosen, onnx=exported.outputs["onnx"], decision=gate.outputs["decision"], **records),
+            "sign_evidence",
         )
+        _task(promote_model(release=signed.outputs["release"], **records), "promote_model")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
 from components._runtime.evidence import read_folder
+from components._runtime.verification import Verification
+from defense_core.config import to_mapping
 from defense_core.errors import QuarantineError
-from pipelines.console import coloured, err, out, print_comparison, print_findings, print_json
+from pipelines.console import coloured, err, out, print_comparison, print_findings, print_json, table
 from pipelines.local import LocalRun
 
 
@@ -19,8 +22,12 @@ def print_line(message: str) -> None:
     err.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {escape(message)}")
 
 
-def print_run(run: LocalRun, *, as_json: bool) -> None:
-    """What a run on this machine came to."""
+def print_run(run: LocalRun, *, as_json: bool, public_key: Path | None = None) -> None:
+    """What a run on this machine came to.
+
+    Args:
+        public_key: where the key to verify it with is, if known.
+    """
     evidence = _evidence(run)
     if as_json:
         print_json(_facts(run))
@@ -39,7 +46,38 @@ def print_run(run: LocalRun, *, as_json: bool) -> None:
     out.print(f"log:      {run.log}", markup=False)
     if run.report is not None:
         out.print(f"report:   {run.report}  (open it in a browser)", markup=False)
+    if run.signed is not None and run.release is not None:
+        _print_release(run, public_key)
     out.print(f"MLflow:   mlflow ui --backend-store-uri {run.tracking_uri}   then http://127.0.0.1:5000", markup=False)
+
+
+def print_verification(verified: Verification) -> None:
+    """What a verification found: every difference, or that there is none."""
+    rows = [(each.rule, each.verdict, each.file or "–", each.why) for each in verified.differences]
+    if rows:
+        table("Differences", ("rule", "verdict", "file", "difference"), rows)
+    out.print(f"{coloured(verified.verdict.value)}  ", end="")
+    checks = len({each.rule for each in verified.findings})
+    said = f"{verified.what}: {checks} kinds of checks, {verified.files} files, {len(rows)} differences"
+    out.print(said, markup=False)
+    if verified.decision:
+        out.print(f"decision: {coloured(verified.decision)} by the policy {escape(verified.policy)}")
+    if verified.signer:
+        out.print(f"signed by: {verified.signer}", markup=False)
+
+
+def verification_facts(verified: Verification) -> dict[str, Any]:
+    """A verification as JSON types."""
+    return {**to_mapping(verified), "verdict": verified.verdict.value}
+
+
+def _print_release(run: LocalRun, public_key: Path | None) -> None:
+    if not (run.signed and run.signed["signed"]):
+        out.print(f"release:  {run.release}  (not signed: no --signing-key)", markup=False)
+        return
+    out.print(f"release:  {run.release}  (signed, key {run.signed['key_id'][:16]}…)", markup=False)
+    key = public_key or "PUBLIC_KEY"
+    out.print(f"verify:   quarantine verify {run.release} --public-key {key}", markup=False)
 
 
 def _promotion_sentence(promotion: Mapping[str, Any]) -> str:
@@ -61,6 +99,8 @@ def _facts(run: LocalRun) -> dict[str, Any]:
         "log": str(run.log),
         "tracking_uri": run.tracking_uri,
         "promotion": run.promotion,
+        "signed": run.signed,
+        "release": str(run.release) if run.release is not None else None,
         "seconds": round(run.seconds, 1),
     }
 

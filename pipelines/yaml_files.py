@@ -34,6 +34,12 @@ _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
 )
 
+# A day stays text, as in YAML 1.2 and in JSON, so that a policy is the same in both.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _StrictLoader.yaml_implicit_resolvers.items()
+}
+
 
 def parse_yaml(text: str, where: str) -> Any:
     """Data from YAML (JSON is YAML). Raises ConfigError naming ``where``, line and column."""

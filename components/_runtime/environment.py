@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 SOURCES = Path(__file__).resolve().parent.parent.parent
 """The folder that holds ``components``, ``pipelines`` and ``defense_core``."""
@@ -26,12 +27,12 @@ class LocalEnvironment:
     tracking_uri: str
 
 
-def local_environment(work: Path) -> LocalEnvironment:
-    """This process's environment, in which the steps find this code and an MLflow.
+def local_environment(work: Path, further: Mapping[str, str] = MappingProxyType({})) -> LocalEnvironment:
+    """This process's environment and ``further``, in which the steps find this code and an MLflow.
 
     Without ``MLFLOW_TRACKING_URI`` that is an SQLite file in ``work``.
     """
-    variables = dict(os.environ)
+    variables = {**os.environ, **further}
     tracking_uri = variables.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(work).absolute() / DATABASE}"
     paths = [str(SOURCES), variables.get("PYTHONPATH", "")]
     variables |= {

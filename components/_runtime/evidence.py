@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ DECISION, POLICY = "decision.json", "policy.json"
 REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
 """The report, which lies beside the evidence in a run's store."""
 BESIDE = (DECISION, POLICY, REPORT_DATA)
+IMAGE_DIGEST_VARIABLE = "QUARANTINE_IMAGE_DIGEST"
+"""Environment variable, set where the image runs: the image's own digest, ``sha256:<hex>``."""
 FAILED = ".failed.json"
 """How the name of a failure record ends."""
 
@@ -51,6 +54,7 @@ class Clock:
             "torch": metadata.version("torch"),
             "device": device,
             "seed": seed,
+            "image": os.environ.get(IMAGE_DIGEST_VARIABLE) or None,
             "started": self.started,
             "seconds": round(time.monotonic() - self.origin_s, 3),
         }
@@ -114,7 +118,7 @@ def parse_evidence(data: bytes, where: str) -> dict[str, Any]:
     """Evidence from bytes; ``where`` names them in messages. Raises as :func:`read_evidence`."""
     try:
         mapping = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(where, "JSON", str(error)) from error
     if not isinstance(mapping, dict) or mapping.get("schema") != EVIDENCE_SCHEMA or "name" not in mapping:
         raise _damaged(where, f"an object of schema {EVIDENCE_SCHEMA} with a name", str(mapping)[:80])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components._runtime import registry_tags as tag
+from components._runtime.evidence import read_evidence
 from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.registered_files import Manifest
-from components._runtime.release import Identity, Release, evidence_digest
+from components._runtime.release import EVIDENCE_FOLDER, Identity, Release, evidence_digest
 from components._runtime.run_election import TrackedRun
 from defense_core.config import digest
 from defense_core.errors import RegistryConflict
@@ -34,6 +34,7 @@ class Order:
     alias: str
     manifest: Manifest
     tags: Mapping[str, str]
+    description: str = ""
 
 
 def version_tags(
@@ -44,6 +45,7 @@ def version_tags(
         **(tags or {}),
         tag.DECISION: tag.PENDING,
         tag.POLICY: policy,
+        tag.SCAN: _scan(release),
         tag.IDENTITY: identity.digest,
         tag.SOURCE_DIGEST: identity.source,
         tag.ONNX_DIGEST: release.onnx_digest,
@@ -53,7 +55,13 @@ def version_tags(
     }
 
 
-def find_or_create(connection: MlflowConnection, order: Order, staged: Path) -> tuple[ModelVersion, bool]:
+def _scan(release: Release) -> str:
+    """The backdoor scan's verdict, from the evidence that is released."""
+    path = release.folder / EVIDENCE_FOLDER / "scan.json"
+    return str(read_evidence(path).get("verdict")).lower() if path.is_file() else tag.NOT_SCANNED
+
+
+def find_or_create(connection: MlflowConnection, order: Order) -> tuple[ModelVersion, bool]:
     """The version of this work, and whether it was there; created (steps 2 and 3) if it was not."""
     _ensure_model(connection, order.name)
     found = _find(connection, order)
@@ -62,9 +70,13 @@ def find_or_create(connection: MlflowConnection, order: Order, staged: Path) -> 
     # The folder is named by its content: another attempt in the same run cannot change the bytes
     # of a version that is already registered.
     folder = "registered/" + order.tags[tag.FILES_DIGEST].removeprefix("sha256:")[:16]
-    connection.client.log_artifacts(order.run.run_id, str(staged), folder)
+    connection.client.log_artifacts(order.run.run_id, str(order.release.folder), folder)
     own = connection.client.create_model_version(
-        order.name, source=f"{order.run.artifact_uri}/{folder}", run_id=order.run.run_id, tags=dict(order.tags)
+        order.name,
+        source=f"{order.run.artifact_uri}/{folder}",
+        run_id=order.run.run_id,
+        tags=dict(order.tags),
+        description=order.description or None,
     )
     # Numbers are given in order: of two processes that create at once, both see the lower one.
     first = _find(connection, order)
@@ -78,7 +90,7 @@ def _ensure_model(connection: MlflowConnection, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        connection.client.create_registered_model(name)
+        connection.client.create_registered_model(name, description=tag.MODEL_DESCRIPTION)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

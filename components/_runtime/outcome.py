@@ -56,7 +56,7 @@ def expected_steps(records: Records) -> list[str]:
     """Names of all evidence of a whole run, in the order of the pipeline."""
     methods = [str(method) for method in _results(records, "fetch").get("methods", [])]
     branches = [f"{step}.{method}" for method in methods for step in ("purify", "evaluate")]
-    return ["fetch", "evaluate.before", *branches, "select", "export", "gate", "promote"]
+    return ["fetch", "evaluate.before", *branches, "select", "export", "gate", "sign", "promote"]
 
 
 def _place(name: str, order: list[str]) -> tuple[int, str]:

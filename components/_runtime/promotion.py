@@ -3,7 +3,7 @@
 =====  ============================================  ==============================================
 step   what is done                                  what a kill right after it leaves
 =====  ============================================  ==============================================
-1      stage the files, compare with the evidence    nothing
+1      hash the release, compare with the evidence   nothing
 2      upload into a folder named by its content     files that nothing points at
 3      create the version, tagged ``pending``        a pending version; the next run takes it up
 4      download what the registry serves, hash it    the same
@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING
 
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
+from components._runtime.model_signature import SIGNATURE
 from components._runtime.model_versions import REASONS, Order, find_or_create, quarantine, same_identity, version_tags
 from components._runtime.registered_files import Manifest, download_version, manifest_differences
-from components._runtime.release import Identity, Release, model_files, stage, without_evidence
+from components._runtime.release import Identity, Release, check_release, model_files, without_evidence
 from components._runtime.run_election import TrackedRun
 from defense_core.config import digest
 from defense_core.errors import ConfigError, RegistryConflict, SourceNotFound
@@ -88,6 +89,7 @@ def promote(
     policy: str,
     alias: str = "champion",
     tags: Mapping[str, str] | None = None,
+    description: str = "",
 ) -> Promotion:
     """Register ``release`` as a version of ``name``; move ``alias`` to it only on PASS.
 
@@ -101,6 +103,7 @@ def promote(
         verdict: the gate's decision.
         policy: the policy's name, for the tag.
         tags: further tags of the version; names of this project's own are refused.
+        description: Markdown for people, see :mod:`components._runtime.model_card`; set when the version is created.
 
     Raises:
         ConfigError: reserved alias, unusable name or tag, malformed digest.
@@ -110,21 +113,11 @@ def promote(
         RegistryUnavailable: MLflow does not answer; run again.
     """
     require_usable(name, alias, tags or {})
-    with tempfile.TemporaryDirectory(prefix="quarantine-release-") as folder:
-        staged = Path(folder)
-        manifest = stage(release, staged)
-        order = Order(
-            release,
-            name,
-            run,
-            identity,
-            verdict,
-            alias,
-            manifest,
-            version_tags(release, identity, policy, manifest, tags),
-        )
-        with mlflow_errors(f"register {name}", connection.settings):
-            version, reused = find_or_create(connection, order, staged)
+    manifest = check_release(release)
+    tagged = version_tags(release, identity, policy, manifest, tags)
+    order = Order(release, name, run, identity, verdict, alias, manifest, tagged, description)
+    with mlflow_errors(f"register {name}", connection.settings):
+        version, reused = find_or_create(connection, order)
     with mlflow_errors(f"promote models:/{name}/{version.version}", connection.settings):
         _verify(connection, version, order)
         decided = _decide(connection, version, order)
@@ -176,6 +169,13 @@ def _verify(connection: MlflowConnection, version: ModelVersion, order: Order) -
             expected=f"ONNX {order.release.onnx_digest}, bundle {order.release.bundle_digest}",
             got="; ".join(damage[:10]),
             hint=f"It is quarantined and the alias {order.alias} was not moved; find out who changed it",
+        )
+    if SIGNATURE in order.manifest and SIGNATURE not in got:
+        raise RegistryConflict(
+            f"{what}, from the same work, was registered without a signature",
+            expected="a signed version",
+            got="an unsigned one",
+            hint="Delete the version and run again",
         )
     layout = manifest_differences(without_evidence(order.manifest), without_evidence(got))
     if layout and _wants_alias(version, order):

@@ -117,8 +117,13 @@ def _aliased(connection: MlflowConnection, name: str, alias: str) -> str:
     return str(aliases[alias])
 
 
-def download_version(connection: MlflowConnection, version: ModelVersion, folder: Path, *, max_bytes: int) -> Manifest:
+def download_version(
+    connection: MlflowConnection, version: ModelVersion, folder: Path, *, max_bytes: int, part: str = ""
+) -> Manifest:
     """Download a version's files into ``folder``, which exists and is empty; their digests.
+
+    Args:
+        part: only this folder of the version (``evidence``); by default all of it.
 
     Raises:
         as :func:`resolve_model_uri`.
@@ -126,7 +131,7 @@ def download_version(connection: MlflowConnection, version: ModelVersion, folder
     what = f"models:/{version.name}/{version.version}"
     with mlflow_errors(f"download {what}", connection.settings):
         repository = _repository(connection, version, what)
-        sizes = _listing(repository, what)
+        sizes = _listing(repository, what, part)
         _require_size(what, sum(sizes.values()), max_bytes)
         for path in sorted(sizes):
             _download(repository, path, folder, what)
@@ -202,10 +207,10 @@ def require_allowed_source(uri: str, settings: MlflowSettings, what: str) -> Non
         )
 
 
-def _listing(repository: Any, what: str) -> dict[str, int]:
+def _listing(repository: Any, what: str, part: str = "") -> dict[str, int]:
     """Every file's size in bytes, 0 where the store does not say."""
     sizes: dict[str, int] = {}
-    folders: list[str | None] = [None]
+    folders: list[str | None] = [part or None]
     while folders:
         for item in repository.list_artifacts(folders.pop()):
             _require_safe_path(item.path, what)

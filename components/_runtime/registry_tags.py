@@ -2,7 +2,7 @@
 
 Tags are a cache for people and for searches. Any writer of the registry can change them, so no
 decision rests on them alone: digests are compared with downloaded bytes, and the signed truth is in
-the evidence.
+the evidence. ``quarantine verify`` compares every tag with it.
 
 ===============================  ================================================================
 tag                              value
@@ -11,6 +11,8 @@ tag                              value
 ``quarantine.reason``            on quarantined versions: ``denied``, ``undecided``,
                                  ``bytes_differ`` or ``abandoned``
 ``quarantine.policy``            the policy's name
+``quarantine.scan``              verdict of the backdoor scan: ``pass``, ``fail``, ``unknown``, or
+                                 ``none`` where there was none
 ``quarantine.identity``          digest of (source, config, policy) digests
 ``quarantine.source_digest``     of the artifact that was fetched
 ``quarantine.onnx_digest``       of ``model.onnx``
@@ -27,6 +29,7 @@ from __future__ import annotations
 DECISION = "quarantine.decision"
 REASON = "quarantine.reason"
 POLICY = "quarantine.policy"
+SCAN = "quarantine.scan"
 IDENTITY = "quarantine.identity"
 SOURCE_DIGEST = "quarantine.source_digest"
 ONNX_DIGEST = "quarantine.onnx_digest"
@@ -36,6 +39,7 @@ FILES_DIGEST = "quarantine.files_digest"
 ALIAS_PREFIX = "quarantine.alias."
 SUPERSEDED_BY = "quarantine.superseded_by"
 
+NOT_SCANNED = "none"
 PENDING = "pending"
 ALLOW = "allow"
 QUARANTINED = "quarantined"
@@ -46,3 +50,9 @@ BYTES_DIFFER = "bytes_differ"
 ABANDONED = "abandoned"
 
 ALIAS_SET = "set"
+
+MODEL_DESCRIPTION = (
+    "Versions of this model passed through Model Quarantine. The description of each version is its model card; "
+    "`quarantine verify models:/NAME/VERSION` checks it against the signed evidence."
+)
+"""Description of a registered model that this project creates; one that is there stays as it is."""

@@ -2,11 +2,16 @@
 
 Layout of a version::
 
-    model.onnx          the exported model, byte for byte
-    MLmodel             so that mlflow.pyfunc.load_model("models:/name@champion") works
-    requirements.txt    what that needs
-    bundle/             model.safetensors, bundle.json
-    evidence/           one JSON file per step
+    model.onnx             the exported model, byte for byte
+    MLmodel                so that mlflow.pyfunc.load_model("models:/name@champion") works
+    requirements.txt       what that needs
+    bundle/                model.safetensors, bundle.json
+    evidence/              one JSON file per step, policy.json and decision.json
+    evidence/attestations/ a signed statement per step
+    evidence/bom/          the bill of materials
+    model.sig              the signature over all of the above
+
+The last three are in signed releases only, except the bill of materials.
 
 ``MLmodel`` is written here, not by ``mlflow.onnx.save_model``: that parses and serialises the model
 again (other bytes than those whose parity was measured) and adds times and random identifiers. This
@@ -23,14 +28,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components._runtime.model_signature import SIGNATURE
 from components._runtime.registered_files import Manifest, folder_manifest, manifest_differences
 from defense_core.config import digest
 from defense_core.errors import ConfigError, CorruptArtifact, DigestMismatch, SourceNotFound
-from defense_core.files import write_atomic
+from defense_core.files import sha256_bytes, write_atomic
 
 ONNX_NAME = "model.onnx"
 BUNDLE_FOLDER = "bundle"
 EVIDENCE_FOLDER = "evidence"
+ATTESTATIONS = "evidence/attestations"
+BOM_FOLDER = "evidence/bom"
+MLMODEL, REQUIREMENTS_NAME = "MLmodel", "requirements.txt"
 REQUIREMENTS = "mlflow>=3\nnumpy\nonnx>=1.17\nonnxruntime>=1.20\n"
 
 
@@ -59,44 +68,66 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Release:
-    """What is to be registered, and what the evidence says of it.
+class Parts:
+    """What a release is made of.
 
     Attributes:
         onnx_path: the exported model, one file.
         bundle_dir: the chosen bundle.
-        evidence_dir: one JSON file per step.
-        onnx_digest: SHA-256 of the ONNX file, from the export's evidence.
-        bundle_digest: the bundle's digest, from the selection's evidence.
+        evidence_dir: the decision's folder, one JSON file per step.
     """
 
     onnx_path: Path
     bundle_dir: Path
     evidence_dir: Path
+
+
+@dataclass(frozen=True)
+class Release:
+    """A folder that is to be registered, and what the evidence says of it.
+
+    Attributes:
+        folder: exactly the files of the version.
+        onnx_digest: SHA-256 of the ONNX file, from the export's evidence.
+        bundle_digest: the bundle's digest, from the selection's evidence.
+    """
+
+    folder: Path
     onnx_digest: str
     bundle_digest: str
 
 
-def stage(release: Release, folder: Path) -> Manifest:
-    """Lay out a version in the empty ``folder``; the digest of every file.
+def stage(parts: Parts, folder: Path) -> None:
+    """Lay out a version, unsigned, in the empty ``folder``.
 
     Raises:
         SourceNotFound: a file or folder is not there.
-        DigestMismatch: the ONNX file or the bundle is not the one that the evidence speaks of.
         CorruptArtifact: the bundle's description is not readable.
+    """
+    for path in (parts.onnx_path, parts.bundle_dir / "bundle.json", parts.evidence_dir):
+        if not path.exists():
+            raise SourceNotFound(f"{path} is missing", expected="a finished step", got="nothing", hint="Rerun the step")
+    shutil.copyfile(parts.onnx_path, folder / ONNX_NAME)
+    shutil.copytree(parts.bundle_dir, folder / BUNDLE_FOLDER, symlinks=True)
+    shutil.copytree(parts.evidence_dir, folder / EVIDENCE_FOLDER, symlinks=True)
+    description = _bundle_description(folder / BUNDLE_FOLDER / "bundle.json")
+    write_atomic(folder / MLMODEL, _mlmodel(description))
+    write_atomic(folder / REQUIREMENTS_NAME, REQUIREMENTS.encode())
+
+
+def check_release(release: Release) -> Manifest:
+    """Hash every file of a release and compare with the evidence; the digest of every file.
+
+    Raises:
+        SourceNotFound: a file or folder is not there.
+        DigestMismatch: the ONNX file, the bundle or what is served around them is not what the evidence gives.
+        CorruptArtifact: the bundle's description is not readable.
+        UnsafeArtifact: it holds a link.
     """
     _require_digest("ONNX digest", release.onnx_digest)
     _require_digest("bundle digest", release.bundle_digest)
-    for path in (release.onnx_path, release.bundle_dir / "bundle.json", release.evidence_dir):
-        if not path.exists():
-            raise SourceNotFound(f"{path} is missing", expected="a finished step", got="nothing", hint="Rerun the step")
-    shutil.copyfile(release.onnx_path, folder / ONNX_NAME)
-    shutil.copytree(release.bundle_dir, folder / BUNDLE_FOLDER, symlinks=True)
-    shutil.copytree(release.evidence_dir, folder / EVIDENCE_FOLDER, symlinks=True)
-    description = _bundle_description(folder / BUNDLE_FOLDER / "bundle.json")
-    write_atomic(folder / "MLmodel", _mlmodel(description))
-    write_atomic(folder / "requirements.txt", REQUIREMENTS.encode())
-    manifest = folder_manifest(folder)
+    manifest = folder_manifest(release.folder)
+    description = _bundle_description(release.folder / BUNDLE_FOLDER / "bundle.json")
     differences = evidence_differences(release, manifest, description)
     if differences:
         raise DigestMismatch(
@@ -109,11 +140,24 @@ def stage(release: Release, folder: Path) -> Manifest:
 
 
 def evidence_differences(release: Release, manifest: Manifest, description: Mapping[str, Any]) -> list[str]:
-    """What in ``manifest`` contradicts the evidence: the ONNX file, bundle.json and all it lists."""
-    promised = {f"{BUNDLE_FOLDER}/{name}": value for name, value in dict(description.get("files", {})).items()}
-    promised[f"{BUNDLE_FOLDER}/bundle.json"] = release.bundle_digest
-    promised[ONNX_NAME] = release.onnx_digest
-    return manifest_differences(promised, model_files(manifest))
+    """What in ``manifest`` contradicts the evidence, or is beside it: any file but evidence and signature."""
+    return manifest_differences(served_files(release, description), without_evidence(manifest))
+
+
+def served_files(release: Release, description: Mapping[str, Any]) -> dict[str, str]:
+    """The digest of every file that a version has beside its evidence and signature.
+
+    Args:
+        description: what ``bundle.json`` says.
+    """
+    listed = {f"{BUNDLE_FOLDER}/{name}": str(value) for name, value in dict(description.get("files", {})).items()}
+    return {
+        **listed,
+        f"{BUNDLE_FOLDER}/bundle.json": release.bundle_digest,
+        ONNX_NAME: release.onnx_digest,
+        MLMODEL: sha256_bytes(_mlmodel(description)),
+        REQUIREMENTS_NAME: sha256_bytes(REQUIREMENTS.encode()),
+    }
 
 
 def evidence_digest(manifest: Manifest) -> str:
@@ -127,8 +171,8 @@ def model_files(manifest: Manifest) -> dict[str, str]:
 
 
 def without_evidence(manifest: Manifest) -> dict[str, str]:
-    """The files that do not change when the same work is done again."""
-    return {name: value for name, value in manifest.items() if part_of(name) != EVIDENCE_FOLDER}
+    """The files that do not change when the same work is done again: times do, and so do signatures."""
+    return {name: value for name, value in manifest.items() if part_of(name) != EVIDENCE_FOLDER and name != SIGNATURE}
 
 
 def part_of(name: str) -> str:
@@ -139,6 +183,10 @@ def part_of(name: str) -> str:
 def _bundle_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise SourceNotFound(
+            f"{path} is missing", expected="a release", got="no bundle", hint="Rerun the step"
+        ) from error
     except ValueError as error:
         raise CorruptArtifact(
             f"{path.name} is not readable", expected="JSON", got=str(error), hint="Rerun the step that wrote it"

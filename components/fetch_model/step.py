@@ -13,6 +13,7 @@ from components._runtime.evidence import Clock, compose
 from components._runtime.loading import open_images, open_model
 from components._runtime.plan import Plan
 from components._runtime.sources import Acquired, acquire
+from defense_core.artifact_scan import ArtifactScan, require_clean, scan_artifact
 from defense_core.attacks import Probe, probe_from_spec
 from defense_core.bundle import Bundle, Origin, bundle_of, save_bundle
 from defense_core.config import from_mapping
@@ -25,6 +26,9 @@ from defense_core.purify import method_named
 
 TRIAL_IMAGES = 16
 """Images that a fetched model must answer with finite logits before anything else is done."""
+
+MAX_LISTED_FILES = 20
+"""Files of the artifact that the evidence lists by name; all are counted."""
 
 
 def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullProgress()) -> dict[str, Any]:
@@ -57,6 +61,9 @@ def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullP
             sha256=plan.loading.sha256,
             progress=progress,
         )
+        # Before anything of the stranger's is loaded, and on the private copy that is loaded afterwards.
+        scan = scan_artifact(acquired.path, limits)
+        require_clean(scan)
         origin = Origin(acquired.uri, acquired.version_id, acquired.sha256)
         opened = open_model(acquired.path, plan.spec, plan.loading)
         # A bundle that was purified before keeps nothing of its old origin: this run fetched it from here.
@@ -67,7 +74,7 @@ def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullP
         digest = save_bundle(bundle, bundle_folder)
         with atomic_directory(data) as data_folder:
             write_data(data_folder, clean, test, plan.probes)
-    return _evidence(plan, policy, clock, acquired, bundle, digest, clean, test)
+    return _evidence(plan, policy, clock, acquired, scan, bundle, digest, clean, test)
 
 
 def check_plan(plan: Plan) -> Policy:
@@ -107,6 +114,7 @@ def _evidence(  # noqa: PLR0917
     policy: Policy,
     clock: Clock,
     acquired: Acquired,
+    scan: ArtifactScan,
     bundle: Bundle,
     digest: str,
     clean: CleanSet,
@@ -129,9 +137,13 @@ def _evidence(  # noqa: PLR0917
             "uri": acquired.uri,
             "version_id": acquired.version_id,
             "bytes": acquired.bytes,
+            "formats": sorted({file.kind for file in scan.files}),
+            "artifact_scan": scan.to_mapping(max_files=MAX_LISTED_FILES),
             "identity": identity.digest,
             "architecture": {"name": bundle.spec.architecture, "args": dict(bundle.spec.architecture_args)},
             "input_size": list(bundle.spec.input_size),
+            "mean": list(bundle.spec.mean),
+            "std": list(bundle.spec.std),
             "num_classes": bundle.spec.num_classes,
             "class_names": list(bundle.spec.class_names),
             "parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),

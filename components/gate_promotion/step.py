@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components._runtime.decision_files import write_decision
+from components._runtime.approvals import SignedApproval
+from components._runtime.decision_files import decision_bytes, replay_decision, write_decision
 from components._runtime.evidence import Clock, compose
 from defense_core.config import to_mapping
-from defense_core.files import atomic_directory
+from defense_core.errors import EvidenceMismatch
+from defense_core.files import atomic_directory, sha256_bytes
 from defense_core.policy import decide, parse_policy
 
 
 def gate_promotion(
-    evidence: Mapping[str, Mapping[str, Any]], policy: Mapping[str, Any], out: Path | None = None
+    evidence: Mapping[str, Mapping[str, Any]],
+    policy: Mapping[str, Any],
+    out: Path | None = None,
+    *,
+    at: str | None = None,
+    approvals: Sequence[SignedApproval] = (),
+    supersedes: Path | None = None,
 ) -> dict[str, Any]:
     """Apply ``policy`` to ``evidence``.
 
@@ -22,7 +30,11 @@ def gate_promotion(
         evidence: evidence mappings by name, e.g. from :func:`components._runtime.evidence.read_folder`.
         policy: what a policy file says.
         out: folder that becomes the decision with all that it rests on: one ``<name>.json`` for
-            each evidence, ``policy.json`` and ``decision.json``; ``None``: nothing is written.
+            each evidence and the gate's own, ``policy.json`` and ``decision.json``; ``None``: nothing is written.
+            A folder that holds something is refused: a decision is never edited, only superseded.
+        at: time of the decision, ISO 8601 with a zone; ``None``: now. It stands in the decision.
+        approvals: of people, whose signatures were checked.
+        supersedes: folder of an earlier decision about the same artifact that this one takes the place of.
 
     Returns:
         Evidence ``gate``: ``results`` is the decision (``outcome``: allow, deny, unknown or observe;
@@ -30,15 +42,27 @@ def gate_promotion(
 
     Raises:
         PolicyError: the policy is malformed.
-        EvidenceMismatch: an evidence file is damaged.
+        EvidenceMismatch: an evidence file is damaged; an approval, or the superseded decision, is about something else.
+        StorageError: ``out`` holds something.
     """
     clock = Clock.start()
     parsed = parse_policy(policy)
-    decision = decide(parsed, evidence)
-    if out is not None:
-        with atomic_directory(out) as folder:
-            write_decision(folder, evidence, policy, decision)
-    return compose(
+    former = None if supersedes is None else replay_decision(supersedes).decision
+    decision = decide(
+        parsed,
+        evidence,
+        at=at or clock.started,
+        approvals=[signed.approval for signed in approvals],
+        supersedes=None if former is None else sha256_bytes(decision_bytes(former)),
+    )
+    if former is not None and former.subject.source != decision.subject.source:
+        raise EvidenceMismatch(
+            f"{supersedes} is a decision about another artifact",
+            expected=decision.subject.source,
+            got=former.subject.source,
+            hint="A decision takes the place of an earlier one about the same artifact only",
+        )
+    gate = compose(
         "gate",
         clock,
         inputs={
@@ -48,7 +72,12 @@ def gate_promotion(
             "policy": decision.policy_digest,
             "evidence": decision.evidence_digest,
         },
+        outputs={"decision": sha256_bytes(decision_bytes(decision))},
         results=to_mapping(decision),
         verdict=decision.verdict,
         findings=decision.findings,
     )
+    if out is not None:
+        with atomic_directory(out) as folder:
+            write_decision(folder, {**evidence, "gate": gate}, policy, decision, approvals)
+    return gate

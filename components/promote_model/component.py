@@ -1,4 +1,3 @@
-# ruff: noqa: PLR0917
 # mypy: disable-error-code="untyped-decorator"
 """KFP component: promote."""
 
@@ -9,9 +8,7 @@ from components._runtime.image import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def promote_model(
-    bundle: dsl.Input[dsl.Model],
-    onnx: dsl.Input[dsl.Model],
-    decision: dsl.Input[dsl.Artifact],
+    release: dsl.Input[dsl.Model],
     run: str,
     execution: str,
     evidence: dsl.Output[dsl.Artifact],
@@ -19,9 +16,7 @@ def promote_model(
     """Register the decided model; move the alias only on allow, quarantine it otherwise.
 
     Args:
-        bundle: The chosen model.
-        onnx: Folder with model.onnx.
-        decision: Folder that the gate wrote.
+        release: Folder that the sign step wrote; registered exactly as it is.
         run: JSON, where records go and what is promoted.
         execution: Name of the execution where run names none.
         evidence: What the registry now says.
@@ -35,9 +30,7 @@ def promote_model(
         from components.promote_model import step
 
         done = step.promote_model(
-            Path(bundle.path),
-            Path(onnx.path),
-            Path(decision.path),
+            Path(release.path),
             name=scope.settings.model_name,
             alias=scope.settings.alias,
             connection=journal.open_connection(),

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from components._runtime.bundle_files import bundle_digest
+from components._runtime.decided_files import identity_of_decision, release_of
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.evidence import Clock, compose
 from components._runtime.journal import parent_run
 from components._runtime.mlflow_connection import MlflowConnection
-from components._runtime.plan import identity_of
+from components._runtime.model_signature import SIGNATURE
 from components._runtime.promotion import Promotion, promote
-from components._runtime.release import ONNX_NAME, Identity, Release
-from defense_core.config import require, to_mapping
-from defense_core.errors import EvidenceMismatch, EvidenceMissing
-from defense_core.files import sha256_file
+from components._runtime.release import EVIDENCE_FOLDER, Release, check_release
+from defense_core.config import to_mapping
+from defense_core.errors import EvidenceMissing
 from defense_core.verdict import Finding, Verdict
 
 
-def promote_model(
-    model: Path, onnx: Path, decision: Path, *, name: str, alias: str, connection: MlflowConnection
-) -> dict[str, Any]:
+def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConnection) -> dict[str, Any]:
     """Carry out a decision in the registry.
 
     The decision is made again from its policy and evidence, and the files are hashed again, before
@@ -29,9 +27,7 @@ def promote_model(
     moves. A policy that only observes registers nothing.
 
     Args:
-        model: the selected bundle.
-        onnx: folder that holds ``model.onnx``.
-        decision: folder that the gate wrote.
+        folder: the release that the sign step wrote; it is registered exactly as it is.
         name: the registered model.
         alias: what moves to the new version on allow.
 
@@ -39,16 +35,19 @@ def promote_model(
         Evidence ``promote``; PASS where the registry now says what the decision says.
 
     Raises:
-        EvidenceMismatch: decision, evidence and files do not belong together; nothing is registered.
-        EvidenceMissing: the decision names no model or no source.
+        EvidenceMismatch, DigestMismatch: decision, evidence and files do not belong together; nothing is registered.
+        EvidenceMissing: the decision names no model or no source, or the policy demands a signature and
+            there is none.
         RegistryConflict: this work was decided otherwise before.
         RegistryUnavailable: MLflow does not answer.
     """
     clock = Clock.start()
-    replayed = replay_decision(decision)
-    release = _release(model, onnx, replayed)
-    identity = _identity(replayed)
+    replayed = replay_decision(Path(folder) / EVIDENCE_FOLDER)
+    release = release_of(Path(folder), replayed)
+    _require_signature(release, replayed)
+    identity = identity_of_decision(replayed)
     if replayed.decision.outcome == "observe":
+        check_release(release)
         results = {"registered": False, "outcome": "observe", "identity": identity.digest}
         finding = Finding(
             "promote.registered", Verdict.PASS, None, "observe", "The policy only observes; nothing was registered."
@@ -63,6 +62,7 @@ def promote_model(
             verdict=replayed.decision.verdict,
             policy=replayed.decision.policy_name,
             alias=alias,
+            description=_card(replayed),
         )
         results = {"registered": True, "outcome": replayed.decision.outcome, **to_mapping(done)}
         finding = Finding("promote.registered", Verdict.PASS, done.version, replayed.decision.outcome, _sentence(done))
@@ -80,45 +80,22 @@ def promote_model(
     )
 
 
-def _release(model: Path, onnx: Path, replayed: DecisionFolder) -> Release:
-    subject = replayed.decision.subject
-    if subject.model is None or subject.onnx is None or subject.source is None:
-        raise EvidenceMissing(
-            "the decision names no single model",
-            expected="source, model and ONNX digests",
-            got=to_mapping(subject),
-            hint="Run the gate again",
-        )
-    path = Path(onnx) / ONNX_NAME
-    require(path.is_file(), "onnx", f"a folder with {ONNX_NAME}", str(onnx))
-    for what, expected, got in (
-        ("bundle", subject.model, bundle_digest(Path(model))),
-        ("ONNX file", subject.onnx, sha256_file(path)),
-    ):
-        if expected != got:
-            raise EvidenceMismatch(
-                f"the {what} is not the one that was decided on",
-                expected=expected,
-                got=got,
-                hint="Nothing was registered",
-            )
-    return Release(path, Path(model), replayed.folder, onnx_digest=subject.onnx, bundle_digest=subject.model)
+def _card(replayed: DecisionFolder) -> str:
+    # Imports torch and matplotlib, which only a registration needs.
+    from components._runtime.model_card import model_card
+    from defense_core.report import build_report
+
+    return model_card(build_report(replayed.evidence, decision=json.loads(replayed.decision.to_json())))
 
 
-def _identity(replayed: DecisionFolder) -> Identity:
-    fetch = replayed.evidence.get("fetch")
-    if fetch is None:
+def _require_signature(release: Release, replayed: DecisionFolder) -> None:
+    if replayed.requires_signature and not (release.folder / SIGNATURE).is_file():
         raise EvidenceMissing(
-            "evidence fetch is missing", expected="the identity of the run", hint="Run the pipeline again"
+            "the policy demands a signature and the release has none",
+            expected=SIGNATURE,
+            got="an unsigned release",
+            hint="Give the sign step its key and run again; nothing was registered",
         )
-    identity = identity_of(fetch)
-    if identity.policy != replayed.decision.policy_digest:
-        raise EvidenceMismatch(
-            "the decision was made by another policy than the run's",
-            expected=identity.policy,
-            got=replayed.decision.policy_digest,
-        )
-    return identity
 
 
 def _sentence(done: Promotion) -> str:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
 from components._runtime.plan import Plan
-from components.evaluate_model.step import evaluate_candidate
-from components.export_onnx.step import export_onnx
-from components.fetch_model.step import fetch_model
-from components.gate_promotion.step import gate_promotion
-from components.purify_model.step import purify_candidate
-from components.select_model.step import select_model
-from tests.finished_chain import Chain
+from components._runtime.signing_keys import KeyPair, generate_key_pair
+from tests.finished_chain import Chain, make_chain, make_release
 from tests.small_model import PLAN_OPTIONS, make_inputs
 
 
@@ -28,27 +22,26 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @pytest.fixture(scope="session")
 def finished(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    chain = Chain(plan, tmp_path_factory.mktemp("chain"), {})
-    made = [fetch_model(plan, chain["bundle"], chain["data"])]
-    measured: dict[str, Any] = {**chain.images, "probes": plan.probes}
-    made.append(evaluate_candidate(chain["bundle"], name="before", **measured))
-    for method in plan.methods:
-        made.append(
-            purify_candidate(
-                chain["bundle"],
-                chain["data"] / "clean.npz",
-                chain[method],
-                method=method,
-                config=plan.configs[method],
-                report=0.0,
-            )
-        )
-        made.append(evaluate_candidate(chain[method], name=method, reference=chain["bundle"], **measured))
-    made.append(select_model([chain[method] for method in plan.methods], chain["selected"], order=plan.methods))
-    made.append(export_onnx(chain["selected"], chain["onnx"], **{k: v for k, v in measured.items() if k != "device"}))
-    chain.evidence.update({each["name"]: each for each in made})
-    gate_promotion(chain.evidence, plan.policy, chain["decision"])
-    return chain
+    return make_chain(plan, tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyPair:
+    return generate_key_pair(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="session")
+def signed(finished: Chain, keys: KeyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("signed") / "release"
+    make_release(finished, folder, keys.private)
+    return folder
+
+
+@pytest.fixture
+def release(signed: Path, tmp_path: Path) -> Path:
+    """A copy of the signed release that a test may damage."""
+    shutil.copytree(signed, tmp_path / "release")
+    return tmp_path / "release"
 
 
 @pytest.fixture

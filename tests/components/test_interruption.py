@@ -21,6 +21,7 @@ import components.promote_model.step
 import components.purify_model.step
 import components.report.step
 import components.select_model.step
+import components.sign_evidence.step
 from components._runtime.mlflow_connection import MlflowSettings, connect
 from components._runtime.plan import RunSettings
 from components._runtime.step import interruptible, step_scope
@@ -33,8 +34,9 @@ from components.promote_model.component import promote_model
 from components.purify_model.component import purify_model
 from components.report.component import report
 from components.select_model.component import select_model
+from components.sign_evidence.component import sign_evidence
 from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, Cancelled
-from tests.finished_chain import Chain
+from tests.finished_chain import Chain, make_release
 
 
 def artifact(path: Path) -> Any:
@@ -89,13 +91,18 @@ def call_of(step: str, chain: Chain, tmp_path: Path) -> tuple[Callable[..., None
                 "decision": out["one"],
             },
         ),
-        "promote": (
-            promote_model,
+        "sign": (
+            sign_evidence,
             {
                 "bundle": artifact(chain["selected"]),
                 "onnx": artifact(chain["onnx"]),
                 "decision": artifact(chain["decision"]),
+                "release": out["one"],
             },
+        ),
+        "promote": (
+            promote_model,
+            {"release": artifact(tmp_path / "release")},
         ),
         "report": (report, {"status": None, "page": out["one"]}),
     }
@@ -113,6 +120,7 @@ MIDDLE = {
     "select": (components.select_model.step, "bundle_digest"),
     "export": (components.export_onnx.step, "write_evidence"),
     "gate": (components.gate_promotion.step, "write_decision"),
+    "sign": (components.sign_evidence.step, "stage"),
     "promote": (components.promote_model.step, "promote"),
     "report": (components.report.step, "_rendered"),
 }
@@ -131,6 +139,7 @@ def test_a_signal_in_the_middle_of_a_step(
         os.kill(os.getpid(), number)
         return done
 
+    make_release(finished, tmp_path / "release", None)
     monkeypatch.setattr(module, name, interrupted)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     settings = RunSettings(evidence=str(tmp_path / "store"), model_name="model", name="run")

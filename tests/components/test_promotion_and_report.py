@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 from components._runtime import journal
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.plan import RunSettings, identity_of
+from components._runtime.statements import Destination
 from components._runtime.step import failure_record
 from components._runtime.store import open_store
 from components.gate_promotion.step import gate_promotion
 from components.promote_model.step import promote_model
 from components.report.step import report_run
 from defense_core import errors
-from tests.finished_chain import Chain
+from tests.finished_chain import Chain, make_release
 from tests.small_model import DENYING, POLICY
 
 
@@ -27,15 +29,27 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> MlflowConnection:
     return connect(MlflowSettings(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"))
 
 
+def moved(chain: Chain, decision: Path) -> Path:
+    """The chain's folder with another decision in it."""
+    shutil.rmtree(chain["decision"])
+    decision.rename(chain["decision"])
+    return chain.root
+
+
 def alias_of(connection: MlflowConnection, name: str) -> str | None:
     version = connection.client.get_registered_model(name).aliases.get("champion")
     return None if version is None else str(version)
 
 
 def promoted(chain: Chain, connection: MlflowConnection, name: str) -> dict[str, Any]:
-    return promote_model(
-        chain["selected"], chain["onnx"], chain["decision"], name=name, alias="champion", connection=connection
-    )
+    signed(chain, name)
+    return promote_model(chain["release"], name=name, alias="champion", connection=connection)
+
+
+def signed(chain: Chain, name: str) -> dict[str, Any]:
+    if chain["release"].exists():
+        shutil.rmtree(chain["release"])
+    return make_release(chain, chain["release"], None, destination=Destination(name, "champion"))
 
 
 def decided(chain: Chain, tmp_path: Path, policy: dict[str, Any]) -> Chain:
@@ -96,14 +110,22 @@ def test_another_policy_than_the_runs_is_refused(chain: Chain, connection: Mlflo
     # The decision replays, but fetch speaks of the strict policy.
     gate_promotion(chain.evidence, {**POLICY, "name": "swapped"}, tmp_path / "judged")
     with pytest.raises(errors.EvidenceMismatch, match="another policy"):
-        promote_model(
-            chain["selected"],
-            chain["onnx"],
-            tmp_path / "judged",
-            name="swapped",
-            alias="champion",
-            connection=connection,
-        )
+        promoted(replace(chain, root=moved(chain, tmp_path / "judged")), connection, "swapped")
+
+
+@pytest.mark.parametrize(
+    "damaged", ["model.onnx", "MLmodel", "bundle/model.safetensors", "evidence/fetch.json", "code/evil.py"]
+)
+def test_a_release_that_was_changed_after_signing_is_not_registered(
+    damaged: str, chain: Chain, connection: MlflowConnection
+) -> None:
+    signed(chain, "altered")
+    path = chain["release"] / damaged
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"altered")
+    with pytest.raises(errors.QuarantineError):
+        promote_model(chain["release"], name="altered", alias="champion", connection=connection)
+    assert not connection.client.search_registered_models("name = 'altered'")
 
 
 # -- report ----------------------------------------------------------------------------
@@ -121,7 +143,7 @@ def test_the_report_logs_every_number(
     store = open_store(settings.evidence, settings.name)
     gate = gate_promotion(chain.evidence, POLICY)
     done = promoted(chain, connection, "reported")
-    for evidence in (*chain.evidence.values(), gate, done):
+    for evidence in (*chain.evidence.values(), gate, signed(chain, "reported"), done):
         store.put(evidence)
     journal.begin(connection, chain.plan, settings, chain.evidence["fetch"])
     outcome = report_run(settings, store, tmp_path / "page.html", environment=environment)

@@ -19,6 +19,7 @@ STEPS = [
     "purify_model",
     "report",
     "select_model",
+    "sign_evidence",
 ]
 
 

@@ -70,7 +70,7 @@ def test_a_step_that_was_killed_is_the_first_without_a_record() -> None:
 @pytest.mark.parametrize(("decision", "code"), [("allow", 0), ("observe", 0), ("deny", 1), ("unknown", 2)])
 def test_the_exit_code_is_the_decisions(decision: str, code: int, finished: Chain) -> None:
     gate = {"results": {"outcome": decision}}
-    records = Records({**finished.evidence, "gate": gate, "promote": {}})
+    records = Records({**finished.evidence, "gate": gate, "sign": {}, "promote": {}})
     assert outcome_of(records).exit_code == code
     assert outcome_of(records).failed_step == ""
 

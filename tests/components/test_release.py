@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from components._runtime.registered_files import folder_manifest, manifest_differences
-from components._runtime.release import Identity, evidence_digest, model_files, stage, without_evidence
+from components._runtime.release import Identity, check_release, evidence_digest, model_files, stage, without_evidence
 from defense_core.errors import ConfigError, CorruptArtifact, DigestMismatch, SourceNotFound, UnsafeArtifact
-from defense_core.files import sha256_file
-from tests.integration.releases import IDENTITY, digest_of, make_release
+from tests.integration.releases import IDENTITY, digest_of, make_parts, make_release
 
 
-def staged(folder: Path, **changes: object) -> tuple[Path, dict[str, str]]:
-    release = make_release(folder / "in", **changes)  # type: ignore[arg-type]
-    out = folder / "out"
-    out.mkdir(parents=True)
-    return out, dict(stage(release, out))
+def staged(folder: Path, **changes: Any) -> tuple[Path, dict[str, str]]:
+    release = make_release(folder, **changes)
+    return release.folder, dict(check_release(release))
 
 
 def test_the_same_release_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -48,51 +46,58 @@ def test_the_model_description_is_valid_for_mlflow(tmp_path: Path) -> None:
     [
         ("bundle/model.safetensors", "bundle/model.safetensors changed"),
         ("bundle/extra.py", "bundle/extra.py unexpected"),
-        ("exported.onnx", "model.onnx changed"),
+        ("code/extra.py", "code/extra.py unexpected"),
+        ("model.onnx", "model.onnx changed"),
+        ("MLmodel", "MLmodel changed"),
+        ("requirements.txt", "requirements.txt changed"),
     ],
 )
 def test_what_contradicts_the_evidence_is_named(tmp_path: Path, victim: str, difference: str) -> None:
-    release = make_release(tmp_path / "in")
-    (tmp_path / "in" / victim).write_bytes(b"spoilt")
-    (tmp_path / "out").mkdir()
+    release = make_release(tmp_path)
+    (release.folder / victim).parent.mkdir(exist_ok=True)
+    (release.folder / victim).write_bytes(b"spoilt")
     with pytest.raises(DigestMismatch) as caught:
-        stage(release, tmp_path / "out")
+        check_release(release)
     assert caught.value.got == difference
 
 
 def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
-    release = replace(make_release(tmp_path / "in"), bundle_digest=digest_of("another"))
-    (tmp_path / "out").mkdir()
+    release = replace(make_release(tmp_path), bundle_digest=digest_of("another"))
     with pytest.raises(DigestMismatch, match=r"bundle/bundle\.json changed"):
-        stage(release, tmp_path / "out")
+        check_release(release)
 
 
 @pytest.mark.parametrize("victim", ["exported.onnx", "bundle/bundle.json", "evidence"])
-def test_a_missing_input_is_named(tmp_path: Path, victim: str) -> None:
-    release = make_release(tmp_path / "in")
+def test_a_missing_part_is_named(tmp_path: Path, victim: str) -> None:
+    parts = make_parts(tmp_path / "in")
     path = tmp_path / "in" / victim
     path.rename(tmp_path / "away")
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceNotFound, match=path.name):
-        stage(release, tmp_path / "out")
+        stage(parts, tmp_path / "out")
+
+
+def test_a_release_without_bundle_is_none(tmp_path: Path) -> None:
+    release = make_release(tmp_path)
+    (release.folder / "bundle" / "bundle.json").unlink()
+    with pytest.raises(SourceNotFound, match=r"bundle\.json"):
+        check_release(release)
 
 
 @pytest.mark.parametrize("text", ["not json", "[1, 2]"])
 def test_an_unreadable_bundle_description(tmp_path: Path, text: str) -> None:
-    release = make_release(tmp_path / "in")
-    (release.bundle_dir / "bundle.json").write_text(text)
-    release = replace(release, bundle_digest=sha256_file(release.bundle_dir / "bundle.json"))
+    parts = make_parts(tmp_path / "in")
+    (parts.bundle_dir / "bundle.json").write_text(text)
     (tmp_path / "out").mkdir()
     with pytest.raises(CorruptArtifact, match=r"bundle\.json"):
-        stage(release, tmp_path / "out")
+        stage(parts, tmp_path / "out")
 
 
 def test_a_link_is_never_registered(tmp_path: Path) -> None:
-    release = make_release(tmp_path / "in")
-    (release.evidence_dir / "keys.json").symlink_to("/etc/hostname")
-    (tmp_path / "out").mkdir()
+    release = make_release(tmp_path)
+    (release.folder / "evidence" / "keys.json").symlink_to("/etc/hostname")
     with pytest.raises(UnsafeArtifact, match=r"keys\.json"):
-        stage(release, tmp_path / "out")
+        check_release(release)
 
 
 def test_manifests_name_every_difference(tmp_path: Path) -> None:

@@ -411,10 +411,10 @@ def test_export_of_a_damaged_bundle_leaves_nothing(chain: Chain, tmp_path: Path)
 def test_the_decision_folder_replays(finished: Chain) -> None:
     replayed = replay_decision(finished["decision"])
     assert replayed.decision.outcome == "allow"
-    assert replayed.evidence.keys() == finished.evidence.keys()
+    assert replayed.evidence.keys() == finished.evidence.keys() | {"gate"}
     assert (
-        gate_promotion(read_folder(finished["decision"]), POLICY)["results"]
-        == gate_promotion(finished.evidence, POLICY)["results"]
+        gate_promotion(read_folder(finished["decision"]), POLICY, at="2027-01-01T00:00:00Z")["results"]
+        == gate_promotion(finished.evidence, POLICY, at="2027-01-01T00:00:00Z")["results"]
     )
 
 

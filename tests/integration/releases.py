@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components._runtime.mlflow_connection import MlflowConnection
-from components._runtime.release import Identity, Release
+from components._runtime.release import Identity, Parts, Release, stage
 from defense_core.config import canonical_json
 from defense_core.files import sha256_bytes, sha256_file
 
@@ -22,8 +22,8 @@ def digest_of(text: str) -> str:
 IDENTITY = Identity(source=digest_of("source"), config=digest_of("config"), policy=digest_of("policy"))
 
 
-def make_release(folder: Path, *, weights: bytes = b"weights", onnx: bytes = b"onnx", note: str = "") -> Release:
-    """A release with arbitrary bytes for weights and ONNX; ``note`` changes the evidence only."""
+def make_parts(folder: Path, *, weights: bytes = b"weights", onnx: bytes = b"onnx", note: str = "") -> Parts:
+    """Arbitrary bytes for weights and ONNX; ``note`` changes the evidence only."""
     bundle = folder / "bundle"
     bundle.mkdir(parents=True)
     (bundle / "model.safetensors").write_bytes(weights)
@@ -34,12 +34,18 @@ def make_release(folder: Path, *, weights: bytes = b"weights", onnx: bytes = b"o
     (evidence / "fetch.json").write_text(json.dumps({"schema": 1, "step": "fetch", "note": note}))
     (evidence / "evaluate.tsbd.json").write_text(json.dumps({"schema": 1, "step": "evaluate"}))
     (folder / "exported.onnx").write_bytes(onnx)
+    return Parts(folder / "exported.onnx", bundle, evidence)
+
+
+def make_release(folder: Path, **changes: Any) -> Release:
+    """An unsigned release of :func:`make_parts`."""
+    parts = make_parts(folder / "parts", **changes)
+    (folder / "release").mkdir()
+    stage(parts, folder / "release")
     return Release(
-        onnx_path=folder / "exported.onnx",
-        bundle_dir=bundle,
-        evidence_dir=evidence,
-        onnx_digest=sha256_bytes(onnx),
-        bundle_digest=sha256_file(bundle / "bundle.json"),
+        folder / "release",
+        onnx_digest=sha256_file(parts.onnx_path),
+        bundle_digest=sha256_file(parts.bundle_dir / "bundle.json"),
     )
 
 

@@ -349,7 +349,7 @@ def test_local_files_that_contradict_the_evidence_are_not_registered(
     mlflow_sqlite: MlflowConnection, tmp_path: Path
 ) -> None:
     release = make_release(tmp_path / "release")
-    release.onnx_path.write_bytes(b"another export")
+    (release.folder / "model.onnx").write_bytes(b"another export")
     with pytest.raises(DigestMismatch, match=r"model\.onnx changed"):
         promoted(mlflow_sqlite, release)
     assert mlflow_sqlite.client.search_registered_models() == []

@@ -33,7 +33,7 @@ from pipelines import cli
 from tests.small_model import DENYING, PLAN_OPTIONS, POLICY, make_inputs
 
 ROOT = Path(pipelines.__file__).parent.parent
-COMMANDS = ("purify", "evaluate", "export", "gate", "run", "demo", "compile", "methods")
+COMMANDS = ("purify", "evaluate", "export", "gate", "run", "demo", "compile", "methods", "report", "fleet")
 QUICK = ("--set", "epochs=1", "--set", "min_steps=0", "--set", "unlearn_epochs=1", "--set", "lr=1e-3", "--set", "n=0.1")
 
 
@@ -276,7 +276,8 @@ def test_gate(
 def test_gate_decides_the_same_every_time(evidence: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
     policy = policy_file(tmp_path / "p.yaml", POLICY)
     for name in ("one", "two"):
-        quarantine("gate", "--policy", policy, "--evidence", evidence, "--out", tmp_path / name)
+        words = ["gate", "--policy", policy, "--evidence", evidence, "--at", "2027-01-01T00:00:00Z"]
+        quarantine(*words, "--out", tmp_path / name)
     assert (tmp_path / "one" / "decision.json").read_bytes() == (tmp_path / "two" / "decision.json").read_bytes()
 
 

@@ -68,7 +68,7 @@ def test_no_step_is_cached_and_each_asks_for_memory(compiled: dict[str, Any]) ->
         for name, task in dag["tasks"].items()
         if not name.startswith(("for-loop", "quarantine-steps", "exit-handler"))
     ]
-    assert len(tasks) == 9
+    assert len(tasks) == 10
     assert all(
         not task.get("cachingOptions")
         for task in tasks

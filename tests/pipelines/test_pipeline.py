@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 
-from components._runtime.mlflow_connection import MlflowSettings, connect
+from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.plan import Loading, Plan
-from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, StorageError
+from components._runtime.signing_keys import TrustedSigner, generate_key_pair
+from components._runtime.verification import verify_release
+from components._runtime.verification_registry import verify_registered
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, ConfigError, StorageError
+from defense_core.verdict import Verdict
 from pipelines.local import LocalRun, run_local
 from tests.small_model import DENYING, PLAN_OPTIONS, make_inputs
 
-STEPS = {"fetch", "select", "export", "gate", "promote"} | {
+STEPS = {"fetch", "select", "export", "gate", "sign", "promote"} | {
     f"{step}.{method}" for step in ("purify", "evaluate") for method in ("tsbd", "fine_tuning")
 }
 
@@ -36,7 +40,10 @@ def registry(ended: LocalRun) -> Any:
 def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     said: list[str] = []
     plan = make_inputs(tmp_path / "inputs")
-    ended = run_local(plan, tmp_path / "work", model_name="digits", name="first", on_line=said.append)
+    keys = generate_key_pair(tmp_path / "keys")
+    ended = run_local(
+        plan, tmp_path / "work", model_name="digits", name="first", signing_key=keys.private, on_line=said.append
+    )
     assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("allow", "", EXIT_PASS), (
         ended.log.read_text()[-3000:]
     )
@@ -45,7 +52,8 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     assert "allow" in json.loads((ended.evidence / "report.json").read_text())["outcome"]
     assert ended.promotion is not None
     assert ended.promotion["alias_moved"]
-    client = registry(ended)
+    settings = MlflowSettings(ended.tracking_uri)
+    client = connect(settings).client
     assert str(client.get_registered_model("digits").aliases["champion"]) == ended.promotion["version"]
     (parent,) = [
         each
@@ -54,12 +62,31 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     ]
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["quarantine.execution"] == "first"
+    assert ended.signed == {"signed": True, "key_id": keys.key_id, "statements": 10}
+    trusted = TrustedSigner(public_key=keys.public)
+    assert ended.release is not None
+    assert verify_release(ended.release, trusted).verdict is Verdict.PASS
+    assert (
+        verify_registered(MlflowConnection(settings, client), "models:/digits@champion", trusted).verdict
+        is Verdict.PASS
+    )
+    secret = keys.private.read_text().splitlines()[1]
+    assert not any(
+        secret in path.read_text(errors="replace") for path in (tmp_path / "work").rglob("*") if path.is_file()
+    )
     assert "promote: PASS" in said
     assert not any("KFP" in line for line in said)
     sources = {json.loads(path.read_text())["inputs"]["source"] for path in ended.evidence.glob("[efgps]*.json")}
     assert len(sources) == 1
     with pytest.raises(StorageError, match="first"):
         run_local(plan, tmp_path / "work", model_name="digits", name="first")
+
+
+def test_a_key_that_cannot_sign_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    plan = make_inputs(tmp_path / "inputs")
+    with pytest.raises(ConfigError, match="signing key"):
+        run_local(plan, tmp_path / "work", model_name="digits", signing_key=tmp_path / "gone.key")
+    assert not (tmp_path / "work" / "artifacts").exists()
 
 
 def test_a_run_that_is_denied(tmp_path: Path) -> None:
@@ -71,6 +98,7 @@ def test_a_run_that_is_denied(tmp_path: Path) -> None:
     assert "severe" in ended.report.read_text()
     assert ended.promotion is not None
     assert ended.promotion["decision"] == "quarantined"
+    assert ended.signed == {"signed": False, "key_id": None, "statements": 0}
     assert not registry(ended).get_registered_model("digits").aliases
 
 

@@ -58,13 +58,18 @@ def test_repeated_keys_are_refused(text: str) -> None:
     assert "line" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["2027-01-31", "2024-99-99", "2027-01-31T12:00:00Z", "2001-12-14 21:59:43.10 -5"])
+def test_days_and_times_stay_text(text: str) -> None:
+    assert parse_yaml(f"expires: {text}", "here") == {"expires": text}
+
+
 def test_the_same_key_in_two_mappings_is_no_repetition() -> None:
     assert parse_yaml("[{a: 1}, {a: 2}]", "here") == [{"a": 1}, {"a": 2}]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "a: b: c", "\t- x", "{[1]: 2}", "{{}: 1}", "? [a]\n: 1", "a: *unknown", "2024-99-99", "[" * 20_000, "\x00"],
+    ["{", "a: b: c", "\t- x", "{[1]: 2}", "{{}: 1}", "? [a]\n: 1", "a: *unknown", "[" * 20_000, "\x00"],
 )
 def test_what_cannot_be_read_is_a_sentence(text: str) -> None:
     with pytest.raises(ConfigError, match="here is malformed: expected YAML or JSON, got") as caught:

@@ -1,5 +1,6 @@
 """Evidence of a good run and small policies, for the tests of the gate."""
 
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import yaml
@@ -58,7 +59,7 @@ def run(table: PairedCounts = GOOD, *probes: dict) -> dict:
     after = record("evaluate.tsbd", {"model": CLEANED, "reference": FETCHED}, {}, evaluation(table, *probes))
     parity = [{"name": "clean", "argmax_agreement": 1.0}, {"name": "badnets", "argmax_agreement": 1.0}]
     records = [
-        record("fetch", {}, {"model": FETCHED}, {"bytes": 10}),
+        record("fetch", {}, {"model": FETCHED}, {"bytes": 10, "clean_images": 500}),
         record("purify.tsbd", {"model": FETCHED}, {"model": CLEANED}, {}),
         record("purify.fine_tuning", {"model": FETCHED}, {"model": OTHER}, {}),
         record("evaluate.before", {"model": FETCHED}, {}, evaluation(GOOD, probe(1750))),
@@ -79,7 +80,7 @@ def rule(**changes: object) -> dict:
         "severity": "block",
         "why": "Because.",
     }
-    if {"min", "equals", "one_of"} & set(changes):
+    if {"min", "equals", "one_of", "matches"} & set(changes):
         del base["max"]
     return {**base, **changes}
 
@@ -120,3 +121,33 @@ def damage(which: str, **changes: object) -> dict:
     files = run()
     files[which] = {**files[which], **changes}
     return files
+
+
+AT = "2027-01-01T00:00:00+00:00"
+
+
+def later(days: float) -> str:
+    """A time so many days after :data:`AT`."""
+    return (datetime.fromisoformat(AT) + timedelta(days=days)).isoformat()
+
+
+def dated(files: dict | None = None) -> dict:
+    """The evidence of a good run, or ``files``, all made at :data:`AT`."""
+    files = run() if files is None else files
+    return {name: {**each, "environment": {**each["environment"], "started": AT}} for name, each in files.items()}
+
+
+FULL_RULE = rule(when_absent="skip", approvable="fail")
+FULL = {
+    **policy_mapping(FULL_RULE, rule(id="other")),
+    "description": "Text.",
+    "max_unknown_age_days": 3,
+    "require": {
+        "max_evidence_age_days": 3, "min_clean_images": 3, "positive_control": True, "sources": ["a"],
+        "licences": ["a"], "formats": ["a"], "signatures": ["model"], "approvals": 2,
+    },
+    "exceptions": [
+        {"rule": "r", "owner": "Ada", "reason": "Why.", "expires": "2027-01-31", "source": "sha256:" + "0" * 64}
+    ],
+}  # fmt: skip
+"""A policy that uses every key."""

@@ -55,6 +55,7 @@ def test_what_cannot_be_decided_is_unknown_and_what_was_found_bad_is_a_failure()
         "StorageError",
         "EvidenceMissing",
         "RegistryUnavailable",
+        "ScanInconclusive",
     }
     assert {"ConfigError", "DataError", "UnsafeArtifact", "PolicyError", "EvidenceMismatch"} <= by_code[EXIT_USAGE]
 

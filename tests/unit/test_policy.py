@@ -1,13 +1,17 @@
 """The gate: what passes, what fails, what stays unknown, and that nobody talks it out of that."""
 
+import dataclasses
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from defense_core.policy import decide
-from defense_core.policy_schema import show
+from defense_core.evidence import Evidence, Reading
+from defense_core.policy import Approval, Bound, Decision, Policy, Rule, RuleFinding, Subject, decide
+from defense_core.policy_types import Requirements, Waiver, show
+from defense_core.policy_waivers import Circumstances
+from defense_core.verdict import Finding
 from tests.unit.policy_records import (
     FAIL,
     GOOD,
@@ -361,3 +365,69 @@ def test_allow_means_that_every_blocking_rule_passed(cases):
     blocking = [score for score, severity in cases if severity == "block"]
     assert (decision.outcome == "allow") == all(score == 0.1 for score in blocking)
     assert (decision.outcome == "deny") == (0.9 in blocking)
+
+
+# -- what a rule names, and nothing beside it ----------------------------------------
+
+
+@pytest.mark.parametrize("evidence", ["fetch", "evaluate.tsbd", "evaluate.fine_tuning"])
+def test_a_rule_on_evidence_by_name_needs_no_choice(evidence):
+    files = run()
+    files["select"]["results"]["method"] = None
+    files[evidence]["results"]["marker"] = 1
+    found = finding(decide(policy(rule(evidence=evidence, value="marker", equals=1)), files), "r")
+    assert (found.verdict, found.value) == (PASS, 1)
+
+
+@pytest.mark.parametrize("evidence", ["fetch", "evaluate.tsbd", "evaluate.before"])
+def test_a_rule_on_evidence_by_name_does_not_follow_the_choice(evidence):
+    files = run()
+    files["select"]["results"]["method"] = "fine_tuning"
+    files[evidence]["results"]["marker"] = 1
+    files["evaluate.fine_tuning"]["results"]["marker"] = 2
+    assert finding(decide(policy(rule(evidence=evidence, value="marker", min=0)), files), "r").value == 1
+
+
+@pytest.mark.parametrize(
+    ("bound", "values"), [({"equals": 1}, [3, 7]), ({"equals": 1}, [7, 3]), ({"one_of": [1]}, [7, 3])]
+)
+def test_where_no_value_is_worst_the_first_is_reported(bound, values):
+    rows = [{"v": each} for each in values]
+    assert finding(decide(policy(rule(value="score[*].v", **bound)), with_score(rows)), "r").value == values[0]
+
+
+def test_the_first_of_several_empty_lists_is_reported():
+    found = finding(decide(policy(rule(value="score[*].parts[*].v")), with_score([{"parts": []}, {"parts": []}])), "r")
+    assert found.why == "Not decided: score[0].parts is empty. Because."
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "shown"),
+    [
+        ({"max": 0.499999}, 0.4999989, "0.4999989"),
+        ({"max": 0.499999}, 0.49999, "0.49999"),
+        ({"min": 0.5}, 0.499999, "0.499999"),
+    ],
+)
+def test_a_value_is_never_shown_on_the_other_side_of_its_bound(bound, value, shown):
+    assert f"score is {shown}, demanded" in finding(decide(policy(rule(**bound)), with_score(value)), "r").why
+
+
+# -- records -------------------------------------------------------------------------
+
+RECORDS = (
+    Approval, Bound, Circumstances, Decision, Evidence, Finding, Policy, Reading, Requirements, Rule, RuleFinding,
+    Subject, Waiver,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_records_cannot_be_changed(record):
+    blank = object.__new__(record)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(blank, dataclasses.fields(record)[0].name, "other")
+
+
+def test_circumstances_are_named():
+    with pytest.raises(TypeError):
+        decide(policy(), run(), "2027-01-01T00:00:00Z")

@@ -1,5 +1,7 @@
 """The rules that cannot be switched off, and evidence that is damaged."""
 
+import json
+
 import pytest
 
 from defense_core.errors import EXIT_USAGE, EvidenceMismatch
@@ -192,6 +194,11 @@ def test_the_untouched_model_needs_no_purification():
     assert integrity(untouched()) == dict.fromkeys(INTEGRITY, PASS)
 
 
+def test_evidence_that_was_read_from_files_is_judged_the_same():
+    assert integrity(json.loads(json.dumps(untouched()))) == dict.fromkeys(INTEGRITY, PASS)
+    assert integrity(json.loads(json.dumps(run()))) == dict.fromkeys(INTEGRITY, PASS)
+
+
 def test_an_untouched_model_must_be_the_fetched_one():
     files = untouched()
     for name, direction in (("select", "outputs"), ("export", "inputs"), ("evaluate.before", "inputs")):
@@ -280,7 +287,7 @@ def test_evidence_of_no_known_name_is_an_error(name):
         decide(policy(), {**run(), name: record(name, {}, {}, {})})
 
 
-STEPS = "step fetch | scan | purify | evaluate | select | export | gate | promote | report"
+STEPS = "step fetch | scan | control | purify | evaluate | rescan | select | export | gate | sign | promote | report"
 HEX = "as sha256:<64 hex digits>"
 
 

@@ -9,10 +9,14 @@ import pytest
 from defense_core.errors import EXIT_USAGE, PolicyError
 from defense_core.evaluate import PairedCounts
 from defense_core.policy import Policy, Rule, decide, parse_policy
-from defense_core.policy_schema import RULE_KEYS, Bound
+from defense_core.policy_types import Bound, Requirements, Waiver
 from tests.unit.policy_records import (
+    AT,
+    FULL,
     POLICIES,
     SHIPPED,
+    dated,
+    later,
     policy,
     policy_mapping,
     probe,
@@ -108,7 +112,10 @@ def test_malformed_policies_are_refused(changes, message):
         ({"one_of": "ab"}, "one_of is malformed"),
         ({"one_of": [1, None]}, r"one_of\[1\] is malformed"),
         ({"one_of": [math.inf]}, r"one_of\[0\] is malformed"),
-        ({"max": 1, "min": 0}, "needs one bound: expected exactly one of max, min, equals, one_of, got max and min"),
+        (
+            {"max": 1, "min": 0},
+            "needs one bound: expected exactly one of max, min, equals, one_of, matches, got max and min",
+        ),
         ({"equals": 1, "one_of": [1]}, "got equals and one_of"),
         ({"severity": "info"}, "severity is malformed: expected block or warn"),
         ({"severity": None}, "severity is malformed"),
@@ -171,8 +178,8 @@ def test_an_observing_policy_may_only_warn():
         ),
         (
             {"qqq": 1},
-            "unknown key 'qqq' in policy: expected one of schema, name, description, promote, rules, got 'qqq'. "
-            "Remove it, or see the shipped policies.",
+            "unknown key 'qqq' in policy: expected one of schema, name, description, promote, "
+            "max_unknown_age_days, require, rules, exceptions, got 'qqq'. Remove it, or see the shipped policies.",
         ),
         (
             {"rules": [rule(equals=None)]},
@@ -188,8 +195,8 @@ def test_an_observing_policy_may_only_warn():
         ),
         (
             {"rules": [rule(evidence="cook")]},
-            "rules[0] (r).evidence names no step: expected one of fetch, scan, purify, evaluate, select, export, "
-            "got 'cook'. Remove it, or see the shipped policies.",
+            "rules[0] (r).evidence names no step: expected one of fetch, scan, control, purify, evaluate, rescan, "
+            "select, export, got 'cook'. Remove it, or see the shipped policies.",
         ),
         (
             {"rules": [rule(id="integrity.x")]},
@@ -238,36 +245,129 @@ def test_shipped_policies_are_valid_and_named_like_their_file(name):
     ],
 )
 def test_shipped_policies_decide_ordinary_cases(name, table, probes, outcome):
-    assert decide(parse_policy(shipped(name)), run(table, *probes)).outcome == outcome
+    assert decide(parse_policy(shipped(name)), dated(run(table, *probes)), at=AT).outcome == outcome
 
 
 def test_no_shipped_policy_allows_the_untouched_backdoored_model():
-    files = untouched()
+    files = dated(untouched())
     for name in SHIPPED:
-        assert decide(parse_policy(shipped(name)), files).outcome in ("deny", "observe")
+        assert decide(parse_policy(shipped(name)), files, at=AT).outcome in ("deny", "observe")
 
 
 def test_standard_demands_measured_accuracy():
     for key in ("acc_drop_interval", "images"):
-        files = run()
+        files = dated()
         files["evaluate.tsbd"]["results"][key] = None
-        assert decide(parse_policy(shipped("standard")), files).outcome == "unknown"
+        assert decide(parse_policy(shipped("standard")), files, at=AT).outcome == "unknown"
 
 
-def test_the_json_schema_agrees_with_the_parser():
-    schema = json.loads((POLICIES / "schema.json").read_text())
-    validator = jsonschema.Draft202012Validator(schema)
-    assert set(schema["$defs"]["rule"]["properties"]) == set(RULE_KEYS)
-    for changes in (
-        {}, {"maxx": 1}, {"id": "integrity.x"}, {"id": "A"}, {"evidence": "gate"}, {"evidence": "scan.x"},
-        {"value": "a[0]"},
-        {"value": "a[*].b"}, {"max": "1"}, {"max": 1, "min": 0}, {"one_of": []}, {"one_of": [1]}, {"equals": None},
-        {"severity": "x"}, {"when_absent": "pass"}, {"when_absent": "skip"}, {"why": " "},
-    ):  # fmt: skip
-        mapping = policy_mapping(rule(**changes))
-        try:
-            parse_policy(mapping)
-            accepted = True
-        except PolicyError:
-            accepted = False
-        assert validator.is_valid(mapping) is accepted, changes
+def test_shipped_policies_state_clocks():
+    """What is undecided, and evidence, both grow old under the policies that promote."""
+    for name in ("standard", "strict"):
+        files = dated(run(PairedCounts(9300, 280, 80, 340), probe(90, 9000)))
+        read = parse_policy(shipped(name))
+        days = read.require.max_evidence_age_days
+        assert decide(read, files, at=later(days)).outcome == "allow"
+        assert decide(read, files, at=later(days + 0.1)).outcome == "deny"
+        files["evaluate.tsbd"]["results"]["images"] = None
+        assert decide(read, files, at=later(read.max_unknown_age_days)).outcome == "unknown"
+        assert decide(read, files, at=later(read.max_unknown_age_days + 0.1)).outcome == "deny"
+
+
+# -- what a policy of today may say beside rules -------------------------------------
+
+
+def test_a_whole_policy_is_read():
+    read = parse_policy(FULL)
+    assert read.max_unknown_age_days == 3
+    assert read.require == Requirements(3, 3, True, ("a",), ("a",), ("a",), ("model",), 2)
+    assert read.exceptions == (Waiver("r", "Ada", "Why.", "2027-01-31", "sha256:" + "0" * 64),)
+    assert read.rules[0].approvable == "fail"
+    bare = policy()
+    assert (bare.max_unknown_age_days, bare.require, bare.exceptions) == (None, Requirements(), ())
+    assert bare.rules[0].approvable == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_unknown_age_days": None}, "max_unknown_age_days is malformed: expected a number above 0, got None"),
+        ({"max_unknown_age_days": 0}, "max_unknown_age_days is malformed"),
+        ({"max_unknown_age_days": -1}, "max_unknown_age_days is malformed"),
+        ({"max_unknown_age_days": math.inf}, "max_unknown_age_days is malformed"),
+        ({"max_unknown_age_days": "7"}, "max_unknown_age_days is malformed"),
+        ({"require": []}, "require is malformed: expected a mapping"),
+        ({"require": {"source": ["a"]}}, "unknown key 'source' in require: .* Did you mean 'sources'"),
+        ({"require": {"approvals": 0}}, "require.approvals is malformed: expected a whole number above 0, got 0"),
+        ({"require": {"approvals": 1.5}}, "require.approvals is malformed"),
+        ({"require": {"min_clean_images": True}}, "require.min_clean_images is malformed"),
+        ({"require": {"positive_control": "yes"}}, "require.positive_control is malformed: expected true or false"),
+        ({"require": {"sources": []}}, "require.sources is malformed: expected a list of at least one text"),
+        ({"require": {"sources": "s3://a"}}, "require.sources is malformed: expected a list of at least one text"),
+        ({"require": {"licences": ["a", " "]}}, r"require.licences\[1\] is malformed"),
+        ({"require": {"formats": ["a", "a"]}}, "require.formats is malformed: expected each text once"),
+        (
+            {"require": {"signatures": ["modle"]}},
+            r"require.signatures\[0\] is malformed: expected model or attestations",
+        ),
+        ({"exceptions": {}}, "exceptions is malformed: expected a list of exceptions"),
+        ({"exceptions": [{"rule": "r"}]}, r"exceptions\[0\] lacks owner, reason, expires"),
+        (
+            {"exceptions": [{**FULL["exceptions"][0], "expires": 20270131}]},
+            r"exceptions\[0\].expires is malformed: .*day",
+        ),
+        ({"exceptions": [{**FULL["exceptions"][0], "source": "x"}]}, r"exceptions\[0\].source is malformed"),
+        (
+            {"exceptions": [{**FULL["exceptions"][0], "rule": "q"}]},
+            r"exceptions\[0\].rule names no rule of this policy",
+        ),
+        ({"rules": [rule(approvable="always")]}, r"approvable is malformed: expected never or unknown or fail"),
+        ({"rules": [rule(matches=[])]}, "matches is malformed: expected a list of at least one text"),
+        (
+            {"rules": [rule(id="require.signatures")], "require": {"signatures": ["model"]}},
+            "policy test has two rules 'require.signatures'",
+        ),
+        (
+            {"rules": [rule(id="require.formats")], "require": {"formats": ["a"]}},
+            "policy test has two rules 'require.formats'",
+        ),
+    ],
+)
+def test_malformed_requirements_and_exceptions_are_refused(changes, message):
+    with pytest.raises(PolicyError, match=message):
+        parse_policy({**policy_mapping(), **changes})
+
+
+def test_words_are_trimmed():
+    padded = {"rule": "r", "owner": " Ada ", "reason": " Why. ", "expires": "2027-01-31"}
+    assert parse_policy({**policy_mapping(), "exceptions": [padded]}).exceptions == (
+        Waiver("r", "Ada", "Why.", "2027-01-31", ""),
+    )
+
+
+def test_a_policy_that_was_read_from_a_file_is_the_same():
+    """Words of a file equal the program's own without being the same objects."""
+    assert parse_policy(json.loads(json.dumps(FULL))) == parse_policy(FULL)
+    files = dated()
+    mapping = json.loads(json.dumps(policy_mapping(rule(value="probes[*].x", when_absent="skip"), rule(id="s"))))
+    assert decide(parse_policy(mapping), files).findings[-2].effect == "skipped"
+
+
+def test_warnings_of_a_file_are_warnings():
+    with pytest.raises(PolicyError, match="blocks nothing"):
+        parse_policy(json.loads(json.dumps(policy_mapping(rule(severity="warn")))))
+
+
+def test_the_schema_may_be_written_as_a_number_with_a_point():
+    assert parse_policy({**policy_mapping(), "schema": 1.0}).schema == 1
+
+
+def test_a_rule_may_be_called_like_a_requirement_that_is_not_asked_for():
+    for name in ("require.signatures", "require.formats", "require.max_evidence_age_days"):
+        assert policy(rule(id=name)).rules[0].id == name
+
+
+def test_whole_numbers_may_have_a_point():
+    assert parse_policy({**policy_mapping(), "require": {"approvals": 3.0, "min_clean_images": 500.0}}).require == (
+        Requirements(min_clean_images=500, approvals=3)
+    )

@@ -1,0 +1,228 @@
+"""Keys: where the signing key is, what it may be, and who a verifier trusts.
+
+A key is an ECDSA key on P-256, P-384 or P-521 in PEM, which is what both libraries that sign here take.
+Nothing of a private key is ever logged, put into evidence or into an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from defense_core.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from securesystemslib.signer import CryptoSigner, SSlibKey
+
+KEY_VARIABLE = "QUARANTINE_SIGNING_KEY"
+"""Path of the private key, PEM. Only the sign step reads it."""
+CERTIFICATE_VARIABLE = "QUARANTINE_SIGNING_CERTIFICATE"
+"""Path of its certificate, PEM: the signing certificate first, then the intermediate ones."""
+PRIVATE_NAME, PUBLIC_NAME = "signing.key", "signing.pub"
+CURVES = ("secp256r1", "secp384r1", "secp521r1")
+MAX_KEY_BYTES = 1 << 16
+
+_KIND = "an ECDSA key on P-256, P-384 or P-521 in PEM"
+_KEYGEN = "Make a pair with `quarantine keygen --out DIR`"
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A private key that can be used.
+
+    Attributes:
+        path: where it lies; model-signing reads it from there.
+        key_id: of the public key, as DSSE signatures name it.
+        certificate: path of the certificates; ``None`` for a bare key.
+    """
+
+    path: Path
+    key_id: str
+    certificate: Path | None = None
+    signer: CryptoSigner = field(repr=False, compare=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """A new key pair: the private file has mode 0600."""
+
+    private: Path
+    public: Path
+    key_id: str
+
+
+@dataclass(frozen=True)
+class TrustedSigner:
+    """Whose signatures a verifier accepts; exactly one of the two, and there is no default.
+
+    Attributes:
+        public_key: path of a public key, PEM.
+        certificate_chain: path of the root and intermediate certificates, PEM, that the signer's certificate
+            must lead to.
+    """
+
+    public_key: Path | None = None
+    certificate_chain: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.public_key is None) == (self.certificate_chain is None):
+            raise ConfigError(
+                "nobody was named whose signature would count",
+                expected="one of a public key and a certificate chain",
+                got="both" if self.public_key is not None else "neither",
+                hint="Give --public-key FILE, or --certificate-chain FILE; there is no default",
+            )
+
+    def check(self) -> None:
+        """Read what is trusted. Raises ConfigError if it cannot be used."""
+        if self.public_key is not None:
+            load_public_key(self.public_key)
+        if self.certificate_chain is not None:
+            _certificates(self.certificate_chain)
+
+
+def signing_key_from_environment(environment: Mapping[str, str] | None = None) -> SigningKey | None:
+    """The key that ``QUARANTINE_SIGNING_KEY`` names; ``None`` where it names none.
+
+    Raises:
+        ConfigError: it names something that cannot sign.
+    """
+    values = os.environ if environment is None else environment
+    path, certificate = values.get(KEY_VARIABLE, ""), values.get(CERTIFICATE_VARIABLE, "")
+    if not path:
+        return None
+    return load_signing_key(Path(path), Path(certificate) if certificate else None)
+
+
+def load_signing_key(path: Path, certificate: Path | None = None) -> SigningKey:
+    """Read a private key, and check that ``certificate``, if given, is of the same key.
+
+    Raises:
+        ConfigError: no such file, no PEM, a public key, an encrypted key, a key of another kind.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from securesystemslib.signer import CryptoSigner
+
+    path, data = Path(path), _read(Path(path), "signing key")
+    if b"PRIVATE KEY-----" not in data:
+        got = "a public key" if b"PUBLIC KEY-----" in data else "something else"
+        raise _unusable("signing key", path, "a private key in PEM", got)
+    try:
+        private = load_pem_private_key(data, None)
+    except TypeError as error:
+        # Without the cause: its text may quote the file.
+        raise _unusable("signing key", path, "a private key without passphrase", "an encrypted one") from error
+    except ValueError:
+        raise _unusable("signing key", path, _KIND, "a damaged file") from None
+    if not isinstance(private, EllipticCurvePrivateKey) or private.curve.name not in CURVES:
+        raise _unusable("signing key", path, _KIND, _kind(private))
+    if certificate is not None and _leaf_key(certificate) != private.public_key():
+        raise _unusable("certificate", certificate, "the certificate of the signing key", "one of another key")
+    signer = CryptoSigner(private)
+    return SigningKey(path, str(signer.public_key.keyid), certificate, signer=signer)
+
+
+def load_public_key(path: Path) -> SSlibKey:
+    """The public key that signatures are checked with. Raises ConfigError."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    data = _read(Path(path), "public key")
+    if b"PRIVATE KEY-----" in data:
+        raise _unusable("public key", path, "a public key", "a private one, which verifiers must never be given")
+    try:
+        public = load_pem_public_key(data)
+    except (ValueError, TypeError) as error:
+        raise _unusable("public key", path, _KIND, "no public key") from error
+    return key_of(public, str(path))
+
+
+def key_of(public: Any, where: str) -> SSlibKey:
+    """``public`` as the DSSE library takes it. Raises ConfigError for a key of another kind."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from securesystemslib.signer import SSlibKey
+
+    if not isinstance(public, EllipticCurvePublicKey) or public.curve.name not in CURVES:
+        raise _unusable("public key", where, _KIND, _kind(public))
+    return SSlibKey.from_crypto(public)
+
+
+def generate_key_pair(folder: Path) -> KeyPair:
+    """Write a new ECDSA P-256 pair into ``folder``: ``signing.key`` (mode 0600) and ``signing.pub``.
+
+    Raises:
+        StorageError: a key is there already (it is never overwritten), or the folder cannot be written.
+    """
+    from securesystemslib.signer import CryptoSigner
+
+    private, public = Path(folder) / PRIVATE_NAME, Path(folder) / PUBLIC_NAME
+    for path in (private, public):
+        if path.exists():
+            raise StorageError(
+                f"{path} exists", expected="a folder without keys", got="a key", hint="Choose another --out"
+            )
+    signer = CryptoSigner.generate_ecdsa()
+    try:
+        private.parent.mkdir(parents=True, exist_ok=True)
+        _write_new(private, signer.private_bytes, 0o600)
+        _write_new(public, signer.public_key.keyval["public"].encode(), 0o644)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {folder}", got=os.strerror(error.errno or 0), hint="Choose another --out"
+        ) from error
+    return KeyPair(private, public, str(signer.public_key.keyid))
+
+
+def existing_or_new_pair(folder: Path) -> KeyPair:
+    """The pair that an earlier call left in ``folder``, or a new one. Raises as :func:`generate_key_pair`."""
+    private, public = Path(folder) / PRIVATE_NAME, Path(folder) / PUBLIC_NAME
+    if private.is_file() and public.is_file():
+        return KeyPair(private, public, load_signing_key(private).key_id)
+    return generate_key_pair(folder)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    # The mode is there from the first byte on: a key that was readable for a moment is no secret.
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(handle)
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(MAX_KEY_BYTES)
+    except OSError as error:
+        raise ConfigError(
+            f"{what} {path} cannot be read", expected=_KIND, got=os.strerror(error.errno or 0), hint=_KEYGEN
+        ) from error
+
+
+def _leaf_key(path: Path) -> EllipticCurvePublicKey:
+    key: EllipticCurvePublicKey = _certificates(path)[0].public_key()
+    return key
+
+
+def _certificates(path: Path) -> list[Any]:
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificates(_read(Path(path), "certificate"))
+    except ValueError as error:
+        raise _unusable("certificate", path, "certificates in PEM", "something else") from error
+
+
+def _unusable(what: str, path: object, expected: str, got: str) -> ConfigError:
+    return ConfigError(f"{what} {path} is not usable", expected=expected, got=got, hint=_KEYGEN)
+
+
+def _kind(key: object) -> str:
+    name = type(key).__name__.removesuffix("PrivateKey").removesuffix("PublicKey")
+    curve = getattr(key, "curve", None)
+    return f"a key on {curve.name}" if curve is not None else f"a key of the kind {name}"

@@ -1,0 +1,104 @@
+"""Sign: the decided model, its evidence and a statement per step become one folder, which is signed as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from components._runtime.decided_files import identity_of_decision, release_of
+from components._runtime.decision_files import DecisionFolder, replay_decision
+from components._runtime.envelopes import seal
+from components._runtime.evidence import Clock, compose
+from components._runtime.ml_bom import write_ml_bom
+from components._runtime.model_signature import sign_folder
+from components._runtime.release import (
+    ATTESTATIONS,
+    BOM_FOLDER,
+    BUNDLE_FOLDER,
+    EVIDENCE_FOLDER,
+    ONNX_NAME,
+    Parts,
+    Release,
+    check_release,
+    stage,
+)
+from components._runtime.signing_keys import KEY_VARIABLE, SigningKey
+from components._runtime.statements import Destination, file_name, release_statement, step_statements
+from defense_core.config import require
+from defense_core.errors import EvidenceMissing
+from defense_core.files import atomic_directory, sha256_file, write_atomic
+from defense_core.verdict import Finding, Verdict
+
+
+def sign_evidence(
+    model: Path, onnx: Path, decision: Path, out: Path, *, destination: Destination, key: SigningKey | None
+) -> dict[str, Any]:
+    """Write the release folder, which promotion registers exactly as it is.
+
+    Args:
+        model: the selected bundle.
+        onnx: folder that holds ``model.onnx``.
+        decision: folder that the gate wrote; it is made again from its policy and evidence first.
+        out: folder that becomes the release.
+        destination: what it is signed for.
+        key: ``None``: the release stays unsigned.
+
+    Returns:
+        Evidence ``sign`` with ``results`` ``signed``, ``key_id`` and ``statements``.
+
+    Raises:
+        EvidenceMismatch: decision, evidence and files do not belong together; nothing is left.
+        EvidenceMissing: the decision names no model, or the policy demands signatures and there is no key.
+    """
+    clock = Clock.start()
+    replayed = replay_decision(decision)
+    require((Path(onnx) / ONNX_NAME).is_file(), "onnx", f"a folder with {ONNX_NAME}", str(onnx))
+    _require_key(replayed, key)
+    count = 0
+    with atomic_directory(out) as folder:
+        stage(Parts(Path(onnx) / ONNX_NAME, Path(model), replayed.folder), folder)
+        release = release_of(folder, replayed)
+        check_release(release)
+        write_ml_bom(folder / BOM_FOLDER, replayed.evidence)
+        if key is not None:
+            count = _attest(release, replayed, destination, key, clock)
+            sign_folder(folder, key)
+    # Nothing here depends on the signature's bytes: a retried step signs anew and says the same.
+    signed = key is not None
+    said = f"Signed with the key {key.key_id}" if key is not None else f"Not signed: {KEY_VARIABLE} names no key"
+    return compose(
+        "sign",
+        clock,
+        inputs={
+            "source": replayed.decision.subject.source,
+            "model": release.bundle_digest,
+            "onnx": release.onnx_digest,
+            "policy": identity_of_decision(replayed).policy,
+        },
+        results={"signed": signed, "key_id": key.key_id if key is not None else None, "statements": count},
+        findings=[Finding("sign.signed", Verdict.PASS, signed, "a key, where the policy demands one", f"{said}.")],
+    )
+
+
+def _require_key(replayed: DecisionFolder, key: SigningKey | None) -> None:
+    if key is None and replayed.requires_signature:
+        raise EvidenceMissing(
+            "the policy demands a signature and there is no key",
+            expected=f"{KEY_VARIABLE} to name a private key",
+            got="nothing",
+            hint="Make a pair with `quarantine keygen --out DIR`, or mount the secret into the sign step",
+        )
+
+
+def _attest(release: Release, replayed: DecisionFolder, destination: Destination, key: SigningKey, clock: Clock) -> int:
+    """Write one signed statement per step, and that of the release; how many."""
+    evidence = release.folder / EVIDENCE_FOLDER
+    digests = {name: sha256_file(evidence / f"{name}.json") for name in replayed.evidence}
+    statements = step_statements(replayed.evidence, digests)
+    outputs = {f"{BUNDLE_FOLDER}/bundle.json": release.bundle_digest, ONNX_NAME: release.onnx_digest}
+    environment = clock.environment(device="cpu", seed=0)
+    statements.append(release_statement(statements, destination, outputs=outputs, environment=environment))
+    for index, statement in enumerate(statements):
+        path = release.folder / ATTESTATIONS / file_name(index, statement.name)
+        write_atomic(path, seal(statement.payload, key))
+    return len(statements)

@@ -1,0 +1,120 @@
+"""A policy over past evidence: which decisions would have been others, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components._runtime.decision_files import stated_circumstances
+from components._runtime.evidence import DECISION, read_folder
+from defense_core.config import canonical_json
+from defense_core.errors import EvidenceMissing, QuarantineError
+from defense_core.policy import Decision, Policy, decide
+from defense_core.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One past run under another policy.
+
+    Attributes:
+        folder: where its evidence lies.
+        at: the time that it was decided at, again; ``None`` where nothing states one.
+        was: the outcome then (``allow``, ``deny``, ``unknown``, ``observe``); ``None`` where none was recorded.
+        becomes: the outcome under the policy; ``None`` where it cannot be decided at all.
+        reasons: each rule that blocks now and did not, or did and does not, as a sentence.
+        problem: why it could not be replayed or compared; empty if it could.
+    """
+
+    folder: str
+    at: str | None
+    was: str | None
+    becomes: str | None
+    reasons: tuple[str, ...] = ()
+    problem: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """PASS: the same outcome; FAIL: another; UNKNOWN: that cannot be told."""
+        if self.was is None or self.becomes is None:
+            return Verdict.UNKNOWN
+        return Verdict.PASS if self.was == self.becomes else Verdict.FAIL
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The evidence folders at and below ``folder``, sorted.
+
+    Raises:
+        EvidenceMissing: there is none.
+    """
+    candidates = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
+    found = [path for path in candidates if (path / "fetch.json").is_file() or (path / DECISION).is_file()]
+    if not found:
+        raise EvidenceMissing(
+            f"no run in {folder}", expected="a folder with fetch.json, or folders of such", hint="Name evidence folders"
+        )
+    return found
+
+
+def replay_run(policy: Policy, folder: Path, at: str | None = None) -> Replayed:
+    """Decide a past run again, by ``policy``.
+
+    Args:
+        at: time of the decision; ``None``: as the run was decided.
+    """
+    try:
+        evidence = read_folder(folder)
+        former = _former(folder, evidence)
+        moment = at or former.get("decided_at") or _time_of(evidence)
+        decision = _decide(policy, evidence, former, moment)
+    except QuarantineError as error:
+        return Replayed(str(folder), at, None, None, problem=str(error))
+    was = former.get("outcome")
+    reasons = _reasons(former.get("findings", []), decision)
+    dropped = bool(former.get("approvals")) and not decision.approvals
+    notes = ("Its approvals were given under another policy and do not count.",) if dropped else ()
+    problem = "" if was else "No decision was recorded for this run."
+    return Replayed(str(folder), moment, was, decision.outcome, (*reasons, *notes), problem)
+
+
+def _former(folder: Path, evidence: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    path = folder / DECISION
+    if path.is_file():
+        import json
+
+        data = path.read_bytes()
+        given = stated_circumstances(data, str(path))
+        return {**json.loads(data), "approvals": given["approvals"]}
+    results = dict(evidence["gate"]["results"]) if "gate" in evidence else {}
+    if results:
+        given = stated_circumstances(canonical_json(results), str(folder / "gate.json"))
+        return {**results, "approvals": given["approvals"]}
+    return {}
+
+
+def _time_of(evidence: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """When the gate began, or else the last step that states a time."""
+    started = {name: each.get("environment", {}).get("started") for name, each in evidence.items()}
+    return started.get("gate") or max((each for each in started.values() if each), default=None)
+
+
+def _decide(policy: Policy, evidence: Mapping[str, Any], former: Mapping[str, Any], at: str | None) -> Decision:
+    same_policy = former.get("policy_digest") == policy.digest
+    approvals: Sequence[Any] = former.get("approvals", ()) if same_policy and at else ()
+    return decide(policy, evidence, at=at, approvals=approvals)
+
+
+def _reasons(former: Sequence[Mapping[str, Any]], decision: Decision) -> tuple[str, ...]:
+    blocked = {each["rule"]: each for each in former if each["effect"] == "block" and each["verdict"] != "PASS"}
+    blocks = {
+        each.rule: each for each in decision.findings if each.effect == "block" and each.verdict is not Verdict.PASS
+    }
+    now = [
+        f"{name}: {each.verdict.value}, {each.bound}. {each.why}"
+        for name, each in blocks.items()
+        if name not in blocked or blocked[name]["verdict"] != each.verdict.value
+    ]
+    gone = [f"{name}: blocks no longer (was {blocked[name]['verdict']})." for name in blocked if name not in blocks]
+    return (*now, *gone)

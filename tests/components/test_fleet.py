@@ -1,0 +1,258 @@
+"""The fleet, read from folders and from a registry; model cards; the commands that write the pages."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from components._runtime import registry_tags as tag
+from components._runtime.evidence import write_evidence
+from components._runtime.fleet import folder_versions, registry_versions, report_of_folder
+from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.model_card import MAX_CHARACTERS, model_card
+from components._runtime.promotion import promote
+from components._runtime.release import EVIDENCE_FOLDER, Identity, Parts, Release, stage
+from components._runtime.tracking import open_run
+from components.gate_promotion.step import gate_promotion
+from defense_core.errors import EvidenceMissing
+from defense_core.files import sha256_bytes, sha256_file
+from defense_core.report import build_report
+from defense_core.report_fleet import build_fleet
+from defense_core.verdict import Verdict
+from pipelines import cli
+from pipelines.report_cli import app
+from tests.unit.report_records import sha, whole_run
+
+POLICY: dict[str, Any] = {
+    "schema": 1,
+    "name": "lenient",
+    "promote": True,
+    "rules": [
+        {
+            "id": "acc",
+            "evidence": "evaluate.selected",
+            "value": "acc.value",
+            "min": 0.5,
+            "severity": "block",
+            "why": "Half of the images at least.",
+        }
+    ],
+}
+
+
+def write_run(folder: Path, evidence: Mapping[str, Mapping[str, Any]]) -> Path:
+    for name, each in evidence.items():
+        write_evidence(folder / f"{name}.json", each)
+    return folder
+
+
+# -- folders ---------------------------------------------------------------------------
+
+
+def promoted_run(version: str, started: str, *, alias_version: str) -> dict[str, dict[str, Any]]:
+    evidence = whole_run()
+    for each in evidence.values():
+        each["environment"]["started"] = started
+    evidence["promote"]["results"] |= {"version": version, "alias_version": alias_version}
+    return evidence
+
+
+def test_every_run_below_a_folder_is_a_row_and_the_newest_promotion_has_the_alias(tmp_path: Path) -> None:
+    write_run(tmp_path / "a" / "evidence" / "run-1", promoted_run("4", "2026-11-01T00:00:00+00:00", alias_version="4"))
+    write_run(tmp_path / "b", promoted_run("5", "2026-11-02T00:00:00+00:00", alias_version="5"))
+    write_run(tmp_path / "c", {"fetch": whole_run()["fetch"]})
+    rows = {(row.model, row.version): row for row in folder_versions(tmp_path)}
+    assert set(rows) == {("digits", "4"), ("digits", "5"), ("digits.pt", "")}
+    assert rows["digits", "5"].aliases == ("champion",)
+    assert rows["digits", "4"].aliases == rows["digits.pt", ""].aliases == ()
+    assert rows["digits.pt", ""].outcome == "incomplete"
+    assert build_fleet(rows.values()).drift == ()
+
+
+def test_a_decision_that_does_not_replay_is_a_row_that_says_so(tmp_path: Path) -> None:
+    evidence = whole_run()
+    del evidence["gate"], evidence["promote"]
+    gate_promotion(evidence, POLICY, tmp_path / "decided")
+    assert report_of_folder(tmp_path / "decided").outcome == "allow"
+    path = tmp_path / "decided" / "decision.json"
+    path.write_text(path.read_text().replace('"min"', '"max"').replace("0.97", "0.98"))
+    (row,) = folder_versions(tmp_path)
+    assert row.outcome == "no evidence"
+    assert "is not what its policy and evidence give" in row.headline
+
+
+def test_a_folder_without_evidence_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for function in (folder_versions, report_of_folder):
+        with pytest.raises(EvidenceMissing, match="no evidence"):
+            function(tmp_path / "empty")
+
+
+# -- registry --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def connection(tmp_path_factory: pytest.TempPathFactory) -> MlflowConnection:
+    return connect(MlflowSettings(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"))
+
+
+def register(connection: MlflowConnection, folder: Path, name: str, *, floor: float = 0.5, **scan: Any) -> str:
+    """A release of arbitrary bytes with the evidence of a whole run; the version's number."""
+    policy = {**POLICY, "rules": [{**POLICY["rules"][0], "min": floor}]}
+    (folder / "bundle").mkdir(parents=True)
+    (folder / "bundle" / "model.safetensors").write_bytes(b"weights")
+    description = {"input_size": [1, 8, 8], "files": {"model.safetensors": sha256_bytes(b"weights")}}
+    (folder / "bundle" / "bundle.json").write_text(json.dumps(description))
+    (folder / "model.onnx").write_bytes(b"onnx")
+    onnx, bundle = sha256_file(folder / "model.onnx"), sha256_file(folder / "bundle" / "bundle.json")
+    evidence = {name: each for name, each in whole_run().items() if name not in ("gate", "promote")}
+    told = json.dumps(evidence).replace(sha("onnx"), onnx).replace(sha("purified"), bundle)
+    evidence = {**json.loads(told), **scan}
+    gate = gate_promotion(evidence, policy, folder / "decided")
+    (folder / "release").mkdir()
+    stage(Parts(folder / "model.onnx", folder / "bundle", folder / "decided"), folder / "release")
+    done = promote(
+        connection,
+        Release(folder / "release", onnx_digest=onnx, bundle_digest=bundle),
+        name=name,
+        run=open_run(connection, f"{name}-{floor}", name="run"),
+        identity=Identity(source=sha("source"), config=sha("config"), policy=gate["results"]["policy_digest"]),
+        verdict=Verdict(gate["verdict"]),
+        policy=policy["name"],
+        description=model_card(report_of_folder(folder / "release" / EVIDENCE_FOLDER)),
+    )
+    return done.version
+
+
+def test_registered_versions_are_read_from_their_evidence(connection: MlflowConnection, tmp_path: Path) -> None:
+    allowed = register(connection, tmp_path / "1", "fleet")
+    denied = register(connection, tmp_path / "2", "fleet", floor=0.999)
+    rows = {row.version: row for row in registry_versions(connection, ["fleet"])}
+    assert (rows[allowed].outcome, rows[denied].outcome) == ("allow", "deny")
+    assert rows[allowed].aliases == ("champion",)
+    assert rows[allowed].accuracy.value == pytest.approx(0.97)
+    assert build_fleet(rows.values()).drift == ()
+
+
+def test_an_alias_moved_by_hand_is_drift(connection: MlflowConnection, tmp_path: Path) -> None:
+    register(connection, tmp_path / "1", "moved")
+    denied = register(connection, tmp_path / "2", "moved", floor=0.999)
+    connection.client.set_registered_model_alias("moved", "champion", denied)
+    fleet = build_fleet(registry_versions(connection, ["moved"]))
+    (drift,) = fleet.drift
+    assert drift.where == f"moved, version {denied}"
+    assert "The alias champion points at it, and no allow decision covers it: Denied" in drift.why
+
+
+@pytest.mark.parametrize("name", [tag.DECISION, tag.POLICY, tag.ONNX_DIGEST, tag.EVIDENCE_DIGEST])
+def test_an_edited_tag_is_drift(name: str, connection: MlflowConnection, tmp_path: Path) -> None:
+    model = "edited-" + name.removeprefix("quarantine.")
+    version = register(connection, tmp_path, model)
+    connection.client.set_model_version_tag(model, version, name, "quarantined")
+    assert [each.why for each in build_fleet(registry_versions(connection, [model])).drift if name in each.why]
+
+
+def test_a_version_that_never_went_through_is_drift_once_it_is_served(connection: MlflowConnection) -> None:
+    connection.client.create_registered_model('stranger\'s "own"')
+    made = connection.client.create_model_version('stranger\'s "own"', source="s3://elsewhere/model")
+    (row,) = registry_versions(connection, ['stranger\'s "own"'])
+    assert row.outcome == "no evidence"
+    assert build_fleet([row]).drift == ()
+    connection.client.set_registered_model_alias(made.name, "production", made.version)
+    (drift,) = build_fleet(registry_versions(connection, [made.name])).drift
+    assert "never went through quarantine" in drift.why
+
+
+def test_a_version_whose_evidence_was_changed_or_removed_covers_nothing(
+    connection: MlflowConnection, tmp_path: Path
+) -> None:
+    version = register(connection, tmp_path, "tampered")
+    source = Path(connection.client.get_model_version("tampered", version).source.removeprefix("file://"))
+    path = source / EVIDENCE_FOLDER / "evaluate.tsbd.json"
+    path.write_text(path.read_text().replace('"successes":194', '"successes":195'))
+    (row,) = registry_versions(connection, ["tampered"])
+    assert row.outcome == "no evidence"
+    for file in (source / EVIDENCE_FOLDER).iterdir():
+        file.unlink()
+    (drift,) = build_fleet(registry_versions(connection, ["tampered"])).drift
+    assert "champion" in drift.why
+
+
+def test_all_models_are_listed_without_names(connection: MlflowConnection, tmp_path: Path) -> None:
+    register(connection, tmp_path, "listed")
+    assert ("listed", ("champion",)) in {(row.model, row.aliases) for row in registry_versions(connection)}
+
+
+# -- model card and tags ---------------------------------------------------------------
+
+
+def test_a_version_carries_its_model_card_and_the_scans_verdict(connection: MlflowConnection, tmp_path: Path) -> None:
+    scan = {**whole_run()["fetch"], "name": "scan", "step": "scan", "verdict": "UNKNOWN"}
+    version = connection.client.get_model_version("carded", register(connection, tmp_path / "1", "carded", scan=scan))
+    assert version.tags[tag.SCAN] == "unknown"
+    assert "met all" in version.description
+    assert "| TSBD (chosen) | patch | 97.0" in version.description.replace("\u00a0", " ")
+    assert "### What this does not show" in version.description
+    assert "model card" in connection.client.get_registered_model("carded").description
+    plain = connection.client.get_model_version("plain", register(connection, tmp_path / "2", "plain"))
+    assert plain.tags[tag.SCAN] == "none"
+
+
+def test_a_model_card_is_short_and_its_strangers_words_are_words() -> None:
+    evidence = whole_run()
+    evidence["fetch"]["results"]["architecture"] = {"name": "<img src=x>[click](javascript:x)|`"}
+    evidence["fetch"]["results"]["uri"] = "s3://a/`b`" + "c" * 9000
+    for probe in evidence["evaluate.tsbd"]["results"]["probes"]:
+        probe["name"] = "x|y" + "z" * 500
+    card = model_card(build_report(evidence))
+    assert len(card) <= MAX_CHARACTERS
+    assert not re.search(r"(?<!\\)[<\[]", card)
+    assert "s3://a/'b'" in card
+
+
+# -- commands --------------------------------------------------------------------------
+
+
+def test_the_commands_write_pages(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "one", whole_run())
+    write_run(tmp_path / "runs" / "two", {"fetch": whole_run()["fetch"]})
+    page = tmp_path / "page.html"
+    for arguments, words in (
+        (["report", "--evidence", str(run)], "Allowed: the model"),
+        (["report", "--compare", str(run), str(tmp_path / "runs" / "two")], "The runs ended differently"),
+        (["fleet", "--evidence", str(tmp_path / "runs")], "No drift: 2 versions of 2 models"),
+    ):
+        done = CliRunner().invoke(app, [*arguments, "--out", str(page)], catch_exceptions=False)
+        assert (done.exit_code, words in done.output) == (0, True), done.output
+        assert words in page.read_text()
+        as_json = CliRunner().invoke(app, [*arguments, "--out", str(page), "--json"], catch_exceptions=False)
+        assert words in json.loads(as_json.output)["headline"]
+
+
+def test_every_command_that_a_report_gives_is_one_that_there_is() -> None:
+    evidence = whole_run()
+    evidence["fetch"]["results"] |= {"mean": [0.5], "std": [0.25]}
+    known = get_command(cli.app).commands  # type: ignore[attr-defined]
+    given = [shlex.split(each.line.replace("\\\n", " ")) for each in build_report(evidence).commands]
+    ours = [words for words in given if words[0] == "quarantine"]
+    assert {words[1] for words in ours} == {"run", "gate", "verify"}
+    for words in ours:
+        options = {option for parameter in known[words[1]].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options
+
+
+def test_drift_is_exit_code_1(connection: MlflowConnection, tmp_path: Path) -> None:
+    version = register(connection, tmp_path / "1", "drifted")
+    connection.client.set_model_version_tag("drifted", version, tag.DECISION, "quarantined")
+    arguments = ["fleet", "--tracking-uri", connection.settings.tracking_uri, "--model", "drifted"]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "fleet.html")], catch_exceptions=False)
+    assert done.exit_code == 1
+    assert "Drift in 1 place" in (tmp_path / "fleet.html").read_text()
