@@ -28,10 +28,7 @@ def gate(
     approval: Annotated[
         list[Path], typer.Option(help="A signed approval, from `quarantine approve`; repeatable.")
     ] = [],
-    approver_key: Annotated[
-        list[str],
-        typer.Option(help="Whose approvals count: a name and a public key, PEM; repeatable.", metavar="NAME=PUBKEY"),
-    ] = [],
+    approver_key: o.ApproverKeys = [],
     supersedes: Annotated[
         str, typer.Option(help="Folder of the earlier decision that this one takes the place of; it stays as it is.")
     ] = "",
@@ -49,7 +46,7 @@ def gate(
         o.read_policy(policy),
         o.optional_path(out),
         at=at or None,
-        approvals=read_approvals(approval, _approvers(approver_key)),
+        approvals=read_approvals(approval, o.approvers(approver_key)),
         supersedes=o.optional_path(supersedes),
     )
     verdict = Verdict(decision["verdict"])
@@ -132,15 +129,3 @@ def _require_approvable(decision: Any, policy: Any, rule: str) -> None:
             got=found.why,
             hint="Say approvable: fail in the policy if it may be",
         )
-
-
-def _approvers(given: list[str]) -> dict[str, Any]:
-    from components._runtime.signing_keys import load_public_key
-
-    named: dict[str, Any] = {}
-    for each in given:
-        name, found, path = each.partition("=")
-        if not found or not name.strip() or not path or name in named:
-            raise ConfigError("--approver-key is malformed", expected="NAME=PUBKEY, each name once", got=repr(each))
-        named[name] = load_public_key(Path(path))
-    return named

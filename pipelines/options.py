@@ -55,6 +55,14 @@ LoadTimeout = Annotated[
 Sha256 = Annotated[
     str, typer.Option(help="Digest that the artifact must have: sha256:<hex>.", rich_help_panel="Limits")
 ]
+ApproverKeys = Annotated[
+    list[str],
+    typer.Option(
+        "--approver-key",
+        help="Whose approvals count: a name and a public key, PEM; repeatable.",
+        metavar="NAME=PUBKEY",
+    ),
+]
 Clean = Annotated[str, typer.Option(help="Clean set: .parquet, .npz or an image folder.")]
 Test = Annotated[str, typer.Option(help="Test set that figures are quoted on; default: a fifth of the clean set.")]
 Probes = Annotated[list[Path], typer.Option("--probe", help="Trigger specification, YAML; repeatable.")]
@@ -176,3 +184,16 @@ def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
     except ValueError as error:
         kind = "whole numbers" if whole else "numbers"
         raise ConfigError(f"{option} is malformed", expected=f"{kind} separated by commas", got=repr(text)) from error
+
+
+def approvers(given: list[str]) -> dict[str, Any]:
+    """Public keys by name, from ``NAME=PUBKEY``. Raises ConfigError."""
+    from components._runtime.signing_keys import load_public_key
+
+    named: dict[str, Any] = {}
+    for each in given:
+        name, found, path = each.partition("=")
+        if not found or not name.strip() or not path or name in named:
+            raise ConfigError("--approver-key is malformed", expected="NAME=PUBKEY, each name once", got=repr(each))
+        named[name] = load_public_key(Path(path))
+    return named

@@ -25,6 +25,7 @@ def verify(
     policy: Annotated[
         str, typer.Option(help="strict, standard, observe, or a policy file: it must have decided by this one.")
     ] = "",
+    approver_key: o.ApproverKeys = [],
     as_json: o.AsJson = False,
 ) -> None:
     """Check a release again: every file, signature and statement, and the decision itself."""
@@ -37,13 +38,14 @@ def verify(
     trusted = TrustedSigner(public_key, certificate_chain)
     trusted.check()
     expected = parse_policy(o.read_policy(policy)) if policy else None
+    approvers = o.approvers(approver_key)
     if release.startswith("models:"):
         from components._runtime.journal import open_connection
         from components._runtime.verification_registry import verify_registered
 
-        verified = verify_registered(open_connection(), release, trusted, policy=expected)
+        verified = verify_registered(open_connection(), release, trusted, policy=expected, approvers=approvers)
     else:
-        verified = verify_release(Path(release), trusted, policy=expected)
+        verified = verify_release(Path(release), trusted, policy=expected, approvers=approvers)
     if as_json:
         print_json(verification_facts(verified))
     else:

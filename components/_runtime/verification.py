@@ -9,6 +9,7 @@ finding              holds where
 ``verify.chain``     what a step took in came out of an earlier one; nothing reordered, nothing dropped
 ``verify.model``     the bundle and the ONNX file are those that were decided on
 ``verify.decision``  policy and evidence give the same decision, byte for byte
+``verify.approval``  who is said to have approved a rule signed that (where a decision rests on approvals)
 ``require.…``        what the policy demands to be signed is signed
 ``verify.policy``    it was decided by the policy that was expected (where one is named)
 ``verify.registry``  tags and aliases say what the signed files say (for ``models:/name/version``)
@@ -23,6 +24,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from components._runtime.bundle_files import DESCRIPTION, listed_files
@@ -32,6 +34,7 @@ from components._runtime.evidence import DECISION, read_folder
 from components._runtime.model_signature import SIGNATURE
 from components._runtime.release import ATTESTATIONS, BUNDLE_FOLDER, EVIDENCE_FOLDER, ONNX_NAME
 from components._runtime.signing_keys import TrustedSigner, load_public_key
+from components._runtime.verification_approvals import approval_findings
 from components._runtime.verification_chain import chain_problems, read_statements
 from components._runtime.verification_files import Check, FileFinding, check_files
 from defense_core.errors import (
@@ -85,6 +88,7 @@ def verify_release(
     trusted: TrustedSigner,
     *,
     policy: Policy | None = None,
+    approvers: Mapping[str, SSlibKey] = MappingProxyType({}),
     what: str = "",
     further: Callable[[Check], None] = lambda check: None,
 ) -> Verification:
@@ -93,6 +97,7 @@ def verify_release(
     Args:
         trusted: whose signature counts.
         policy: the policy that must have decided; ``None``: whichever did.
+        approvers: whose approvals count, by name.
         what: how the folder is called in the result.
         further: more checks on the same findings.
 
@@ -114,6 +119,8 @@ def verify_release(
         _check_statements(check)
         _check_model(check)
         _check_required(check)
+        if check.replayed is not None:
+            check.findings += approval_findings(check.replayed, approvers)
     else:
         # A link or a pipe is named and never followed.
         why = "The evidence was not read, because the folder holds what is no plain file."

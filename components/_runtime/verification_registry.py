@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from components._runtime import registry_tags as tag
 from components._runtime.decided_files import identity_of_decision, release_of
@@ -18,6 +20,9 @@ from components._runtime.verification_files import Check, FileFinding
 from defense_core.policy import Policy
 from defense_core.verdict import Verdict
 
+if TYPE_CHECKING:
+    from securesystemslib.signer import SSlibKey
+
 RULE = "verify.registry"
 
 
@@ -27,12 +32,14 @@ def verify_registered(
     trusted: TrustedSigner,
     *,
     policy: Policy | None = None,
+    approvers: Mapping[str, SSlibKey] = MappingProxyType({}),
     max_bytes: int = MAX_BYTES,
 ) -> Verification:
     """Download the version that ``uri`` names, verify it, and compare the registry's tags with it.
 
     Args:
         uri: ``models:/name/3`` or ``models:/name@alias``.
+        approvers: whose approvals count: public key by name.
 
     Raises:
         ConfigError, SourceNotFound, UnsafeArtifact, ArtifactTooLarge, RegistryUnavailable: it cannot be
@@ -48,7 +55,9 @@ def verify_registered(
             _check_tags(check, registered)
             _check_destination(check, registered, own)
 
-        return verify_release(registered.path, trusted, policy=policy, what=registered.uri, further=compare)
+        return verify_release(
+            registered.path, trusted, policy=policy, approvers=approvers, what=registered.uri, further=compare
+        )
 
 
 def expected_tags(check: Check) -> dict[str, str]:

@@ -13,10 +13,12 @@ from components._runtime.decision_files import replay_decision
 from components._runtime.envelopes import seal
 from components._runtime.evidence import DECISION
 from components._runtime.signing_keys import generate_key_pair, load_public_key, load_signing_key
+from components._runtime.verification_approvals import approval_findings
 from components.gate_promotion.step import gate_promotion
 from defense_core.errors import ConfigError, EvidenceMismatch, EvidenceMissing, StorageError
 from defense_core.files import sha256_file
 from defense_core.policy import decide, parse_policy
+from defense_core.verdict import Verdict
 from tests.unit.policy_records import AT, OTHER, dated, later, policy_mapping, rule, with_score
 
 POLICY = {**policy_mapping(rule()), "max_unknown_age_days": 7}
@@ -68,6 +70,28 @@ def test_a_decision_rests_on_its_approval_and_replays(tmp_path: Path, keys: dict
     assert replayed.decision.outcome == "allow"
     assert replayed.decision.approvals[0].identity == "ada"
     assert replayed.decision.decided_at == later(1)
+
+
+@pytest.mark.parametrize(
+    ("names", "verdict"), [(("ada", "bob"), Verdict.PASS), (("bob",), Verdict.FAIL), (None, Verdict.UNKNOWN)]
+)
+def test_verify_asks_who_signed_an_approval(
+    names: tuple[str, ...] | None, verdict: Verdict, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    decided(tmp_path / "out", keys, signed(keys))
+    approvers = publics(keys, *names) if names else {}
+    (finding,) = approval_findings(replay_decision(tmp_path / "out"), approvers)
+    assert (finding.rule, finding.verdict, finding.file) == (
+        "verify.approval",
+        verdict,
+        "evidence/approvals/000-r.json",
+    )
+    assert "ada" in finding.why
+
+
+def test_verify_says_nothing_of_approvals_where_there_are_none(tmp_path: Path) -> None:
+    gate_promotion(dated(with_score(1.0)), POLICY, tmp_path / "out", at=later(1))
+    assert approval_findings(replay_decision(tmp_path / "out"), {}) == []
 
 
 @pytest.mark.parametrize("names", [(), ("bob",)])
