@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ DEVELOPMENT = ("badnets", "blended")
 
 KEY = ("attack", "method", "seed", "clean_fraction", "architecture", "config_digest")
 """Fields that identify a row."""
+
+CHOSEN = ("n", "lr", "ratio", "sparsity")
+"""Facts of a method that say what its rule chose."""
 
 FIRST = ("badnets", "blended", "sig", "low_frequency", "ssba", "input_aware", "wanet", "trojan")
 """The eight attacks of the TSBD paper, or this lab's nearest."""
@@ -161,16 +165,28 @@ def clean_splits(subject: Victim, setting: Setting, seed: int) -> Splits:
 
 
 def figures(
-    subject: Victim, clean: Splits, test: CleanSet, method: str, *, seed: int, device: str, progress: Progress
+    subject: Victim,
+    clean: Splits,
+    test: CleanSet,
+    method: str,
+    *,
+    seed: int,
+    device: str,
+    progress: Progress,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Purify once; what the row says beside its key."""
+    """Purify once; what the row says beside its key.
+
+    Args:
+        settings: what differs from the method's defaults.
+    """
     assert subject.probe is not None
     reset_peak(device)
     started = time.perf_counter()
     try:
         result = purify(
-            subject.model, clean, METHODS[method].config(), method=method, task=subject.task, seed=seed, device=device,
-            progress=progress,
+            subject.model, clean, config.from_mapping(METHODS[method].config, settings), method=method,
+            task=subject.task, seed=seed, device=device, progress=progress,
         )  # fmt: skip
     except MethodDiverged as error:
         return {"diverged": str(error), "seconds": round(time.perf_counter() - started, 1)}
@@ -191,6 +207,7 @@ def figures(
         "seconds": round(seconds, 2),
         "peak_mb": round(peak),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "chosen": {name: result.facts[name] for name in CHOSEN if name in result.facts},
         "select": signals.to_mapping(),
     }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from itertools import product
@@ -19,19 +18,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.purification import ATTACKS, DEVELOPMENT, NARROW, Setting, clean_splits, figures
 from benchmarks.results import read_rows, write_results
-from benchmarks.zoo import Recipe, Victim, load_cifar10, victim
+from benchmarks.zoo import Recipe, load_cifar10, victim
 from defense_core import config
-from defense_core.data import CleanSet, Splits, split_clean_set
-from defense_core.evaluate import evaluate
 from defense_core.progress import default_progress
 from defense_core.purify import METHODS
 
-ATTACKS: dict[str, dict[str, Any]] = {
-    "badnets": {"name": "badnets", "kind": "badnets", "target": 0, "size": 3},
-    "blended": {"name": "blended", "kind": "blended", "target": 0, "alpha": 0.2},
-}
-CLEAN_IMAGES = 1000
+SETTING = Setting(0.05, DEVELOPMENT, architecture_args=NARROW)
 VICTIM_SEEDS = (0, 1)
 """Defaults were developed on the victims of seed 0; ``docs/benchmarks.md`` says what changed after seed 1 was seen."""
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -50,45 +44,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def clean_splits(subject: Victim, seed: int) -> Splits:
-    """1,000 clean images drawn by ``seed``, four fifths to fit, one fifth to select."""
-    order = torch.randperm(len(subject.held_out), generator=torch.Generator().manual_seed(1000 + seed))
-    return split_clean_set(subject.held_out.subset(order[:CLEAN_IMAGES]), seed=seed, select=0.2, report=0.0)
-
-
-def purified_row(
-    subject: Victim, test: CleanSet, method: str, settings: Mapping[str, Any], *, seed: int, device: str
-) -> dict[str, Any]:
-    """Purify once; ACC, ASR, RA before and after, DER and seconds as fields of a row."""
-    row = METHODS[method]
-    assert subject.probe is not None
-    started = time.perf_counter()
-    result = row.function(
-        subject.model,
-        clean_splits(subject, seed),
-        config.from_mapping(row.config, settings),
-        task=subject.task,
-        seed=seed,
-        device=device,
-        progress=default_progress(),
-    )
-    seconds = time.perf_counter() - started
-    measured = evaluate(
-        result.model, test, task=subject.task, probes=(subject.probe,), reference=subject.model, device=device
-    ).to_results()
-    probe = measured["probes"][0]
-    return {
-        "acc_before": measured["acc_before"]["value"],
-        "acc_after": measured["acc"]["value"],
-        "asr_before": probe["asr_before"]["value"],
-        "asr_after": probe["asr"]["value"],
-        "ra_after": probe["ra"]["value"],
-        "der": probe["der"],
-        "seconds": round(seconds, 1),
-        "chosen": {key: result.facts[key] for key in ("n", "lr") if key in result.facts},
-    }
-
-
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,11 +60,16 @@ def main() -> None:
     jobs = list(ablation_jobs() if options.ablation else comparison_jobs())
     for job in jobs:
         if key_of(job) not in known:
-            recipe = Recipe(attack=ATTACKS[job["attack"]], seed=job["victim_seed"])
+            spec, rate = ATTACKS[job["attack"]]
+            recipe = Recipe(attack=spec, rate=rate, seed=job["victim_seed"])
             subject = victim(recipe, train, test, device=options.device, progress=default_progress())
             settings = ABLATIONS[job["ablation"]] if options.ablation else {}
-            figures = purified_row(subject, test, job["method"], settings, seed=job["seed"], device=options.device)
-            known[key_of(job)] = {**job, **figures}
+            measured = figures(
+                subject, clean_splits(subject, SETTING, job["seed"]), test, job["method"], seed=job["seed"],
+                device=options.device, progress=default_progress(), settings=settings,
+            )  # fmt: skip
+            del measured["select"]
+            known[key_of(job)] = {**job, **measured}
             logging.info("%s", known[key_of(job)])
             done = [known[key_of(each)] for each in jobs if key_of(each) in known]
             write_results(name, done, command=command, started=started)
@@ -117,13 +77,13 @@ def main() -> None:
 
 def comparison_jobs() -> Iterator[dict[str, Any]]:
     """Both methods on every victim and draw of clean images."""
-    for attack, trained, seed, method in product(ATTACKS, VICTIM_SEEDS, range(3), ("tsbd", "fine_tuning")):
+    for attack, trained, seed, method in product(DEVELOPMENT, VICTIM_SEEDS, range(3), ("tsbd", "fine_tuning")):
         yield _job({}, attack=attack, victim_seed=trained, method=method, seed=seed)
 
 
 def ablation_jobs() -> Iterator[dict[str, Any]]:
     """TSBD's parts, on the first victim of each attack."""
-    for attack, (label, settings) in product(ATTACKS, ABLATIONS.items()):
+    for attack, (label, settings) in product(DEVELOPMENT, ABLATIONS.items()):
         yield _job(settings, ablation=label, attack=attack, victim_seed=0, method="tsbd", seed=0)
 
 
