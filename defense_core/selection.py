@@ -86,6 +86,11 @@ class Candidate:
     residual: float | None = None
 
 
+def permitted_drop(max_drop: float, images: int) -> float:
+    """``max_drop``, but never less than three of ``images``: on a small split one image says nothing."""
+    return max(max_drop, 3 / max(images, 1)) + 1e-9
+
+
 def suspected_class(candidates: Sequence[Candidate]) -> int | None:
     """The class whose universal perturbation lost most success, averaged over the eligible candidates.
 
@@ -129,9 +134,8 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
 def _holds(signals: Signals | None) -> bool:
     if signals is None:
         return False
-    # As everywhere, the bound is never tighter than three images.
-    allowed = max(MAX_DROP, 3 / signals.images) + 1e-9
-    return signals.correct_before / signals.images - signals.cautious_accuracy <= allowed
+    drop = signals.correct_before / signals.images - signals.cautious_accuracy
+    return drop <= permitted_drop(MAX_DROP, signals.images)
 
 
 def _residual(candidate: Candidate) -> float:

@@ -14,6 +14,7 @@ from defense_core.data import CleanSet, Splits
 from defense_core.errors import MethodDiverged
 from defense_core.loop import HistoryRow
 from defense_core.progress import Progress
+from defense_core.selection import permitted_drop
 from defense_core.task import Task
 
 T = TypeVar("T")
@@ -130,7 +131,7 @@ def strongest_within(
     Raises:
         MethodDiverged: even the weakest candidate diverged.
     """
-    allowed = max(max_drop, 3 / max(images, 1)) + 1e-9
+    allowed = permitted_drop(max_drop, images)
     first, *others = sorted(strengths)
     chosen = first
     reached, made = attempt(first)

@@ -15,6 +15,7 @@ is the paper's method.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ from defense_core.purify.masks import (
     mask_sites,
 )
 from defense_core.purify.statistics import renew_statistics
-from defense_core.purify.unlearning import choose_ratio, unlearning_changes
+from defense_core.purify.unlearning import close_most_moved, require_closing
 from defense_core.task import Task
 
 PAPER_DEPTH = 19
@@ -124,12 +125,7 @@ class NFTConfig:
         grid_fits = bool(self.sparsity_grid) and min(self.sparsity_grid) >= 0
         require(grid_fits, "sparsity_grid", "weights of 0 or more", self.sparsity_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
-        require(self.ratio is None or 0 <= self.ratio < 1, "ratio", "in [0, 1), or null", self.ratio)
-        ratios_fit = bool(self.ratio_grid) and all(0 <= ratio < 1 for ratio in self.ratio_grid)
-        require(ratios_fit, "ratio_grid", "shares in [0, 1)", self.ratio_grid)
-        require(0 < self.start_keep <= 1, "start_keep", "in (0, 1]", self.start_keep)
-        require(self.unlearn_lr > 0, "unlearn_lr", "a positive rate", self.unlearn_lr)
-        require(self.unlearn_epochs >= 1, "unlearn_epochs", "1 or more", self.unlearn_epochs)
+        require_closing(self)
         require(self.eta >= 0, "eta", "0 or more", self.eta)
         require(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
         require(self.beta >= 0, "beta", "0 or more", self.beta)
@@ -178,8 +174,23 @@ def purify(
     sites = mask_sites(original, sample, sites=config.sites, granularity=config.granularity)
     floors = depth_schedule(len(sites), alpha=config.alpha, beta=config.beta, depth=config.depth)
     per_class = len(clean.fit) / task.num_classes
+
+    def select_accuracy(network: nn.Module) -> float:
+        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
+
+    reference = select_accuracy(original)
     starts, chosen = _starts(
-        original, clean, config, sites, floors, task=task, seed=seed, device=device, progress=progress
+        original,
+        clean,
+        config,
+        sites,
+        floors,
+        select_accuracy=select_accuracy,
+        reference=reference,
+        task=task,
+        seed=seed,
+        device=device,
+        progress=progress,
     )
 
     def attempt(sparsity: float) -> tuple[float, _Outcome]:
@@ -199,14 +210,11 @@ def purify(
         )
         return select_accuracy(made.model), made
 
-    def select_accuracy(network: nn.Module) -> float:
-        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
-
     candidates = (config.sparsity,) if config.sparsity is not None else config.sparsity_grid
     sparsity, made, trials = strongest_within(
         candidates if config.epochs else (min(candidates),),
         attempt,
-        reference=select_accuracy(original),
+        reference=reference,
         max_drop=config.max_drop,
         images=len(chooser(clean)),
     )
@@ -230,6 +238,8 @@ def _starts(
     sites: list[MaskSite],
     floors: list[float],
     *,
+    select_accuracy: Callable[[nn.Module], float],
+    reference: float,
     task: Task,
     seed: int,
     device: torch.device | str,
@@ -240,32 +250,17 @@ def _starts(
     if config.ratio == 0 or not config.epochs:
         return starts, {"ratio": 0.0, "ratio_trials": []}
 
-    def select_accuracy(network: nn.Module) -> float:
-        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
-
-    changes = unlearning_changes(
-        original,
-        clean.fit,
-        epochs=config.unlearn_epochs,
-        lr=config.unlearn_lr,
-        batch_size=config.batch_size,
-        precision=config.precision,
+    pruned = working_copy(original, device)
+    ratio, closed, trials = close_most_moved(
+        pruned,
+        clean,
+        config,
+        granularity="kernel",
+        select_accuracy=select_accuracy,
+        reference=reference,
         task=task,
         seed=seed,
         device=device,
-        progress=progress,
-    )
-    reference = select_accuracy(original)
-    pruned = working_copy(original, device)
-    ratio, closed, trials = choose_ratio(
-        pruned,
-        changes,
-        config.ratio_grid if config.ratio is None else (config.ratio,),
-        select_accuracy,
-        granularity="kernel",
-        reference=reference,
-        max_drop=(1 - config.start_keep) * reference,
-        images=len(chooser(clean)),
         progress=progress,
     )
     by_name = {layer.name: part for layer, part in zip(unit_layers(pruned), closed, strict=True)}

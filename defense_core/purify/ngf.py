@@ -26,7 +26,7 @@ from defense_core.purify.base import Method, Purified, cautious_accuracy, choose
 from defense_core.purify.ngf_block import last_layers, tune_block
 from defense_core.purify.ngf_head import linear_head, tune_on_features
 from defense_core.purify.ngf_run import NGFConfig, Run
-from defense_core.purify.unlearning import choose_ratio, unlearning_changes
+from defense_core.purify.unlearning import close_most_moved
 from defense_core.task import Task
 
 
@@ -74,28 +74,16 @@ def _close_units(model: nn.Module, clean: Splits, run: Run) -> dict[str, Any]:
     def select_accuracy(network: nn.Module) -> float:
         return accuracy(network, chooser(clean), task=run.task, device=run.device, precision=config.precision)
 
-    changes = unlearning_changes(
+    ratio, _, trials = close_most_moved(
         model,
-        clean.fit,
-        epochs=config.unlearn_epochs,
-        lr=config.unlearn_lr,
-        batch_size=config.batch_size,
-        precision=config.precision,
+        clean,
+        config,
+        granularity="weight",
+        select_accuracy=select_accuracy,
+        reference=select_accuracy(model),
         task=run.task,
         seed=run.seed,
         device=run.device,
-        progress=run.progress,
-    )
-    reference = select_accuracy(model)
-    ratio, _, trials = choose_ratio(
-        model,
-        changes,
-        config.ratio_grid if config.ratio is None else (config.ratio,),
-        select_accuracy,
-        granularity="weight",
-        reference=reference,
-        max_drop=(1 - config.start_keep) * reference,
-        images=len(chooser(clean)),
         progress=run.progress,
     )
     return {"ratio": ratio, "trials": trials}

@@ -15,6 +15,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
 from defense_core.loop import HistoryRow, Precision, batch_indices
 from defense_core.progress import Progress
+from defense_core.purify.unlearning import require_closing
 from defense_core.task import Task
 
 Part = Literal["masked", "head", "fresh_head", "feature_mask", "block", "masked_block"]
@@ -78,12 +79,7 @@ class NGFConfig:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        require(self.ratio is None or 0 <= self.ratio < 1, "ratio", "in [0, 1), or null", self.ratio)
-        ratios_fit = bool(self.ratio_grid) and all(0 <= ratio < 1 for ratio in self.ratio_grid)
-        require(ratios_fit, "ratio_grid", "shares in [0, 1)", self.ratio_grid)
-        require(0 < self.start_keep <= 1, "start_keep", "in (0, 1]", self.start_keep)
-        require(self.unlearn_lr > 0, "unlearn_lr", "a positive rate", self.unlearn_lr)
-        require(self.unlearn_epochs >= 1, "unlearn_epochs", "1 or more", self.unlearn_epochs)
+        require_closing(self)
         require(self.layers is None or self.layers >= 1, "layers", "1 or more, or null", self.layers)
         require(bool(self.layers_grid) and min(self.layers_grid) >= 1, "layers_grid", "counts", self.layers_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)

@@ -11,16 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from defense_core.data import CleanSet
+from defense_core.config import require
+from defense_core.data import CleanSet, Splits
 from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import Precision, Tuning, batch_indices, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import strongest_within
+from defense_core.purify.base import chooser, strongest_within
 from defense_core.purify.tsbd import set_weights, weight_changes, zero, zero_masks
 from defense_core.task import Task
 
@@ -88,6 +89,85 @@ def closed_weights(
         changes = [change.flatten(2).sum(2) if change.dim() > 2 else change for change in changes]
         layers = [replace(layer, weight=change) for layer, change in zip(layers, changes, strict=True)]
     return zero_masks(layers, changes, n=ratio, m=SHARE)
+
+
+class ClosingConfig(Protocol):
+    """What a method's configuration says about closing units; NFT's and NGF's explain the fields."""
+
+    @property
+    def ratio(self) -> float | None: ...
+    @property
+    def ratio_grid(self) -> tuple[float, ...]: ...
+    @property
+    def start_keep(self) -> float: ...
+    @property
+    def unlearn_lr(self) -> float: ...
+    @property
+    def unlearn_epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def precision(self) -> Precision: ...
+
+
+def require_closing(config: ClosingConfig) -> None:
+    """Raises ConfigError where a setting is out of range."""
+    require(config.ratio is None or 0 <= config.ratio < 1, "ratio", "in [0, 1), or null", config.ratio)
+    ratios_fit = bool(config.ratio_grid) and all(0 <= ratio < 1 for ratio in config.ratio_grid)
+    require(ratios_fit, "ratio_grid", "shares in [0, 1)", config.ratio_grid)
+    require(0 < config.start_keep <= 1, "start_keep", "in (0, 1]", config.start_keep)
+    require(config.unlearn_lr > 0, "unlearn_lr", "a positive rate", config.unlearn_lr)
+    require(config.unlearn_epochs >= 1, "unlearn_epochs", "1 or more", config.unlearn_epochs)
+
+
+def close_most_moved(
+    model: nn.Module,
+    clean: Splits,
+    config: ClosingConfig,
+    *,
+    granularity: Literal["weight", "kernel"],
+    select_accuracy: Callable[[nn.Module], float],
+    reference: float,
+    task: Task,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> tuple[float, list[Tensor], list[dict[str, float | None]]]:
+    """Rank ``model``'s units by a short clean unlearning and close, in place, as many as accuracy permits.
+
+    Args:
+        reference: ``select_accuracy(model)``.
+
+    Returns:
+        As :func:`choose_ratio`.
+
+    Raises:
+        MethodDiverged: the loss became NaN or Inf.
+        Cancelled: a stop was requested.
+    """
+    changes = unlearning_changes(
+        model,
+        clean.fit,
+        epochs=config.unlearn_epochs,
+        lr=config.unlearn_lr,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        task=task,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    return choose_ratio(
+        model,
+        changes,
+        config.ratio_grid if config.ratio is None else (config.ratio,),
+        select_accuracy,
+        granularity=granularity,
+        reference=reference,
+        max_drop=(1 - config.start_keep) * reference,
+        images=len(chooser(clean)),
+        progress=progress,
+    )
 
 
 def choose_ratio(
