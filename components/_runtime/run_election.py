@@ -82,7 +82,8 @@ def _elect(connection: MlflowConnection, experiment_id: str, key: str) -> Run | 
     first, *others = standing
     for other in others:
         if _decide(connection, other.info.run_id, "withdrawn") == "elected":
-            return other
+            # It was elected since the search. Only a new look has it first and withdraws the rest.
+            return _elect(connection, experiment_id, key)
         connection.client.delete_run(other.info.run_id)
     if fates[first.info.run_id] == "elected":
         return first

@@ -120,6 +120,26 @@ def test_a_rival_that_acts_at_the_worst_moment(
     ]
 
 
+def test_a_candidate_elected_between_look_and_withdrawal_leaves_no_other(mlflow_sqlite: MlflowConnection) -> None:
+    experiment = mlflow_sqlite.client.create_experiment("tests")
+    older, younger = (
+        mlflow_sqlite.client.create_run(experiment, start_time=start, tags={RUN_KEY_TAG: "contested"}).info.run_id
+        for start in (1, 2)
+    )
+    acted: list[str] = []
+
+    def rival(number: int, name: str, when: str) -> None:
+        if (name, when) == ("log_param", "before") and not acted:
+            acted.append(name)
+            mlflow_sqlite.client.log_param(younger, ELECTION_PARAMETER, "elected")
+
+    assert open_run(interposed(mlflow_sqlite, rival), "contested", name="ours").run_id == younger
+    assert acted == ["log_param"]
+    experiments = MlflowSettings(mlflow_sqlite.settings.tracking_uri, experiment="tests")
+    assert active_runs(MlflowConnection(experiments, mlflow_sqlite.client), "contested") == [younger]
+    assert mlflow_sqlite.client.get_run(older).info.lifecycle_stage == "deleted"
+
+
 def test_a_candidate_of_a_process_that_died_is_used(mlflow_sqlite: MlflowConnection) -> None:
     experiment = mlflow_sqlite.client.create_experiment("tests")
     dead = mlflow_sqlite.client.create_run(experiment, tags={RUN_KEY_TAG: "orphan"})
