@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_core.config import require
+from defense_core.course import Course, Kept, model_state, random_state
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
 from defense_core.layers import CONVOLUTIONS, evaluating, frozen_statistics, is_finite
@@ -176,8 +177,9 @@ def tune(
     mixup: float = 0.0,
     after_step: Callable[[], None] | None = None,
     after_epoch: Callable[[int], bool] | None = None,
+    kept: Kept | None = None,
 ) -> list[HistoryRow]:
-    """Train ``model`` in place on ``data``.
+    """Train ``model`` in place on ``data``; from a checkpoint on where ``progress`` brings one.
 
     Args:
         model: in any mode; left in training mode. Parameters that require no gradient stay.
@@ -187,6 +189,7 @@ def tune(
         mixup: parameter of the Beta distribution of MixUp; 0 mixes nothing.
         after_step: called after each optimiser step (clamp, project, mask).
         after_epoch: called with the number of finished epochs; true ends the loop early.
+        kept: what ``step``, ``after_step`` and ``after_epoch`` change besides the model, for checkpoints.
 
     Returns:
         One row per epoch: ``{"phase", "step", "loss", "lr"}``.
@@ -201,16 +204,25 @@ def tune(
     optimizer = torch.optim.SGD(
         trained, lr=tuning.lr, momentum=tuning.momentum, weight_decay=tuning.weight_decay, foreach=True
     )
-    steps_per_epoch = len(batch_indices(len(data), tuning.batch_size, torch.Generator()))
-    rate = learning_rates(tuning, steps_per_epoch)
+    order, total = torch.arange(len(data)), torch.zeros((), device=device)
+    steps_per_epoch = len(in_batches(order, tuning.batch_size))
+    rates = list(learning_rates(tuning, steps_per_epoch))
     context = autocast(model, tuning.precision, device)
-    history: list[HistoryRow] = []
     model.train()
     with seeded(seed, device), progress.phase(name, total=tuning.epochs * steps_per_epoch) as phase:
+        changed: Kept = {"order": order, "total": total, "generator": generator, **random_state(device)}
+        changed = {**changed, **model_state(model), **{f"step.{key}": part for key, part in (kept or {}).items()}}
+        course = Course(progress.checkpoints.of_loop(name), name, changed, optimizer=optimizer)
+        if course.done:
+            phase.advance(course.done)
+        if course.finished:
+            return course.history
         shown = math.nan
-        for epoch in range(tuning.epochs):
-            total = torch.zeros((), device=device)
-            for batch in batch_indices(len(data), tuning.batch_size, generator):
+        for epoch in range(len(course.history), tuning.epochs):
+            if course.done == epoch * steps_per_epoch:  # a checkpoint may lie within the epoch, or at its end
+                order.copy_(torch.randperm(len(data), generator=generator))
+                total.zero_()
+            for batch in in_batches(order, tuning.batch_size)[course.done - epoch * steps_per_epoch :]:
                 index = batch.to(device)
                 images = task.augmented(data.images[index], generator)
                 inputs = channels_last(task.inputs(images))
@@ -226,7 +238,7 @@ def tune(
                     return sign * loss
 
                 for group in optimizer.param_groups:
-                    group["lr"] = next(rate)
+                    group["lr"] = rates[course.done]
                 optimizer.zero_grad(set_to_none=True)
                 total += step(model, loss_of)
                 if tuning.max_grad_norm:
@@ -234,6 +246,7 @@ def tune(
                 optimizer.step()
                 if after_step is not None:
                     after_step()
+                course.step()
                 phase.advance(loss=shown)
             shown = float(total) / steps_per_epoch
             if not math.isfinite(shown):
@@ -243,19 +256,23 @@ def tune(
                     got=shown,
                     hint="Lower its learning rate",
                 )
-            history.append(
-                {"phase": name, "step": epoch + 1, "loss": sign * shown, "lr": optimizer.param_groups[0]["lr"]}
+            course.history.append(
+                {"phase": name, "step": epoch + 1, "loss": sign * shown, "lr": rates[course.done - 1]}
             )
             if after_epoch is not None and after_epoch(epoch + 1):
                 break
-    return history
+        return course.finish()
 
 
 def batch_indices(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
-    """A shuffled pass in batches. A last batch of one joins its neighbour, since batch
+    """A shuffled pass over ``count`` samples as :func:`in_batches`."""
+    return in_batches(torch.randperm(count, generator=generator), size)
+
+
+def in_batches(order: Tensor, size: int) -> list[Tensor]:
+    """``order`` in batches. A last batch of one joins its neighbour, since batch
     normalisation cannot train on one sample; a set of one sample is a batch of it twice."""
-    order = torch.randperm(count, generator=generator)
-    if count == 1:
+    if len(order) == 1:
         return [order.repeat(2)]
     batches = list(order.split(max(size, 2)))
     if len(batches) > 1 and len(batches[-1]) == 1:

@@ -8,7 +8,8 @@ A method opens a phase and advances it once per step::
             phase.advance(loss=0.3)
 
 ``advance`` is also the cancellation point: it raises :class:`Cancelled` once the operator
-has asked to stop, so every method cancels within one step.
+has asked to stop, so every method cancels within one step. And progress may be kept: with
+:func:`resumable` the loops of a method save where they stand, and go on from there.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
+from defense_core.checkpoints import NO_CHECKPOINTS, Checkpoints
 from defense_core.errors import Cancelled
 
 logger = logging.getLogger("quarantine")
@@ -43,6 +46,11 @@ class Phase(Protocol):
 
 class Progress(Protocol):
     """What a method is given; it never prints by itself."""
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Where loops save how far they have come."""
+        ...
 
     def phase(self, name: str, total: int | None = None) -> Phase:
         """Open a phase called ``name`` of ``total`` steps (``None``: unknown)."""
@@ -119,6 +127,8 @@ class _LogPhase(_Phase):
 class NullProgress:
     """Shows nothing; still honours a stop request."""
 
+    checkpoints: Checkpoints = NO_CHECKPOINTS
+
     def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
         self._stop = stop
 
@@ -142,6 +152,20 @@ class LogProgress(NullProgress):
 
     def phase(self, name: str, total: int | None = None) -> Phase:
         return _LogPhase(name, total, self._stop, self._every_s)
+
+
+@dataclass(frozen=True)
+class _Resumable:
+    progress: Progress
+    checkpoints: Checkpoints
+
+    def phase(self, name: str, total: int | None = None) -> Phase:
+        return self.progress.phase(name, total)
+
+
+def resumable(progress: Progress, checkpoints: Checkpoints) -> Progress:
+    """``progress`` whose loops save to, and go on from, ``checkpoints``."""
+    return _Resumable(progress, checkpoints)
 
 
 def default_progress(stop: Callable[[], bool] = lambda: False) -> NullProgress:

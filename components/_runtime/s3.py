@@ -27,6 +27,7 @@ __all__ = [
     "Fetched",
     "S3Location",
     "S3Settings",
+    "delete_objects",
     "fetch_object",
     "list_keys",
     "parse_s3_uri",
@@ -217,3 +218,17 @@ def list_keys(prefix: S3Location, settings: S3Settings | None = None) -> tuple[s
     with s3_errors(prefix, client):
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=prefix.bucket, Prefix=prefix.key)
         return tuple(sorted(entry["Key"] for page in pages for entry in page.get("Contents", ())))
+
+
+def delete_objects(prefix: S3Location, settings: S3Settings | None = None) -> None:
+    """Delete every object whose key starts with ``prefix.key``. In a versioned bucket their versions stay.
+
+    Raises:
+        SourceNotFound, AccessDenied, TransferFailed: as for :func:`fetch_object`.
+    """
+    settings = settings or S3Settings.from_environment()
+    client = connect(settings)
+    for key in list_keys(prefix, settings):
+        # One by one: the request for many wants a Content-MD5 that not every client and server agree on.
+        with s3_errors(prefix, client):
+            client.delete_object(Bucket=prefix.bucket, Key=key)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from defense_core.checkpoints import NO_CHECKPOINTS, Checkpoints
 from defense_core.data import Splits
 from defense_core.errors import ConfigError, MethodDiverged
 from defense_core.layers import is_finite
 from defense_core.loop import seeded
-from defense_core.progress import Progress
+from defense_core.progress import Progress, resumable
 from defense_core.purify import anp, clp, fine_pruning, fine_tuning, fip, ft_sam, nft, ngf, tsbd
 from defense_core.purify.base import Method, Purified
 from defense_core.task import Task
@@ -45,8 +46,13 @@ def purify(
     seed: int,
     device: torch.device | str,
     progress: Progress,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> Purified:
     """Run the method called ``method`` with its own ``config`` object.
+
+    Args:
+        checkpoints: where the method's loops save how far they have come. With those of a run that was killed,
+            of the same model, splits, config, seed and machine, the result is that of a run that was not, bit for bit.
 
     Raises:
         ConfigError: unknown method, or a config of another method.
@@ -65,5 +71,6 @@ def purify(
             got="NaN or Inf",
             hint="Use another checkpoint",
         )
+    progress = resumable(progress, checkpoints)
     with seeded(seed, device):
         return row.function(model, clean, config, task=task, seed=seed, device=device, progress=progress)

@@ -171,8 +171,7 @@ def purify(
 
     @torch.no_grad()
     def clamp() -> None:
-        nonlocal farthest
-        farthest = torch.stack([farthest, *(mask.values.abs().max() for mask in masks)]).max()
+        farthest.copy_(torch.stack([farthest, *(mask.values.abs().max() for mask in masks)]).max())
         for mask in masks:
             mask.values.clamp_(0.0, 1.0)
 
@@ -187,6 +186,7 @@ def purify(
         name="masks",
         step=step,
         after_step=clamp,
+        kept={"farthest": farthest},
     )
     if not float(farthest) < JUMP:
         raise MethodDiverged("ANP diverged", expected=f"masks below {JUMP:g}", got=float(farthest), hint="Lower lr")

@@ -95,7 +95,9 @@ def purify(
         clean,
         config,
         fisher=fisher,
-        term=lambda: exact_trace_term(clean.fit, ruled, config, task=task, seed=seed, device=device),
+        term=lambda generator: exact_trace_term(
+            clean.fit, ruled, config, task=task, generator=generator, device=device
+        ),
         task=task,
         seed=seed,
         device=device,
@@ -161,13 +163,12 @@ def exact_trace_term(
     config: FastFIPConfig,
     *,
     task: Task,
-    seed: int,
+    generator: torch.Generator,
     device: torch.device | str,
 ) -> TraceTerm:
-    """Tr F on freshly drawn, augmented samples: exact for the layers with a rule, by random signs
-    for what else is trained. The trace has no cross terms, so the two simply add up."""
+    """Tr F on augmented samples, drawn freshly from ``generator``: exact for the layers with a rule, by
+    random signs for what else is trained. The trace has no cross terms, so the two simply add up."""
     data = data.to(device)
-    generator = torch.Generator().manual_seed(seed)
     exact = {layer.shift_name for layer in ruled}
 
     def term(model: nn.Module) -> Tensor:

@@ -88,7 +88,7 @@ def purify(
         clean,
         config,
         fisher=fisher,
-        term=lambda: trace_term(clean.fit, config, task=task, seed=seed, device=device),
+        term=lambda generator: trace_term(clean.fit, config, task=task, generator=generator, device=device),
         task=task,
         seed=seed,
         device=device,
@@ -98,10 +98,11 @@ def purify(
     return Purified(finished(tuned, "fip"), tuple(history), begun | facts)
 
 
-def trace_term(data: CleanSet, config: FIPConfig, *, task: Task, seed: int, device: torch.device | str) -> TraceTerm:
-    """Differentiable estimate of Tr F on freshly drawn, augmented samples of ``data``."""
+def trace_term(
+    data: CleanSet, config: FIPConfig, *, task: Task, generator: torch.Generator, device: torch.device | str
+) -> TraceTerm:
+    """Differentiable estimate of Tr F on augmented samples of ``data``, drawn freshly from ``generator``."""
     data = data.to(device)
-    generator = torch.Generator().manual_seed(seed)
 
     def term(model: nn.Module) -> Tensor:
         drawn = torch.randint(len(data), (min(config.trace_batch, len(data)),), generator=generator).to(device)

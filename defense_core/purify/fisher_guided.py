@@ -141,7 +141,7 @@ def minimise(
     config: FisherGuidedConfig,
     *,
     fisher: Mapping[str, Tensor],
-    term: Callable[[], TraceTerm],
+    term: Callable[[torch.Generator], TraceTerm],
     task: Task,
     seed: int,
     device: torch.device | str,
@@ -154,7 +154,7 @@ def minimise(
         original: the unpurified model, whose accuracy is the reference.
         start: the starting point; what requires a gradient is trained, on copies.
         fisher: ``Fbar`` at ``start`` by parameter name.
-        term: makes the trace term, anew for each rate.
+        term: makes the trace term, anew for each rate, from the generator that it draws from.
 
     Returns:
         The tuned copy, its history, and the facts ``lr``, ``lr_trials``, ``accuracy_before``,
@@ -174,6 +174,8 @@ def minimise(
 
     def attempt(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
         tuned = copy.deepcopy(start)
+        generator = torch.Generator().manual_seed(seed)
+        taken = torch.zeros((), dtype=torch.int64)
         tuning = Tuning(
             epochs_for(len(clean.fit), config.epochs, config.min_steps, config.batch_size),
             config.batch_size,
@@ -193,11 +195,13 @@ def minimise(
             name=f"{name} lr={lr:g}",
             step=regularised_step(
                 eta_f,
-                term(),
+                term(generator),
                 every=config.trace_every,
                 max_norm=config.max_trace_norm,
                 retain=retainer(anchors, fisher, eta_r=eta_r, lr=lr),
+                taken=taken,
             ),
+            kept={"generator": generator, "taken": taken},
         )
         return cautious_accuracy(before, correct(tuned)), (tuned, rows)
 
@@ -239,21 +243,21 @@ def epochs_for(images: int, epochs: int, min_steps: int, batch_size: int) -> int
     return max(epochs, math.ceil(min_steps / len(batch_indices(images, batch_size, torch.Generator()))))
 
 
-def regularised_step(eta_f: float, term: TraceTerm, *, every: int, max_norm: float, retain: Penalty) -> Step:
+def regularised_step(
+    eta_f: float, term: TraceTerm, *, every: int, max_norm: float, retain: Penalty, taken: Tensor
+) -> Step:
     """Gradient of the whole objective: the batch's cross-entropy as the loop runs it, the trace
     on its own samples every ``every`` steps, weighted by as many and clipped to ``max_norm``,
     and the retainer.
 
-    The loss that is reported is the cross-entropy.
+    The loss that is reported is the cross-entropy. ``taken``, an int64 scalar, counts the steps in place.
     """
-    taken = 0
 
     def step(model: nn.Module, loss_of: LossOf) -> Tensor:
-        nonlocal taken
         loss = plain_step(model, loss_of)
-        if eta_f and taken % every == 0:
+        if eta_f and int(taken) % every == 0:
             add_clipped(model, eta_f * every * term(model), max_norm=max_norm)
-        taken += 1
+        taken.add_(1)
         retain(model)
         return loss
 

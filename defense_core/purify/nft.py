@@ -310,8 +310,7 @@ def _train_masks(
 
     @torch.no_grad()
     def clamp() -> None:
-        nonlocal farthest
-        farthest = torch.stack([farthest, *(mask.values.abs().max() for mask in masks)]).max()
+        farthest.copy_(torch.stack([farthest, *(mask.values.abs().max() for mask in masks)]).max())
         for mask, floor in zip(masks, floors, strict=True):
             mask.values.clamp_(floor, config.ceiling)
 
@@ -336,6 +335,7 @@ def _train_masks(
         step=step,
         mixup=config.mixup,
         after_step=clamp,
+        kept={"farthest": farthest},
     )
     if not float(farthest) < JUMP:
         raise MethodDiverged(

@@ -83,7 +83,8 @@ def tune_block(model: nn.Module, names: list[str], run: Run) -> list[HistoryRow]
             parameter.data.sub_(gradient, alpha=rate)
         return losses.detach()
 
-    return passes(run, f"natural block of {len(names) - 1}", step)
+    changed = {f"layer.{index}": parameter for index, parameter in enumerate(parameters)}
+    return passes(run, f"natural block of {len(names) - 1}", step, kept={**changed, "augmentation": generator})
 
 
 def _norms(model: nn.Module, run: Run) -> dict[str, Tensor]:

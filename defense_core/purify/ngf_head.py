@@ -52,21 +52,21 @@ def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
     start = torch.cat([head.weight.detach(), _bias(head).unsqueeze(1)], 1).double()
     theta = torch.zeros_like(start) if config.part == "fresh_head" else start.clone()
     mask = torch.ones(head.in_features, dtype=torch.float64, device=start.device)
-    held: Tensor | None = None
+    held, begun = torch.zeros_like(start), torch.zeros((), dtype=torch.bool)
 
     def logits(H: Tensor) -> Tensor:
         return (H * F.pad(mask, (0, 1), value=1.0)) @ theta.T
 
     def step(batch: Tensor, view: Tensor, rate: float) -> Tensor:
-        nonlocal theta, mask, held
         H = F.pad(view[batch], (0, 1), value=1.0)
         losses, E = _errors(logits(H), run.data.labels[batch], run.task)
         if config.part == "feature_mask":
             rows = H[:, :-1] * (E @ theta[:, :-1])
-            mask = (mask - rate * rows.T @ sample_weights(rows @ rows.T, damping=config.damping)).clamp(0, 1)
+            mask.sub_(rate * rows.T @ sample_weights(rows @ rows.T, damping=config.damping)).clamp_(0, 1)
             return losses
-        if held is None:  # at the first step: the classifier that came in
-            held = (config.eta if held_back else 0.0) * E.square().T @ H.square() / len(H)
+        if not begun:  # at the first step: the classifier that came in
+            held.copy_((config.eta if held_back else 0.0) * E.square().T @ H.square() / len(H))
+            begun.fill_(True)
         residual = held * (theta - start)
         if config.fisher == "true":
             right = E.T @ H / len(H) + residual
@@ -75,10 +75,15 @@ def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
             move = head_step(H, E, damping=config.damping, curvature=held, residual=residual)
         else:
             move = head_step(H, E, damping=config.damping)
-        theta = theta - rate * move
+        theta.sub_(rate * move)
         return losses
 
-    history = passes(run, f"natural {config.part}", lambda b, e, r: step(b, views[e % len(views)], r))
+    history = passes(
+        run,
+        f"natural {config.part}",
+        lambda b, e, r: step(b, views[e % len(views)], r),
+        kept={"theta": theta, "mask": mask, "held": held, "begun": begun},
+    )
     with torch.no_grad():
         head.weight.copy_(theta[:, :-1] * mask)
         if head.bias is not None:

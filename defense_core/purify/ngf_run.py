@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from defense_core.config import require
+from defense_core.course import Course, Kept, random_state
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
-from defense_core.loop import HistoryRow, Precision, batch_indices
+from defense_core.loop import HistoryRow, Precision, batch_indices, in_batches
 from defense_core.progress import Progress
 from defense_core.purify.unlearning import require_closing
 from defense_core.task import Task
@@ -115,22 +116,37 @@ def require_finite(losses: Tensor) -> None:
         raise MethodDiverged("NGF diverged", expected="finite losses", got="NaN or Inf", hint="Lower lr, raise damping")
 
 
-def passes(run: Run, name: str, step: Callable[[Tensor, int, float], Tensor]) -> list[HistoryRow]:
-    """Shuffled passes of ``step(batch, epoch, rate)``, the rate falling linearly to 0."""
+def passes(run: Run, name: str, step: Callable[[Tensor, int, float], Tensor], *, kept: Kept) -> list[HistoryRow]:
+    """Shuffled passes of ``step(batch, epoch, rate)``, the rate falling linearly to 0.
+
+    Args:
+        kept: everything that ``step`` changes, for checkpoints.
+    """
     size, epochs = run.config.batch_size, run.epochs
     generator = torch.Generator().manual_seed(run.seed)
-    each = len(batch_indices(len(run.data), size, torch.Generator()))
-    history: list[HistoryRow] = []
-    done = 0
+    order, total = torch.arange(len(run.data)), torch.zeros((), dtype=torch.float64)
+    each = len(in_batches(order, size))
+
+    def rate(done: int) -> float:
+        return run.config.lr * (1 - done / (epochs * each))
+
     with run.progress.phase(name, total=epochs * each) as phase:
-        for epoch in range(epochs):
-            total = 0.0
-            for batch in batch_indices(len(run.data), size, generator):
-                rate = run.config.lr * (1 - done / (epochs * each))
-                losses = step(batch.to(run.device), epoch, rate)
+        changed: Kept = {"order": order, "total": total, "generator": generator, **random_state(run.device)}
+        course = Course(run.progress.checkpoints.of_loop(name), name, {**changed, **kept})
+        if course.done:
+            phase.advance(course.done)
+        if course.finished:
+            return course.history
+        for epoch in range(len(course.history), epochs):
+            if course.done == epoch * each:  # a checkpoint may lie within the epoch, or at its end
+                order.copy_(torch.randperm(len(run.data), generator=generator))
+                total.zero_()
+            for batch in in_batches(order, size)[course.done - epoch * each :]:
+                losses = step(batch.to(run.device), epoch, rate(course.done))
                 require_finite(losses)
-                total += float(losses.mean())
-                done += 1
-                phase.advance(loss=total / each)
-            history.append({"phase": name, "step": epoch + 1, "loss": total / each, "lr": rate})
-    return history
+                total.add_(float(losses.mean()))
+                course.step()
+                phase.advance(loss=float(total) / each)
+            row = {"phase": name, "step": epoch + 1, "loss": float(total) / each, "lr": rate(course.done - 1)}
+            course.history.append(row)
+        return course.finish()

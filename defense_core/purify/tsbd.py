@@ -223,11 +223,11 @@ def unlearn(
 
     before = fit_accuracy()
     stop = before - config.unlearn_depth * (before - 1 / task.num_classes)
-    trace: list[float] = []
+    trace = torch.zeros(config.unlearn_epochs, dtype=torch.float64)
 
     def deep_enough(epoch: int) -> bool:
-        trace.append(fit_accuracy())
-        return trace[-1] <= stop
+        trace[epoch - 1] = reached = fit_accuracy()
+        return reached <= stop
 
     history = tune(
         model,
@@ -240,8 +240,9 @@ def unlearn(
         name="unlearn",
         sign=-1.0,
         after_epoch=deep_enough,
+        kept={"trace": trace},
     )
-    return [{**row, "accuracy": value} for row, value in zip(history, trace, strict=True)]
+    return [{**row, "accuracy": value} for row, value in zip(history, trace.tolist(), strict=False)]
 
 
 def repair(
