@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,39 +12,20 @@ from components._runtime import registry_tags as tag
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.evidence import DECISION, FAILED
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
-from components._runtime.registered_files import Manifest, download_version
-from components._runtime.release import EVIDENCE_FOLDER, evidence_digest
+from components._runtime.registered_decisions import UNREADABLE, registered_decision
 from components._runtime.store import open_store
 from defense_core.errors import (
-    ArtifactTooLarge,
-    EvidenceMismatch,
     EvidenceMissing,
-    PolicyError,
-    RegistryConflict,
-    SourceNotFound,
-    UnsafeArtifact,
 )
 from defense_core.report import Report, build_report
 from defense_core.report_fleet import FleetVersion, version_of_report, version_without_evidence
 from defense_core.report_text import at, text
-from defense_core.verdict import Verdict
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-MAX_EVIDENCE_BYTES = 64 << 20
 MAX_DEPTH = 4
 PAGE_VERSIONS = 200
-
-_UNREADABLE = (
-    SourceNotFound,
-    EvidenceMissing,
-    EvidenceMismatch,
-    PolicyError,
-    UnsafeArtifact,
-    ArtifactTooLarge,
-    RegistryConflict,
-)
 
 
 def report_of_folder(folder: Path) -> Report:
@@ -143,7 +123,7 @@ def _evidence_folders(folder: Path, depth: int) -> Iterator[Path]:
 def _folder_version(folder: Path) -> _Placed:
     try:
         report = report_of_folder(folder)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return _Placed(version_without_evidence(folder.name, "", aliases=(), problem=str(error)), "")
     promotion = _promotion(folder)
     origin = next((fact.value for fact in report.came_in if fact.label == "Address"), "")
@@ -199,28 +179,10 @@ def _registered_version(
     own = [alias for alias, target in aliases.items() if str(target) == number]
     if tag.DECISION not in version.tags:
         return version_without_evidence(version.name, number, aliases=own, problem="It never went through quarantine.")
-    with tempfile.TemporaryDirectory(prefix="quarantine-fleet-") as scratch:
-        folder = Path(scratch)
-        try:
-            manifest = download_version(connection, version, folder, max_bytes=MAX_EVIDENCE_BYTES, part=EVIDENCE_FOLDER)
-            replayed = replay_decision(folder / EVIDENCE_FOLDER)
-        except _UNREADABLE as error:
-            return version_without_evidence(version.name, number, aliases=own, problem=str(error))
-        report = _decided_report(replayed)
-    problems = list(_tag_differences(version.tags, replayed, manifest))
-    return version_of_report(report, model=version.name, version=number, aliases=own, problems=problems)
-
-
-def _tag_differences(tags: Mapping[str, str], replayed: DecisionFolder, manifest: Manifest) -> Iterator[str]:
-    subject = replayed.decision.subject
-    expected = {
-        tag.DECISION: tag.ALLOW if replayed.decision.verdict is Verdict.PASS else tag.QUARANTINED,
-        tag.POLICY: replayed.decision.policy_name,
-        tag.SOURCE_DIGEST: subject.source,
-        tag.BUNDLE_DIGEST: subject.model,
-        tag.ONNX_DIGEST: subject.onnx,
-        tag.EVIDENCE_DIGEST: evidence_digest(manifest),
-    }
-    for name, value in expected.items():
-        if tags.get(name) != value:
-            yield f"Its tag {name} says {tags.get(name, 'nothing')}, its evidence says {value}."
+    try:
+        found = registered_decision(connection, version)
+    except UNREADABLE as error:
+        return version_without_evidence(version.name, number, aliases=own, problem=str(error))
+    return version_of_report(
+        _decided_report(found.folder), model=version.name, version=number, aliases=own, problems=found.problems
+    )

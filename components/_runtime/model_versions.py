@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from components._runtime import registry_tags as tag
-from components._runtime.evidence import read_evidence
+from components._runtime.decision_files import stated_circumstances
+from components._runtime.evidence import DECISION, read_evidence
 from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.registered_files import Manifest
 from components._runtime.release import EVIDENCE_FOLDER, Identity, Release, evidence_digest
 from components._runtime.run_election import TrackedRun
 from defense_core.config import digest
-from defense_core.errors import RegistryConflict
+from defense_core.errors import ConfigError, RegistryConflict
+from defense_core.policy_time import parse_time
 from defense_core.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -35,6 +39,7 @@ class Order:
     manifest: Manifest
     tags: Mapping[str, str]
     description: str = ""
+    renews_before: datetime | None = None
 
 
 def version_tags(
@@ -52,7 +57,24 @@ def version_tags(
         tag.BUNDLE_DIGEST: release.bundle_digest,
         tag.EVIDENCE_DIGEST: evidence_digest(manifest),
         tag.FILES_DIGEST: digest(dict(manifest)),
+        tag.POLICY_DIGEST: identity.policy,
+        **_decided(release),
     }
+
+
+def _decided(release: Release) -> dict[str, str]:
+    """When it was decided, and which registered version it was decided about, from what is released."""
+    evidence = release.folder / EVIDENCE_FOLDER
+    tags = {}
+    if (evidence / DECISION).is_file():
+        # Decisions of schema 1 knew no time.
+        at = stated_circumstances((evidence / DECISION).read_bytes(), str(evidence / DECISION))["at"]
+        tags = {tag.DECIDED_AT: str(at)} if at else {}
+    if (evidence / "fetch.json").is_file():
+        uri = dict(read_evidence(evidence / "fetch.json").get("results") or {}).get("uri")
+        if re.fullmatch(r"models:/[^/@:]{1,250}/[0-9]{1,9}", str(uri)):
+            tags[tag.ORIGIN] = str(uri)
+    return tags
 
 
 def _scan(release: Release) -> str:
@@ -118,6 +140,8 @@ def _find(connection: MlflowConnection, order: Order) -> ModelVersion | None:
     chosen = None
     for version in same_identity(connection, order):
         decision, reason = version.tags.get(tag.DECISION), version.tags.get(tag.REASON)
+        if grew_old(version, order):
+            continue
         if decision == tag.PENDING:
             same = version.tags.get(tag.FILES_DIGEST) == order.tags[tag.FILES_DIGEST]
             if not same:
@@ -134,6 +158,18 @@ def _find(connection: MlflowConnection, order: Order) -> ModelVersion | None:
             _require_agreement(version, order)
             return version
     return chosen
+
+
+def grew_old(version: ModelVersion, order: Order) -> bool:
+    """Whether the decision of ``version`` is one that the order renews: made earlier than the policy permits."""
+    decided, stated = version.tags.get(tag.DECISION), version.tags.get(tag.DECIDED_AT)
+    final = decided == tag.ALLOW or (decided == tag.QUARANTINED and version.tags.get(tag.REASON) == tag.DENIED)
+    if order.renews_before is None or not final or not stated:
+        return False
+    try:
+        return parse_time(stated, tag.DECIDED_AT) < order.renews_before
+    except ConfigError:
+        return False  # somebody changed the tag; the version stays what it was
 
 
 def _same_bytes(version: ModelVersion, order: Order) -> bool:

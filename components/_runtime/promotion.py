@@ -22,13 +22,22 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
 from components._runtime.model_signature import SIGNATURE
-from components._runtime.model_versions import REASONS, Order, find_or_create, quarantine, same_identity, version_tags
+from components._runtime.model_versions import (
+    REASONS,
+    Order,
+    find_or_create,
+    grew_old,
+    quarantine,
+    same_identity,
+    version_tags,
+)
 from components._runtime.registered_files import Manifest, download_version, manifest_differences
 from components._runtime.release import Identity, Release, check_release, model_files, without_evidence
 from components._runtime.run_election import TrackedRun
@@ -90,13 +99,14 @@ def promote(
     alias: str = "champion",
     tags: Mapping[str, str] | None = None,
     description: str = "",
+    renews_before: datetime | None = None,
 ) -> Promotion:
     """Register ``release`` as a version of ``name``; move ``alias`` to it only on PASS.
 
     A later call with the same identity finds the version: a decided one is returned as it is, a
-    pending one is completed. Only UNKNOWN may be followed by another decision, which gets a version
-    of its own, because the evidence is part of the version. An alias is moved once for a version:
-    repeating old work never takes it back from a newer version.
+    pending one is completed. Only UNKNOWN, and a decision that grew old, may be followed by another
+    decision, which gets a version of its own, because the evidence is part of the version. An alias
+    is moved once for a version: repeating old work never takes it back from a newer version.
 
     Args:
         run: the run that keeps the files; :func:`components._runtime.tracking.open_run`.
@@ -104,6 +114,7 @@ def promote(
         policy: the policy's name, for the tag.
         tags: further tags of the version; names of this project's own are refused.
         description: Markdown for people, see :mod:`components._runtime.model_card`; set when the version is created.
+        renews_before: decisions of the same work that were made before this time are too old to count.
 
     Raises:
         ConfigError: reserved alias, unusable name or tag, malformed digest.
@@ -115,7 +126,7 @@ def promote(
     require_usable(name, alias, tags or {})
     manifest = check_release(release)
     tagged = version_tags(release, identity, policy, manifest, tags)
-    order = Order(release, name, run, identity, verdict, alias, manifest, tagged, description)
+    order = Order(release, name, run, identity, verdict, alias, manifest, tagged, description, renews_before)
     with mlflow_errors(f"register {name}", connection.settings):
         version, reused = find_or_create(connection, order)
     with mlflow_errors(f"promote models:/{name}/{version.version}", connection.settings):
@@ -223,8 +234,10 @@ def _decide(connection: MlflowConnection, version: ModelVersion, order: Order) -
 
 def _supersede(connection: MlflowConnection, version: ModelVersion, order: Order) -> None:
     for other in same_identity(connection, order):
-        undecided = other.tags.get(tag.REASON) == tag.UNDECIDED and other.version != version.version
-        if undecided and tag.SUPERSEDED_BY not in other.tags:
+        if other.version == version.version:
+            continue
+        replaced = other.tags.get(tag.REASON) == tag.UNDECIDED or grew_old(other, order)
+        if replaced and tag.SUPERSEDED_BY not in other.tags:
             connection.client.set_model_version_tag(other.name, other.version, tag.SUPERSEDED_BY, str(version.version))
 
 

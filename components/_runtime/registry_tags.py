@@ -11,6 +11,9 @@ tag                              value
 ``quarantine.reason``            on quarantined versions: ``denied``, ``undecided``,
                                  ``bytes_differ`` or ``abandoned``
 ``quarantine.policy``            the policy's name
+``quarantine.policy_digest``     digest of what the policy says
+``quarantine.decided_at``        time of the decision, ISO 8601
+``quarantine.origin``            ``models:/name/version`` that the source was read from; absent for other sources
 ``quarantine.scan``              verdict of the backdoor scan: ``pass``, ``fail``, ``unknown``, or
                                  ``none`` where there was none
 ``quarantine.identity``          digest of (source, config, policy) digests
@@ -20,7 +23,8 @@ tag                              value
 ``quarantine.evidence_digest``   over names and contents of ``evidence/``
 ``quarantine.files_digest``      over names and contents of the whole version
 ``quarantine.alias.<alias>``     ``set`` once this version was given that alias
-``quarantine.superseded_by``     on undecided versions: the version that has the later decision
+``quarantine.superseded_by``     on undecided versions, and on those whose decision grew too old: the
+                                 version that has the later decision
 ===============================  ================================================================
 """
 
@@ -29,6 +33,9 @@ from __future__ import annotations
 DECISION = "quarantine.decision"
 REASON = "quarantine.reason"
 POLICY = "quarantine.policy"
+POLICY_DIGEST = "quarantine.policy_digest"
+DECIDED_AT = "quarantine.decided_at"
+ORIGIN = "quarantine.origin"
 SCAN = "quarantine.scan"
 IDENTITY = "quarantine.identity"
 SOURCE_DIGEST = "quarantine.source_digest"
@@ -38,6 +45,9 @@ EVIDENCE_DIGEST = "quarantine.evidence_digest"
 FILES_DIGEST = "quarantine.files_digest"
 ALIAS_PREFIX = "quarantine.alias."
 SUPERSEDED_BY = "quarantine.superseded_by"
+
+SINCE_SWEEP = (POLICY_DIGEST, DECIDED_AT, ORIGIN)
+"""Absent on versions that earlier releases registered; never wrong where present."""
 
 NOT_SCANNED = "none"
 PENDING = "pending"

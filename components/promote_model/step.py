@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from components._runtime.promotion import Promotion, promote
 from components._runtime.release import EVIDENCE_FOLDER, Release, check_release
 from defense_core.config import to_mapping
 from defense_core.errors import EvidenceMissing
+from defense_core.policy_time import parse_time
 from defense_core.verdict import Finding, Verdict
 
 
@@ -63,6 +65,7 @@ def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConn
             policy=replayed.decision.policy_name,
             alias=alias,
             description=_card(replayed),
+            renews_before=_oldest_that_counts(replayed),
         )
         results = {"registered": True, "outcome": replayed.decision.outcome, **to_mapping(done)}
         finding = Finding("promote.registered", Verdict.PASS, done.version, replayed.decision.outcome, _sentence(done))
@@ -78,6 +81,14 @@ def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConn
         results=results,
         findings=[finding],
     )
+
+
+def _oldest_that_counts(replayed: DecisionFolder) -> datetime | None:
+    """Decisions of the same work before this time are older than the policy permits; ``None``: none is too old."""
+    days, at = replayed.policy.require.max_evidence_age_days, replayed.decision.decided_at
+    if days is None or at is None:
+        return None
+    return parse_time(at, "the time of the decision") - timedelta(days=days)
 
 
 def _card(replayed: DecisionFolder) -> str:

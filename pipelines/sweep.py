@@ -1,0 +1,300 @@
+"""Sweep: what webhooks lost, what was moved by hand, what grew old; found by reading the registry.
+
+=====  =============================================  ===============================================
+step   what is done                                   what a failure or a kill there leaves
+=====  =============================================  ===============================================
+1      list the models, and the versions of those     nothing: the memory is as the last sweep left it
+       that changed, into the memory
+2      read the evidence of promoted versions         the same
+3      keep the memory, work out the findings         the memory of this sweep; nothing was changed
+4      enqueue, in batches                            a part of the work is queued; the rest is next time
+5      with ``enforce``: move one alias at a time     each alias is where it was, or where it belongs
+=====  =============================================  ===============================================
+
+The next sweep begins from the registry again, so each may be repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components._runtime.mlflow_connection import MlflowConnection, without_credentials
+from components._runtime.registered_decisions import (
+    UNREADABLE,
+    Coverage,
+    coverage,
+    read_version,
+    registered_decision,
+)
+from components._runtime.registry_listing import ListedModel, list_models, list_versions, parse_origin
+from defense_core.config import digest, to_mapping
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, AccessDenied, RegistryUnavailable
+from defense_core.policy_time import time_text
+from pipelines import sweep_memory
+from pipelines.sweep_aliases import AliasMove, Journal, move_back
+from pipelines.sweep_findings import KINDS, Finding, Kind, set_scope, unstated, version_findings
+from pipelines.sweep_memory import SweepMemory
+from pipelines.sweep_queue import Handover, Queued
+from pipelines.sweep_scope import Scope
+
+if TYPE_CHECKING:
+    from components._runtime.signing_keys import TrustedSigner
+    from pipelines.triggers.queue import Queue
+
+QUIET_MS = 5000
+BATCH_MODELS = 200
+BATCH_ALIASES = 64
+READERS = 4
+Guarded = tuple[str, str, str]
+"""A model, an alias, and the version that it is on."""
+LAST_FULL = "last_full_s"
+
+log = logging.getLogger("quarantine.sweep")
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """How a sweep goes about it.
+
+    Attributes:
+        full_after_s: models are listed whole, and promoted versions read again, after so many seconds; 0: every time.
+        reopen_after_s: work that was submitted so long ago and left no decision is submitted again, seconds.
+        max_enqueued: most work that one sweep hands over; ``None``: all of it.
+        max_listed: most findings that the report names; all are counted.
+        trusted: whose signature promoted versions must have; ``None``: signatures are not checked.
+    """
+
+    full_after_s: float = 7 * 86400.0
+    reopen_after_s: float = 86400.0
+    max_enqueued: int | None = None
+    max_listed: int = 1000
+    trusted: TrustedSigner | None = None
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What a sweep saw and did.
+
+    Attributes:
+        registry: its address, without credentials.
+        at: when it began, ISO 8601.
+        full: whether every model was listed; otherwise those that changed.
+        models, versions: how many there are.
+        listed: how many models were listed.
+        found: findings by kind.
+        findings: the first of them.
+        queued: what became of the work.
+        moves: aliases that were moved, or would have been but for a change meanwhile.
+        seconds: how long it took.
+    """
+
+    registry: str
+    at: str
+    full: bool
+    models: int
+    versions: int
+    listed: int
+    found: dict[str, int]
+    findings: tuple[Finding, ...]
+    queued: Queued
+    moves: tuple[AliasMove, ...]
+    seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        """0: nothing found; 1: findings; 2: of some aliases it could not be found out."""
+        if self.found["unknown"]:
+            return EXIT_UNKNOWN
+        return EXIT_FAIL if any(self.found.values()) else EXIT_PASS
+
+    def to_mapping(self) -> dict[str, Any]:
+        """JSON types."""
+        return {"schema": 1, **to_mapping(self), "exit_code": self.exit_code}
+
+
+@dataclass
+class _Read:
+    """What step 1 and 2 found."""
+
+    full: bool
+    listed: int = 0
+    guarded: list[Guarded] = field(default_factory=list)
+    drift: list[Finding] = field(default_factory=list)
+
+
+def sweep(
+    connection: MlflowConnection,
+    memory: SweepMemory,
+    scope: Scope,
+    settings: SweepSettings | None = None,
+    *,
+    queue: Queue | None = None,
+    journal: Journal | None = None,
+    clock: Callable[[], float] = time.time,
+) -> SweepReport:
+    """Look through the registry once.
+
+    Args:
+        queue: where work goes; ``None``: nothing is enqueued.
+        journal: with it, drifted aliases are moved back, and each move is written there; ``None``: none is moved.
+        clock: unix seconds.
+
+    Raises:
+        RegistryUnavailable, AccessDenied: MLflow does not answer; see the module for what is left.
+        StorageError: the memory or the journal cannot be written, or another sweep is at work on them.
+    """
+    settings = settings or SweepSettings()
+    begun, now_s = time.monotonic(), clock()
+    with memory.reading():
+        read = _read_registry(connection, memory, scope, settings, now_s)
+    found: dict[str, int] = dict.fromkeys(KINDS, 0)
+    listed: list[Finding] = []
+
+    def counted(finding: Finding) -> Finding:
+        found[finding.kind] += 1
+        if len(listed) < settings.max_listed:
+            listed.append(finding)
+        return finding
+
+    findings = (counted(each) for each in chain(read.drift, version_findings(memory, now_s)))
+    queued = Handover(memory, queue, settings.reopen_after_s, settings.max_enqueued, now_s).take(findings)
+    moves = tuple(
+        move_back(connection, memory, scope, each, journal, trusted=settings.trusted)
+        for each in read.drift
+        if journal is not None and each.kind == "drift"
+    )
+    models, versions = memory.counts()
+    report = SweepReport(
+        registry=_registry(connection),
+        at=_time(now_s),
+        full=read.full,
+        models=models,
+        versions=versions,
+        listed=read.listed,
+        found=found,
+        findings=tuple(listed),
+        queued=queued,
+        moves=moves,
+        seconds=round(time.monotonic() - begun, 3),
+    )
+    log.info("%s models, %s versions, %s listed; found %s; %s", models, versions, read.listed, found, queued)
+    return report
+
+
+def open_memory(connection: MlflowConnection, path: Path | None) -> SweepMemory:
+    """The memory of this registry at ``path``; ``None``: a temporary one. Raises StorageError."""
+    return SweepMemory.open(path, _registry(connection))
+
+
+# -- steps 1 and 2 ---------------------------------------------------------------------
+
+
+def _read_registry(
+    connection: MlflowConnection, memory: SweepMemory, scope: Scope, settings: SweepSettings, now_s: float
+) -> _Read:
+    read = _Read(full=now_s - float(memory.fact(LAST_FULL) or 0) >= settings.full_after_s)
+    changed: list[ListedModel] = []
+    for model in list_models(connection):
+        for alias in sorted(scope.guarded(model.name).keys() & model.aliases.keys()):
+            read.guarded.append((model.name, alias, model.aliases[alias]))
+        known = memory.known(model.name)
+        if not read.full and known is not None and known.settled and known.updated_ms == model.updated_ms:
+            memory.keep_model(model)
+        else:
+            changed.append(model)
+        if len(changed) == BATCH_MODELS:
+            read.listed += _read_models(connection, memory, changed, now_s)
+            changed = []
+    read.listed += _read_models(connection, memory, changed, now_s)
+    memory.forget_missing()
+    if read.full:
+        memory.forget_proofs()
+        memory.set_fact(LAST_FULL, str(now_s))
+    set_scope(memory, scope, now_s)
+    for name, number in unstated(memory):
+        _read_evidence(connection, memory, name, number)
+    read.drift += _alias_findings(connection, memory, scope, settings, read.guarded)
+    return read
+
+
+def _read_models(connection: MlflowConnection, memory: SweepMemory, models: Sequence[ListedModel], now_s: float) -> int:
+    """List the versions of ``models``; how many models that were."""
+    by_name = {model.name: model for model in models}
+    for name, versions in list_versions(connection, list(by_name)):
+        memory.store_model(by_name[name], versions, quiet_before_ms=now_s * 1000 - QUIET_MS)
+    return len(models)
+
+
+def _read_evidence(connection: MlflowConnection, memory: SweepMemory, name: str, number: int) -> None:
+    """What a version of an earlier release does not say by tags."""
+    version = read_version(connection, name, number)
+    if version is None:
+        return
+    try:
+        found = registered_decision(connection, version)
+    except (AccessDenied, RegistryUnavailable):
+        read_version(connection, name, number)  # raises where it is MLflow that went away
+        return  # asked again next time
+    except UNREADABLE:
+        memory.store_decision(name, number, policy=sweep_memory.UNREADABLE)
+        return
+    decision = found.folder.decision
+    memory.store_decision(
+        name,
+        number,
+        policy=decision.policy_digest,
+        decided_at=decision.decided_at or "",
+        origin=parse_origin(found.origin),
+    )
+
+
+def _alias_findings(
+    connection: MlflowConnection, memory: SweepMemory, scope: Scope, settings: SweepSettings, guarded: Sequence[Guarded]
+) -> Iterator[Finding]:
+    """Aliases that no allow decision covers. Evidence is many small requests: a few versions are read at a time."""
+
+    def judged(each: tuple[Guarded, Any]) -> Coverage:
+        (name, alias, _), version = each
+        return coverage(connection, version, policies=scope.guarded(name)[alias], trusted=settings.trusted)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(guarded), BATCH_ALIASES):
+            batch = guarded[start : start + BATCH_ALIASES]
+            versions = list(pool.map(lambda each: read_version(connection, each[0], each[2]), batch))
+            marks = [_mark(scope, settings, each, version) for each, version in zip(batch, versions, strict=True)]
+            unproven = [
+                (each, version, mark)
+                for each, version, mark in zip(batch, versions, marks, strict=True)
+                if version is None or not memory.proven(each[0], each[2], mark)
+            ]
+            answers = pool.map(judged, [(each, version) for each, version, _ in unproven])
+            for ((name, alias, number), _, mark), answer in zip(unproven, answers, strict=True):
+                if answer.covered:
+                    memory.prove(name, number, mark)
+                else:
+                    kind: Kind = "unknown" if answer.gap == "unknown" else "drift"
+                    yield Finding(kind, name, number, answer.why, alias=alias)
+
+
+def _mark(scope: Scope, settings: SweepSettings, guarded: Guarded, version: Any) -> str:
+    """Changes with everything that a proof rests on but the files."""
+    name, alias, _ = guarded
+    tags = {key: value for key, value in (version.tags if version else {}).items() if key.startswith("quarantine.")}
+    trusted = "" if settings.trusted is None else repr(settings.trusted)
+    return digest([tags, sorted(scope.guarded(name)[alias]), trusted])
+
+
+def _registry(connection: MlflowConnection) -> str:
+    return without_credentials(connection.settings.registry_uri or connection.settings.tracking_uri)
+
+
+def _time(unix_s: float) -> str:
+    return time_text(datetime.fromtimestamp(unix_s, UTC))

@@ -1,0 +1,155 @@
+"""Tables of the queue, and engines for SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing, suppress
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    make_url,
+)
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from defense_core.errors import ConfigError
+
+MAX_NAME_CHARS = 256
+"""Longest name of a registered model that MLflow's own database holds."""
+
+BUSY_TIMEOUT_S = 10.0
+WAL_PAGES = 250
+"""SQLite folds its log into the file at this size, 1 MB: a log that fills a small disk could no longer be folded."""
+
+metadata = MetaData()
+
+_number = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only an INTEGER key by itself
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("delivery_id", String(64), primary_key=True),
+    Column("received_at", Float, nullable=False),
+    Index("deliveries_by_time", "received_at"),
+)
+"""Ids that were accepted, kept for as long as a replay could pass the timestamp window."""
+
+hints = Table(
+    "hints",
+    metadata,
+    Column("model", String(MAX_NAME_CHARS), primary_key=True),
+    Column("version", String(16), primary_key=True),
+    Column("seen", Integer, nullable=False),
+    Column("received_at", Float, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("due_at", Float, nullable=False),
+    Index("hints_by_due", "due_at"),
+)
+"""Versions that the registry is to be asked about. ``seen`` grows with every delivery."""
+
+work = Table(
+    "work",
+    metadata,
+    Column("id", _number, primary_key=True, autoincrement=True),
+    Column("key", String(71), nullable=False),
+    Column("model", String(MAX_NAME_CHARS), nullable=False),
+    Column("version", String(16), nullable=False),
+    Column("source_digest", String(71), nullable=False),
+    Column("policy_digest", String(71), nullable=False),
+    Column("origin", String(16), nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("due_at", Float, nullable=False),
+    Column("claim", String(32), nullable=False),
+    Column("run_id", String(256), nullable=False),
+    Column("error", Text, nullable=False),
+    Column("received_at", Float, nullable=False),
+    Column("changed_at", Float, nullable=False),
+    UniqueConstraint("key", name="one_row_per_key"),
+    Index("work_by_state", "state", "due_at"),
+)
+"""One row for each key, for ever: it is what makes a later request for the same work a repetition."""
+
+
+def open_engine(url: str, *, durable: bool = True) -> Engine:
+    """An engine for ``url``, with the tables created.
+
+    Args:
+        url: ``sqlite:////path/queue.db`` or ``postgresql+psycopg://…``.
+        durable: on SQLite, wait for the disk at each commit (``synchronous=FULL``).
+
+    Raises:
+        ConfigError: no such dialect or driver, or SQLite without a file.
+        sqlalchemy.exc.OperationalError: the database does not answer.
+    """
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+        if backend not in ("sqlite", "postgresql") or (
+            backend == "sqlite" and parsed.database in (None, "", ":memory:")
+        ):
+            raise ConfigError(
+                "queue's address is not usable",
+                expected="sqlite:////path/queue.db or postgresql+psycopg://user@host/database",
+                got=parsed.render_as_string(hide_password=True),
+            )
+        options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if backend == "sqlite" else {}
+        engine = create_engine(parsed, pool_pre_ping=backend == "postgresql", **options)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigError(
+            "queue's address is not usable",
+            expected="sqlite:////path/queue.db or postgresql+psycopg://user@host/database",
+            got=type(error).__name__,
+            hint="For PostgreSQL install the extra model-quarantine[postgresql]",
+        ) from error
+    if backend == "sqlite":
+        _prepare_sqlite(engine, durable=durable)
+    metadata.create_all(engine)
+    return engine
+
+
+def password_of(url: str) -> str:
+    """The password in a database's address; empty where there is none, or no address."""
+    try:
+        return str(make_url(url).password or "")
+    except ArgumentError:
+        return ""
+
+
+def _prepare_sqlite(engine: Engine, *, durable: bool) -> None:
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # BEGIN is ours, see below
+        for pragma in (
+            "journal_mode=WAL",
+            f"synchronous={'FULL' if durable else 'NORMAL'}",
+            f"wal_autocheckpoint={WAL_PAGES}",
+            "journal_size_limit=8388608",
+        ):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        # A transaction that reads first and writes later would fail, not wait, where another one wrote between.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def fold_log(engine: Engine) -> None:
+    """Fold SQLite's write-ahead log into the file and cut it, as far as others that read it allow."""
+    if engine.dialect.name == "sqlite":
+        with suppress(SQLAlchemyError, sqlite3.Error), closing(engine.raw_connection()) as connection:
+            # Past SQLAlchemy, which would begin a transaction; inside one there is no folding.
+            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()

@@ -1,0 +1,231 @@
+"""The sweep: its memory, failures at every point, and its command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from components._runtime.mlflow_connection import MlflowConnection
+from defense_core.errors import QuarantineError, RegistryUnavailable, StorageError
+from pipelines.sweep import open_memory
+from pipelines.sweep_aliases import Journal
+from pipelines.sweep_cli import app as sweep_app
+from pipelines.sweep_memory import SweepMemory
+from pipelines.triggers.queue import Queue
+from tests.integration.releases import interposed
+from tests.pipelines.sweep.fixtures import (
+    aliases,
+    counted,
+    named,
+    swept,
+)
+from tests.pipelines.sweep.registry import DAY_S, NOW_S, decided, incoming, policy_mapping
+
+
+def test_the_next_sweep_lists_what_changed_and_finds_the_same_without_its_memory(
+    connection: MlflowConnection, memory: SweepMemory, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c"):
+        incoming(connection, name, 2)
+    decided(connection, tmp_path, "clean", origin="models:/a/1")
+    now_s = NOW_S + 3650 * DAY_S  # far after the registry's own clock: nothing counts as just changed
+    assert swept(connection, memory, now_s=now_s).listed == 4
+    incoming(connection, "b")
+    connection.client.delete_model_version("c", "1")
+    watched, calls = counted(connection)
+    report = swept(watched, memory, now_s=now_s)
+    assert (report.full, report.listed) == (False, 2)
+    assert calls.count("search_model_versions") == 1  # small models are asked for together
+    assert "list_artifacts" not in calls
+    assert named(report, "undecided") == [("a", "2"), ("b", "1"), ("b", "2"), ("b", "3"), ("c", "2")]
+    fresh = open_memory(connection, None)
+    assert swept(connection, fresh, now_s=now_s).findings == report.findings
+    fresh.close()
+    assert swept(connection, memory, now_s=now_s + 8 * DAY_S).full
+
+
+def test_a_model_that_changed_just_now_is_listed_again(connection: MlflowConnection, memory: SweepMemory) -> None:
+    incoming(connection, "vision")
+    now_s = connection.client.get_registered_model("vision").last_updated_timestamp / 1000
+    swept(connection, memory, now_s=now_s)
+    assert swept(connection, memory, now_s=now_s + 1).listed == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "another registry"])
+def test_a_memory_that_is_of_no_use_is_made_anew(connection: MlflowConnection, tmp_path: Path, damage: str) -> None:
+    incoming(connection, "vision", 2)
+    path = tmp_path / "memory.db"
+    first = open_memory(connection, path)
+    swept(connection, first)
+    first.close()
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "garbage":
+        path.write_bytes(b"no database" * 1000)
+    else:
+        SweepMemory.open(path, "http://127.0.0.1:1").close()
+    again = open_memory(connection, path)
+    report = swept(connection, again)
+    again.close()
+    assert (report.full, report.found["undecided"]) == (True, 2)
+
+
+def test_two_sweeps_on_one_memory_do_not_mix(connection: MlflowConnection, memory: SweepMemory, tmp_path: Path) -> None:
+    other = open_memory(connection, tmp_path / "memory.db")
+    other.database.execute("PRAGMA busy_timeout = 50")
+    with memory.reading(), pytest.raises(StorageError, match="one sweep at a time"):
+        swept(connection, other)
+    other.close()
+
+
+class Down(Exception):
+    """Stands for the moment at which the server goes away."""
+
+
+def test_mlflow_that_goes_away_at_any_call_leaves_nothing_half_done(
+    connection: MlflowConnection, queue: Queue, drifted: dict[str, str], tmp_path: Path
+) -> None:
+    incoming(connection, "vision", 2)
+    decided(connection, tmp_path, "zebra")  # promoted and covered, and looked at last
+    watched, calls = counted(connection)
+    memory = open_memory(connection, tmp_path / "count.db")
+    swept(watched, memory)
+    memory.close()
+
+    def away(at: int) -> Callable[[int, str, str], None]:
+        def hook(number: int, name: str, when: str) -> None:
+            if number >= at and when == "before":
+                raise ConnectionError("connection refused")
+
+        return hook
+
+    assert len(calls) >= 5
+    for at in range(1, len(calls) + 1):
+        memory = open_memory(connection, tmp_path / f"memory-{at}.db")
+        journal = Journal(tmp_path / f"journal-{at}.jsonl")
+        with pytest.raises(RegistryUnavailable) as caught:
+            swept(interposed(connection, away(at)), memory, queue=queue, journal=journal)
+        assert caught.value.exit_code == 2
+        assert memory.counts() == (0, 0)
+        assert not journal.path.exists()
+        assert sum(queue.counts().values()) == 0
+        assert aliases(connection)["champion"] == drifted["stranger"]
+        # The same memory goes on when the server is back.
+        assert swept(connection, memory).found == {"undecided": 3, "aged": 0, "drift": 1, "unknown": 0}
+        memory.close()
+
+
+def test_mlflow_that_goes_away_before_an_alias_is_moved_leaves_it_and_the_next_sweep_moves_it(
+    connection: MlflowConnection, memory: SweepMemory, drifted: dict[str, str], tmp_path: Path
+) -> None:
+    def away(number: int, name: str, when: str) -> None:
+        if name == "set_registered_model_alias" and when == "before":
+            raise ConnectionError("connection refused")
+
+    journal = Journal(tmp_path / "journal.jsonl")
+    with pytest.raises(RegistryUnavailable):
+        swept(interposed(connection, away), memory, journal=journal)
+    assert aliases(connection)["champion"] == drifted["stranger"]
+    swept(connection, memory, journal=journal)
+    assert aliases(connection)["champion"] == drifted["second"]
+    states = [json.loads(line)["state"] for line in journal.path.read_text().splitlines()]
+    assert states == ["intended", "intended", "moved"]
+
+
+def test_a_queue_that_does_not_answer_is_a_typed_error(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue
+) -> None:
+    incoming(connection, "vision")
+    with queue.engine.begin() as open_queue:
+        open_queue.exec_driver_sql("DROP TABLE work")
+    with pytest.raises(StorageError, match="cannot enqueue") as caught:
+        swept(connection, memory, queue=queue)
+    assert caught.value.exit_code == 2
+
+
+def test_names_that_filters_cannot_hold_are_listed_too(connection: MlflowConnection, memory: SweepMemory) -> None:
+    for name in ("it's", "Vision", "vision", "100%"):
+        incoming(connection, name, 2)
+    report = swept(connection, memory)
+    assert report.versions == 8
+    assert {model for model, _ in named(report, "undecided")} == {"it's", "Vision", "vision", "100%"}
+
+
+def test_a_model_of_more_than_a_page_is_listed_whole(
+    connection: MlflowConnection, memory: SweepMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components._runtime import registry_listing
+
+    monkeypatch.setattr(registry_listing, "PAGE_VERSIONS", 3)
+    monkeypatch.setattr(registry_listing, "PAGE_MODELS", 1)
+    incoming(connection, "vision", 7)
+    incoming(connection, "speech", 2)
+    assert swept(connection, memory).found["undecided"] == 9
+
+
+def run(connection: MlflowConnection, *arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(sweep_app, ["--tracking-uri", connection.settings.tracking_uri, *arguments])
+    if isinstance(done.exception, QuarantineError):
+        return done.exception.exit_code, str(done.exception)
+    return done.exit_code, done.output
+
+
+def test_exit_codes_and_json(connection: MlflowConnection, tmp_path: Path, drifted: dict[str, str]) -> None:
+    by = tmp_path / "policy.yaml"
+    by.write_text(json.dumps(policy_mapping()))
+    code, output = run(connection, "--policy", str(by), "--json")
+    report = json.loads(output)
+    assert code == report["exit_code"] == 1
+    assert report["found"] == {"undecided": 1, "aged": 0, "drift": 0, "unknown": 0}
+    code, output = run(connection, "--policy", str(by), "--alias", "champion")
+    assert code == 1
+    assert "1 undecided, 1 drift" in output
+    assert "champion" in output
+    assert run(connection, "--policy", str(by), "--alias", "champion", "--exit-zero")[0] == 0
+    connection.client.delete_model_version("clean", drifted["stranger"])
+    code, output = run(connection, "--policy", str(by), "--alias", "champion", "--queue", f"sqlite:///{tmp_path}/q.db")
+    assert code == 0
+    assert "nothing found" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing says what"),
+        (["--policy", "standard", "--watch", "w.yaml"], "nothing says what"),
+        (["--policy", "standard", "--alias", "v1"], "reserved by MLflow"),
+        (["--policy", "standard", "--enforce"], "--journal FILE or --memory FILE"),
+        (["--policy", "standard", "--queue", "mysql://host/db"], "queue's address is not usable"),
+        (["--policy", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_bad_usage_is_exit_code_three(connection: MlflowConnection, arguments: list[str], message: str) -> None:
+    code, output = run(connection, *arguments)
+    assert (code, message in output) == (3, True), output
+
+
+def test_a_registry_that_does_not_answer_is_exit_code_two() -> None:
+    done = CliRunner().invoke(sweep_app, ["--tracking-uri", "http://127.0.0.1:9", "--policy", "standard"])
+    assert isinstance(done.exception, RegistryUnavailable)
+    assert done.exception.exit_code == 2
+
+
+def test_a_whole_sweep_imports_no_torch(connection: MlflowConnection, drifted: dict[str, str], tmp_path: Path) -> None:
+    connection.client.set_registered_model_alias("clean", "champion", drifted["second"])  # its evidence is read
+    program = (
+        "import sys; from pipelines import cli\n"
+        "code = cli.app(sys.argv[1:], standalone_mode=False)\n"
+        "sys.exit(10 + code if 'torch' not in sys.modules else 99)"
+    )
+    arguments = ["sweep", "--tracking-uri", connection.settings.tracking_uri, "--policy", "standard"]
+    further = ["--alias", "champion", "--queue", f"sqlite:///{tmp_path / 'queue.db'}", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments, *further], check=False, timeout=200, stdout=subprocess.DEVNULL
+    )
+    assert done.returncode == 11, "99: it imported torch, half a gigabyte that the hooks image does not have"

@@ -1,0 +1,176 @@
+"""The sweep: which versions it finds and what it enqueues."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from components._runtime import registry_tags as tag
+from components._runtime.mlflow_connection import MlflowConnection
+from pipelines.sweep import SweepSettings
+from pipelines.sweep_memory import SweepMemory
+from pipelines.sweep_scope import Scope
+from pipelines.triggers.queue import Queue
+from pipelines.triggers.watch import parse_watch
+from tests.pipelines.sweep.fixtures import (
+    RULE,
+    keys,
+    named,
+    one_policy,
+    swept,
+)
+from tests.pipelines.sweep.registry import DAY_S, NOW_S, decided, forget_new_tags, incoming, policy, policy_mapping
+
+
+def test_a_clean_registry_gives_exit_code_zero(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue, tmp_path: Path
+) -> None:
+    incoming(connection, "vision")
+    decided(connection, tmp_path, "clean", origin="models:/vision/1")
+    report = swept(connection, memory, queue=queue)
+    assert (report.exit_code, sum(report.found.values()), report.models, report.versions) == (0, 0, 2, 2)
+    assert queue.counts()["pending"] == 0
+
+
+def test_versions_without_a_decision_are_enqueued_once_with_the_hooks_own_key(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue
+) -> None:
+    incoming(connection, "vision", 3)
+    watch = parse_watch(
+        {
+            "evidence": "s3://quarantine/evidence",
+            "rules": [
+                {"models": ["vis*"], "register": "clean", "plan": {"clean": "c.npz", "policy": policy_mapping()}}
+            ],
+        },
+        beside=Path(),
+    )
+    hooks = [watch.key(connection.client.get_model_version("vision", str(n))) for n in (1, 2, 3)]
+    report = swept(connection, memory, Scope(watch=watch), queue=queue)
+    assert report.exit_code == 1
+    assert named(report, "undecided") == [("vision", "1"), ("vision", "2"), ("vision", "3")]
+    assert report.queued.enqueued == 3
+    again = swept(connection, memory, Scope(watch=watch), queue=queue)
+    assert (again.queued.enqueued, again.queued.waiting) == (0, 3)
+    assert keys(queue) == hooks
+
+
+def test_a_model_that_no_rule_names_is_left_alone(connection: MlflowConnection, memory: SweepMemory) -> None:
+    incoming(connection, "speech")
+    watch = parse_watch({"evidence": "e", "rules": [RULE]}, beside=Path())
+    assert swept(connection, memory, Scope(watch=watch)).exit_code == 0
+
+
+def test_a_decision_by_another_policy_is_none_by_this_one(
+    connection: MlflowConnection, memory: SweepMemory, tmp_path: Path
+) -> None:
+    incoming(connection, "vision")
+    decided(connection, tmp_path, "clean", origin="models:/vision/1")
+    report = swept(connection, memory, one_policy(policy(0.6)))
+    assert named(report, "undecided") == [("vision", "1")]
+    assert "another policy" in next(each.why for each in report.findings if each.kind == "undecided")
+    assert swept(connection, memory).exit_code == 0  # and the memory holds for every policy
+
+
+def test_a_refused_version_has_its_decision_and_a_pending_one_has_not(
+    connection: MlflowConnection, memory: SweepMemory, tmp_path: Path
+) -> None:
+    incoming(connection, "vision", 2)
+    strict = policy_mapping(0.999)
+    decided(connection, tmp_path, "clean", origin="models:/vision/1", by=strict)
+    pending = decided(connection, tmp_path, "clean", origin="models:/vision/2", by=strict)
+    connection.client.set_model_version_tag("clean", pending, tag.DECISION, tag.PENDING)
+    report = swept(connection, memory, one_policy(policy(0.999)))
+    assert named(report, "undecided") == [("vision", "2")]
+    assert "not finished" in report.findings[0].why
+    connection.client.set_model_version_tag("clean", pending, tag.DECISION, tag.QUARANTINED)
+    # Tags do not change a model's time of change: what was on its way is looked at again all the same.
+    assert swept(connection, memory, one_policy(policy(0.999)), now_s=NOW_S + 1).exit_code == 0
+
+
+def test_forged_tags_outside_the_models_that_runs_write_to_decide_nothing(
+    connection: MlflowConnection, memory: SweepMemory, tmp_path: Path
+) -> None:
+    incoming(connection, "vision")
+    for key in (tag.DECISION, tag.IDENTITY, tag.SOURCE_DIGEST, tag.FILES_DIGEST):
+        connection.client.set_model_version_tag("vision", "1", key, tag.ALLOW)
+    connection.client.set_model_version_tag("vision", "1", tag.ORIGIN, "models:/vision/1")
+    connection.client.set_model_version_tag("vision", "1", tag.POLICY_DIGEST, policy().digest)
+    watch = parse_watch({"evidence": "e", "rules": [RULE]}, beside=Path())
+    assert named(swept(connection, memory, Scope(watch=watch)), "undecided") == [("vision", "1")]
+
+
+def test_a_namesake_of_a_deleted_version_needs_a_decision_of_its_own(
+    connection: MlflowConnection, memory: SweepMemory, tmp_path: Path
+) -> None:
+    incoming(connection, "vision")
+    decided(connection, tmp_path, "clean", origin="models:/vision/1")
+    assert swept(connection, memory).exit_code == 0
+    connection.client.delete_registered_model("vision")
+    incoming(connection, "vision")
+    assert named(swept(connection, memory), "undecided") == [("vision", "1")]
+
+
+def test_an_old_decision_is_found_and_submitted_again_once(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue, tmp_path: Path
+) -> None:
+    aged, later = one_policy(policy(max_age_days=30)), NOW_S + 31 * DAY_S
+    incoming(connection, "vision")
+    decided(connection, tmp_path, "clean", origin="models:/vision/1", by=policy_mapping(max_age_days=30))
+    assert swept(connection, memory, aged, queue=queue, now_s=NOW_S + 29 * DAY_S).exit_code == 0
+    queue.enqueue(
+        each.work for each in swept(connection, memory, aged, now_s=later).findings if each.work and each.kind == "aged"
+    )
+    (item,) = queue.claim(10, lease_s=60)
+    queue.submitted(item, "run-1")
+    report = swept(connection, memory, aged, queue=queue, now_s=later)
+    assert named(report, "aged") == [("vision", "1")]
+    assert report.found["drift"] == 0  # an old allow still covers its alias
+    assert (report.queued.reopened, queue.counts()["pending"]) == (1, 1)
+    assert swept(connection, memory, aged, queue=queue, now_s=later + 60).queued.reopened == 0
+
+
+def test_a_run_that_left_no_decision_is_submitted_again_after_a_day(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue
+) -> None:
+    incoming(connection, "vision")
+    swept(connection, memory, queue=queue)
+    (item,) = queue.claim(10, lease_s=60)
+    queue.submitted(item, "run-1")
+    assert swept(connection, memory, queue=queue, now_s=NOW_S + DAY_S / 2).queued.waiting == 1
+    assert swept(connection, memory, queue=queue, now_s=NOW_S + DAY_S + 1).queued.reopened == 1
+
+
+def test_work_that_failed_is_tried_again_and_no_more_than_asked_is_handed_over(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue
+) -> None:
+    incoming(connection, "vision", 5)
+    few = SweepSettings(max_enqueued=2)
+    first = swept(connection, memory, queue=queue, settings=few)
+    assert (first.queued.enqueued, first.queued.later) == (2, 3)
+    for item in queue.claim(10, lease_s=60):
+        queue.fail(item, "no such model")
+    second = swept(connection, memory, queue=queue)
+    assert (second.queued.enqueued, second.queued.later, queue.counts()["pending"]) == (5, 0, 5)
+
+
+def test_a_version_of_an_earlier_release_is_read_from_its_evidence(
+    connection: MlflowConnection, memory: SweepMemory, tmp_path: Path
+) -> None:
+    incoming(connection, "vision")
+    forget_new_tags(connection, "clean", decided(connection, tmp_path, "clean", origin="models:/vision/1"))
+    assert swept(connection, memory).exit_code == 0
+    # Read once: the evidence is not needed again, also when the model changed.
+    shutil.rmtree(tmp_path / "mlflow" / "mlartifacts")
+    incoming(connection, "clean")
+    assert named(swept(connection, memory, Scope(policy=policy())), "undecided") == [("clean", "2")]
+
+
+def test_what_came_from_outside_the_registry_is_reported_and_cannot_be_enqueued(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue, tmp_path: Path
+) -> None:
+    decided(connection, tmp_path, "clean", by=policy_mapping(0.4))
+    report = swept(connection, memory, Scope(policy=policy()), queue=queue)
+    assert named(report, "undecided") == [("clean", "1")]
+    assert report.queued.impossible == 1
+    assert "submit it again" in report.findings[0].why
