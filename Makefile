@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DATA ?= $(QUARANTINE_DATA)
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help setup demo test test-pages check docs compile format images bench-demo bench-fetch bench-gate-mutants bench-hostile bench-overhead bench-purify bench-speed bench-tamper bench-tsbd bench-verify tables clean
+.PHONY: help setup demo test test-pages check docs compile format images image-base test-images bench-demo bench-fetch bench-gate-mutants bench-hooks bench-hostile bench-overhead bench-preemption bench-purify bench-scan bench-speed bench-sweep bench-tamper bench-tsbd bench-verify tables clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -73,6 +73,11 @@ tables: setup  ## figures from benchmarks/results into the docs
 bench-gate-mutants: setup  ## gate-mutants.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gate_mutants
 
+bench-hooks: setup  ## hook-fuzz.json, hook-load.json and hook-burst.json; needs root, and a machine with nothing else to do
+	$(BIN)/python -m benchmarks.hook_fuzz
+	$(BIN)/python -m benchmarks.hook_load
+	$(BIN)/python -m benchmarks.hook_burst
+
 bench-hostile: setup  ## hostile.json
 	$(BIN)/python -m benchmarks.hostile
 
@@ -84,17 +89,31 @@ PRESET ?= cpu
 bench-purify: setup  ## purification-PRESET.json; PRESET is cpu or gpu, DATA the folder with CIFAR-10 as parquet
 	$(BIN)/python -m benchmarks.purification --preset $(PRESET) --data $(DATA)
 
+bench-scan: setup  ## scan.json, scan-summary.json and the pools that come along; DATA as for bench-purify
+	$(BIN)/python -m benchmarks.scan --family digits
+	$(BIN)/python -m benchmarks.scan --family cifar10 --data $(DATA)
+
 bench-speed: setup  ## speed.json and cost.json
 	$(BIN)/python -m benchmarks.speed --data $(DATA)
+
+bench-preemption: setup  ## preemption.json
+	$(BIN)/python -m benchmarks.preemption
+
+bench-sweep: setup  ## sweep.json
+	$(BIN)/python -m benchmarks.sweep
 
 bench-tsbd: setup  ## tsbd-cifar.json; DATA is the folder with CIFAR-10 as parquet
 	$(BIN)/python -m benchmarks.tsbd_cifar --data $(DATA)
 	$(BIN)/python -m benchmarks.tsbd_cifar --data $(DATA) --ablation
 
-images:  ## build the image of the pipeline's steps with docker, podman or buildah
-	@builder=$$(command -v docker || command -v podman || command -v buildah) || { echo "images needs docker, podman or buildah" >&2; exit 3; }; \
-	version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' defense_core/__init__.py); \
-	$$builder build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --tag "model-quarantine:$$version" --file images/cpu/Dockerfile .
+images:  ## build the images with docker, podman or buildah: BASE_IMAGE, BUILDER, TAG, FLAVOURS
+	BASE_IMAGE='$(BASE_IMAGE)' BUILDER='$(BUILDER)' TAG='$(TAG)' bash images/build.sh $(FLAVOURS)
+
+image-base:  ## a base image from Debian's packages, for test-images where no image registry is reached (needs debootstrap)
+	bash tests/images/base.sh
+
+test-images: setup  ## build the cpu and hooks images and run the demo in them (needs podman and a base image)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/images/check_containers.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-swift build demo-output

@@ -19,11 +19,16 @@ from benchmarks.results import FOLDER
 
 ROOT = FOLDER.parent.parent
 PAGES = (
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "methods", "artifact-scan", "evidence-format", "policy")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("benchmarks", "methods", "artifact-scan", "evidence-format", "policy", "scan")
+    ),
     ROOT / "README.md",
 )
 MARKED = re.compile(r"<!-- (?P<name>[a-z-]+) -->\n(?P<body>.*?)<!-- /(?P=name) -->", re.DOTALL)
 
+MANY_IMAGES = 100
+"""Clean images of the scan's table by attack."""
 NARROW, WIDE = "preact_resnet18(width=16)", "preact_resnet18(width=64)"
 """Networks of the purification benchmark's presets."""
 
@@ -161,6 +166,24 @@ def hostile_summary() -> str:
     return _table(columns, lines()) + _source(content)
 
 
+def scan_summary(kinds: bool) -> str:
+    """The scan's ranking and rates: by detector and number of images, or the combined scan by attack."""
+    content = load("scan-summary")
+    if content is None:
+        return "Not yet measured.\n"
+    at_detail = [row for row in content["rows"] if row["clean_images"] in (0, MANY_IMAGES)]
+    if kinds:
+        combined = [row for row in at_detail if row["detector"] == "combined" and row["clean_images"] == MANY_IMAGES]
+        rows = [row for row in combined if row["kind"] != "all"]
+        first: tuple[str, ...] = ("family", "kind", "asr", "models")
+    else:
+        rows = [row for row in at_detail if row["kind"] == "all"]
+        first = ("family", "detector", "clean_images", "models")
+    rest = ("auroc", "auroc_low", "auroc_high", "tpr_at_5", "tpr_measured", "fpr_measured")
+    more = () if kinds else ("fail", "fail_of_clean", "passed", "cross_entropy")
+    return grid(rows, (*first, *rest, *more, "target_accuracy", "seconds_median")) + _source(content)
+
+
 def tamper_summary() -> str:
     """Mutations by kind, and how many were found and named."""
     content = load("tamper")
@@ -207,7 +230,23 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gate-mutants": lambda: measured("gate-mutants", ("module", "mutants", "killed")),
     "hostile": hostile_summary,
     "verify": lambda: measured("verify", ("what", "seconds", "baseline_seconds", "bytes")),
+    "sweep": lambda: measured(
+        "sweep", ("sweep", "versions", "seconds", "cpu_seconds", "server_cpu_seconds", "peak_mb", "models_listed")
+    ),
     "tamper": tamper_summary,
+    "scan-summary": lambda: scan_summary(kinds=False),
+    "scan-attacks": lambda: scan_summary(kinds=True),
+    "preemption": lambda: measured(
+        "preemption", ("method", "kill_at_fraction", "same_digest", "same_results", "resumed_at_step")
+    ),
+    "hook-burst": lambda: measured(
+        "hook-burst",
+        ("scenario", "versions", "submitted", "lost", "doubled", "kills", "found_by_sweep", "median_s", "p99_s"),
+    ),
+    "hook-load": lambda: measured(
+        "hook-load", ("rate_per_s", "seconds", "p50_ms", "p99_ms", "rss_start_mb", "rss_end_mb", "not_accepted", "lost")
+    ),
+    "hook-fuzz": lambda: measured("hook-fuzz", ("inputs", "accepted", "server_errors")),
     "readme": readme_rows,
 }
 

@@ -77,6 +77,18 @@ def cifar10_task() -> ImageClassification:
     return ImageClassification((3, 32, 32), 10, CIFAR10_MEAN, CIFAR10_STD, CIFAR10_NAMES, augment="crop_flip")
 
 
+def digits_task() -> ImageClassification:
+    """scikit-learn's digits as 8x8 grey images; the demo's task."""
+    names = tuple("0123456789")
+    return ImageClassification((1, 8, 8), 10, mean=(0.3,), std=(0.35,), class_names=names)
+
+
+def recipe_task(recipe: Recipe) -> ImageClassification:
+    """The task of the recipe's data, with its own augmentation where it names one."""
+    task = digits_task() if getattr(recipe, "data", "cifar10") == "digits" else cifar10_task()
+    return replace(task, augment=getattr(recipe, "augment", task.augment))
+
+
 def load_cifar10(folder: Path) -> tuple[CleanSet, CleanSet]:
     """(train, test) from ``cifar10-train.parquet`` and ``cifar10-test.parquet`` in ``folder``."""
     train, test = (
@@ -97,7 +109,7 @@ def victim(recipe: Recipe, train: CleanSet, test: CleanSet, *, device: str, prog
 
     An attack that wants a clean model of the same kind gets the clean victim of the same seed.
     """
-    task = cifar10_task()
+    task = recipe_task(recipe)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))
     seen, held_out = train.subset(order[: recipe.images]), train.subset(order[recipe.images :])
     model = architectures.build(recipe.architecture, recipe.architecture_args)
@@ -133,7 +145,7 @@ def _train(
     device: str,
     progress: Progress,
 ) -> None:
-    started, task = time.monotonic(), cifar10_task()
+    started, task = time.monotonic(), recipe_task(recipe)
     spec = None
     if attack is None:
         trained = train_victim(

@@ -17,6 +17,8 @@ BEFORE_DECISION = ("fetch", "scan", "control", "purify", "evaluate", "rescan", "
 """Steps that a decision can rest on."""
 AFTER_DECISION = ("gate", "sign", "promote", "report")
 """Steps that come after the decision; their evidence is never an input of it."""
+UNPURIFIED = "untouched"
+"""In a purifier's place: the scan found no evidence of a backdoor, and the fetched model goes on as it is."""
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"([a-z_]+)(?:\.([A-Za-z0-9_-]+))?")

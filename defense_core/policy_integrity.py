@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from defense_core.evidence import DIGEST, Evidence
+from defense_core.evidence import DIGEST, UNPURIFIED, Evidence
 from defense_core.verdict import Finding, Verdict, combine
 
 UNTOUCHED = "before"
@@ -73,6 +73,8 @@ def _one_model(evidence: Mapping[str, Evidence], method: str | None) -> Finding:
     ]
     if method != UNTOUCHED:
         claims.append((f"purify.{method or 'selected'}", _outgoing(evidence, f"purify.{method}", "model")))
+    if "rescan" in evidence:
+        claims.append(("rescan", _incoming(evidence, "rescan", "model")))
     return _same("integrity.model", "The chosen, the evaluated and the exported model must be the same", claims)
 
 
@@ -82,9 +84,13 @@ def _lineage(evidence: Mapping[str, Evidence], method: str | None) -> Finding:
         claims.append(("select", _outgoing(evidence, "select", "model")))
     else:
         claims.append((f"purify.{method or 'selected'}", _incoming(evidence, f"purify.{method}", "model")))
-    before = evidence.get("evaluate.before")
-    if before:
-        claims.append(("evaluate.before", before.input_digest("model")))
+    if method == UNPURIFIED:
+        claims.append(("select", _outgoing(evidence, "select", "model")))
+    claims += [
+        (name, _incoming(evidence, name, "model"))
+        for name in ("scan", "control", "evaluate.before")
+        if name in evidence
+    ]
     after = evidence.get(f"evaluate.{method}")
     if after and "reference" in after.inputs:
         claims.append((after.name, after.input_digest("reference")))
@@ -104,6 +110,9 @@ def _chain_passed(evidence: Mapping[str, Evidence], method: str | None) -> Findi
     chain = ["fetch", "select", f"evaluate.{method or 'selected'}", "export"]
     if method != UNTOUCHED:
         chain.append(f"purify.{method or 'selected'}")
+    if method == UNPURIFIED:
+        # Nothing but a scan that found no evidence spares a model its purification.
+        chain.append("scan")
     verdicts = {name: evidence[name].verdict if name in evidence else Verdict.UNKNOWN for name in chain}
     verdict = combine(verdicts.values())
     bad = [name for name, each in verdicts.items() if each is (verdict if verdict is not Verdict.PASS else None)]

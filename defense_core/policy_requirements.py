@@ -31,6 +31,9 @@ def required_rules(require: Requirements) -> tuple[Rule, ...]:
     if require.min_clean_images is not None:
         why = "A clean set that is too small neither repairs nor measures a model."
         asked.append(("min_clean_images", "fetch", "clean_images", Bound("min", require.min_clean_images), why))
+    if require.purification:
+        why = "A scan that finds no evidence is no proof; this policy has every model purified."
+        asked.append(("purification", "select", "purified", Bound("equals", True), why))
     if require.positive_control:
         why = "That a planted backdoor was found is what makes a scan without findings mean something."
         asked.append(("positive_control", "control", "detected", Bound("equals", True), why))

@@ -152,6 +152,7 @@ def _requirements(mapping: Any) -> Requirements:
     checks: dict[str, Any] = {
         "max_evidence_age_days": number,
         "min_clean_images": whole,
+        "purification": flag,
         "positive_control": flag,
         "signatures": _signatures,
         "approvals": whole,

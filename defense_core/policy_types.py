@@ -90,6 +90,7 @@ class Requirements:
     Attributes:
         max_evidence_age_days: oldest evidence that a decision may rest on, in days.
         min_clean_images: smallest clean set.
+        purification: a model must have been purified, even if the scan found no evidence.
         positive_control: a planted backdoor must have been detected by the same scan.
         sources: patterns of addresses that a model may come from, see :func:`matches`.
         licences: licences that a model may have.
@@ -100,6 +101,7 @@ class Requirements:
 
     max_evidence_age_days: float | None = None
     min_clean_images: int | None = None
+    purification: bool = False
     positive_control: bool = False
     sources: tuple[str, ...] = ()
     licences: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from defense_core import report_charts as charts
 from defense_core import report_text as words
 from defense_core.config import canonical_json, digest, to_mapping
 from defense_core.evaluate.compare import ComparisonRow, Estimate
+from defense_core.evidence import UNPURIFIED
 from defense_core.report_commands import Command, commands
 from defense_core.report_page import safe_svg, template
 from defense_core.report_provenance import Stage, broken, chain
@@ -28,7 +29,15 @@ from defense_core.report_records import (
     Tile,
     Training,
 )
-from defense_core.report_scan import ScanPart, SharpnessRow, artifact_scan_sentence, scan_part, sharpness
+from defense_core.report_scan import (
+    ControlPart,
+    ScanPart,
+    SharpnessRow,
+    artifact_scan_sentence,
+    control_part,
+    scan_part,
+    sharpness,
+)
 from defense_core.report_sections import (
     WAIVED,
     came_in,
@@ -66,7 +75,9 @@ class Report:
         unread: evaluations that hold no figures.
         selection: the rule by which the model was chosen.
         candidates: what it was chosen from.
-        scan: the backdoor scan of the incoming model, if there was one.
+        scan, rescan: the backdoor scans of the incoming and of the outgoing model, if there were any.
+        control: what became of a backdoor that was planted into a copy of the model, if one was.
+        purified: whether the chosen model is another than the incoming one.
         classes: accuracy per class of the chosen model.
         sharpness: of the loss around the weights, before, after and control, where it was measured.
         training: history of each method.
@@ -95,6 +106,9 @@ class Report:
     selection: str
     candidates: tuple[CandidateRow, ...]
     scan: ScanPart | None
+    rescan: ScanPart | None
+    control: ControlPart | None
+    purified: bool
     classes: tuple[ClassRow, ...]
     sharpness: tuple[SharpnessRow, ...]
     training: tuple[Training, ...]
@@ -166,14 +180,17 @@ def build_report(
         tiles=tiles(rows, rules=rules, export=exported),
         rules=rules,
         failures=failed,
-        figures=rows,
+        figures=rows if method != UNPURIFIED else _once(rows),
         unread=tuple(words.text(each, 60) for each in unread),
         selection=words.text(words.at(records, "select", "results", "rule")),
         candidates=candidates(records, selected=method),
         scan=scan,
+        rescan=scan_part(records, "rescan"),
+        control=control_part(records),
+        purified=method != UNPURIFIED,
         classes=classes(records, selected=method),
         sharpness=sharpness(records, selected=method, control=_control(rows)),
-        training=training(records),
+        training=training(records) if method != UNPURIFIED else (),
         layers=changed_layers(records, selected=method),
         parity=parity(exported),
         stages=stages,
@@ -214,6 +231,11 @@ def _control(rows: tuple[ComparisonRow, ...]) -> str:
     return next((row.method for row in rows if row.role == "control"), "")
 
 
+def _once(rows: tuple[ComparisonRow, ...]) -> tuple[ComparisonRow, ...]:
+    """One model that was measured twice, once."""
+    return tuple(row for row in rows if row.selected) or rows
+
+
 def _artifact_scan(records: Mapping[str, Mapping[str, Any]]) -> tuple[Fact, ...]:
     said = artifact_scan_sentence(records)
     return (Fact("File scan", said),) if said else ()
@@ -242,6 +264,7 @@ def _environment(records: Mapping[str, Mapping[str, Any]]) -> tuple[Fact, ...]:
         Fact("Model Quarantine", distinct("version")),
         Fact("PyTorch", distinct("torch")),
         Fact("Device", distinct("device")),
+        Fact("Accelerator given", distinct("accelerator")),
         Fact("Seed", distinct("seed")),
     ]
     return tuple(row for row in rows if row.value)

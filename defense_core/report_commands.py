@@ -12,6 +12,8 @@ from defense_core.config import to_mapping
 from defense_core.purify import METHODS
 from defense_core.report_text import at, command, mappings_at, number, text
 
+SCAN_RATE = 0.05
+"""What ``quarantine scan`` takes where nobody says otherwise."""
 SHIPPED_POLICIES = ("strict", "standard", "observe")
 
 
@@ -81,6 +83,7 @@ def _run(evidence: Mapping[str, Mapping[str, Any]], fetch: Any, address: str, po
     if isinstance(methods, (list, tuple)):
         options.append(("--methods", ",".join(text(method, 60) for method in methods)))
         options += [("--set", change) for method in methods for change in _changed_settings(evidence, text(method, 60))]
+    options.append(("--scan-set", _changed_rate(evidence)))
     options += [("--policy", _policy(policy)), ("--seed", str(seeds[0]) if seeds else None)]
     return command("quarantine run", options)
 
@@ -97,6 +100,12 @@ def _registered(promotion: Any) -> str:
 
 def _numbers(value: Any) -> str:
     return ",".join(f"{each:g}" for each in value if number(each) is not None) if isinstance(value, list) else ""
+
+
+def _changed_rate(evidence: Mapping[str, Mapping[str, Any]]) -> str:
+    """The scan's false positive rate where it is not the usual one; its other settings are there by digest only."""
+    rate = number(at(evidence, "scan", "results", "fpr"))
+    return f"fpr={rate:g}" if rate is not None and rate != SCAN_RATE else ""
 
 
 def _changed_settings(evidence: Mapping[str, Mapping[str, Any]], method: str) -> list[str]:

@@ -56,9 +56,11 @@ class Stage:
 _STAGES = (
     ("Fetch", ("fetch",)),
     ("Scan", ("scan",)),
+    ("Positive control", ("control",)),
     ("Purify", ("purify",)),
     ("Evaluate", ("evaluate",)),
     ("Select", ("select",)),
+    ("Scan again", ("rescan",)),
     ("Export", ("export",)),
     ("Decide", ("gate",)),
     ("Sign", ("sign",)),
@@ -126,10 +128,13 @@ def _given(name: str, side: str, key: str, evidence: Mapping[str, Mapping[str, A
     step, _, method = name.partition(".")
     fetched, selected = ("fetch", "outputs", "model"), ("select", "outputs", "model")
     where: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {
+        ("scan", "inputs", "model"): [fetched],
+        ("control", "inputs", "model"): [fetched],
         ("purify", "inputs", "model"): [fetched],
         ("evaluate", "inputs", "reference"): [fetched],
         ("evaluate", "inputs", "model"): [fetched if method == "before" else (f"purify.{method}", "outputs", "model")],
         ("select", "outputs", "model"): [(each, "outputs", "model") for each in evidence if each.startswith("purify.")],
+        ("rescan", "inputs", "model"): [selected],
         ("export", "inputs", "model"): [selected],
         ("gate", "inputs", "model"): [selected],
         ("sign", "inputs", "model"): [selected],

@@ -12,6 +12,7 @@ from typing import Any
 
 from defense_core.errors import EvidenceMismatch
 from defense_core.evaluate.compare import ComparisonRow, Estimate, compare
+from defense_core.evidence import UNPURIFIED
 from defense_core.report_records import (
     CandidateRow,
     ClassRow,
@@ -205,7 +206,7 @@ def goes_out(evidence: Evidences, *, outcome: str, method: str) -> tuple[Fact, .
     onnx = _hex(at(evidence, "export", "outputs", "onnx") or at(evidence, "export", "results", "sha256"))
     rows = [
         Fact("State", state if bundle else "nothing goes out"),
-        Fact("Purified with", label(method) if method else ""),
+        Fact("Purified with", "nothing" if method == UNPURIFIED else label(method) if method else ""),
         Fact("Registered as", f"{registered}, version {version}" if registered else ""),
         Fact("Model", bundle, "code"),
         Fact("ONNX", onnx, "code"),

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from defense_core.evaluate.compare import Estimate
+from defense_core.evidence import UNPURIFIED
 
 NOT_MEASURED = "–"
 MAX_TEXT = 600
 """Longest text that is taken over from evidence; an error message can be of any length."""
 
 _LABELS = {"before": "Before", "tsbd": "TSBD", "fine_tuning": "Fine-tuning", "nft": "NFT", "ngf": "NGF", "fip": "FIP"}
-_LABELS["fast_fip"] = "Fast FIP"
+_LABELS |= {"fast_fip": "Fast FIP", UNPURIFIED: "As it came in"}
 
 
 def label(method: str) -> str:
@@ -167,6 +168,8 @@ def verdict_sentences(
         return f"{where}: no decision was made.", f"Nothing was promoted. {more}"
     if outcome == "allow":
         model = f"the model purified with {label(method)}" if method else "the model"
+        if method == UNPURIFIED:
+            model = "the model as it came in, not purified,"
         if failed:
             return f"Allowed, but not finished: the step {failed[0]} failed.", f"Every rule was met. {registered}"
         rest = f"; {_rules(waived, 'more ')} {_is(waived)} waived, see below" if waived else ""
@@ -252,7 +255,12 @@ def residual_risks(evaluation: Any, *, scanned: bool, exported: Any, method: str
             "No backdoor scan was part of this run. Whether the incoming model carries a backdoor was not tested "
             "without knowing its trigger."
         )
-    if method:
+    if method == UNPURIFIED:
+        risks.append(
+            "Nothing was purified, because the scan found no evidence of a backdoor. That is not a proof that there is "
+            "none: a trigger that the scan does not look for would still work."
+        )
+    elif method:
         risks.append(
             "Purification lowers the chance that a hidden trigger works. It cannot prove that none is left: a trigger "
             "that is stronger than, or unlike, everything tried here may still work."
@@ -271,7 +279,7 @@ def _measured_risks(evaluation: Mapping[str, Any]) -> list[str]:
     if not probes:
         risks.append(
             "No trigger is known for this model. Attack success was therefore not measured; the figures show only "
-            "what purification cost on clean images."
+            "accuracy on clean images."
         )
     for probe in probes:
         name, kind = text(at(probe, "name"), 60), text(at(probe, "kind"), 40)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.loop import autocast, channels_last, predictions, working_copy
-from defense_core.progress import Progress
+from defense_core.progress import Phase, Progress
 from defense_core.purify.base import cautious_accuracy, chooser
 from defense_core.selection import Signals
 from defense_core.task import Task
@@ -94,8 +94,7 @@ def universal_perturbations(
         def found(targets: Tensor, steps: int) -> tuple[Tensor, Tensor]:
             parts = []
             for some in targets.split(_targets_at_once(images, search)):
-                parts.append(_descend(frozen, images, some, steps, search, task=task))
-                phase.advance()
+                parts.append(_descend(frozen, images, some, steps, search, task=task, phase=phase))
             changes, losses = zip(*parts, strict=True)
             return torch.cat(changes), torch.cat(losses)
 
@@ -171,7 +170,7 @@ def _targets_at_once(images: Tensor, search: Search) -> int:
 
 
 def _descend(
-    model: nn.Module, images: Tensor, targets: Tensor, steps: int, search: Search, *, task: Task
+    model: nn.Module, images: Tensor, targets: Tensor, steps: int, search: Search, *, task: Task, phase: Phase
 ) -> tuple[Tensor, Tensor]:
     """Changes (T, C, H, W) and the last mean losses (T,) of some targets, on the CPU."""
     generator = torch.Generator().manual_seed(search.seed)
@@ -193,4 +192,5 @@ def _descend(
         changes = changes.detach() - search.epsilon / 8 * momentum.sign()
         changes = changes.clamp(-search.epsilon, search.epsilon)
         losses = each.detach().view(len(targets), -1).mean(1).cpu()
+        phase.advance()
     return changes.cpu(), losses

@@ -16,10 +16,15 @@ from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, ConfigError, Quarantin
 from defense_core.verdict import Verdict
 from pipelines import options as o
 from pipelines.gate_cli import app as gate_app
+from pipelines.hooks_cli import app as hooks_app
 from pipelines.inspect_cli import inspect
 from pipelines.lab_cli import app as lab_app
 from pipelines.policy_cli import app as policy_app
 from pipelines.report_cli import app as report_app
+from pipelines.scan_cli import app as scan_app
+from pipelines.schedule_cli import app as schedule_app
+from pipelines.submit_cli import app as submit_app
+from pipelines.sweep_cli import app as sweep_app
 from pipelines.verify_cli import app as verify_app
 from pipelines.yaml_files import read_mapping
 
@@ -35,9 +40,14 @@ app = typer.Typer(
 
 app.add_typer(lab_app, name="lab")
 app.add_typer(gate_app)
+app.add_typer(hooks_app, name="hooks")
 app.add_typer(policy_app, name="policy")
 app.add_typer(verify_app)
 app.add_typer(report_app)
+app.add_typer(scan_app)
+app.add_typer(submit_app)
+app.add_typer(schedule_app, name="schedule")
+app.add_typer(sweep_app)
 app.command()(inspect)
 
 # typer brings a click of its own, under a private name; this is the base of its usage errors.
@@ -241,6 +251,8 @@ def run(
     settings: Annotated[
         list[str], typer.Option("--set", help="tsbd.n=0.15; repeatable.", metavar="METHOD.KEY=VALUE")
     ] = [],
+    scan_settings: o.ScanSettings = [],
+    pool: o.PoolFile = "",
     signing_key: o.SigningKey = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
@@ -278,6 +290,8 @@ def run(
             "probes": o.read_probes(probe),
             "methods": [name.strip() for name in methods.split(",")],
             "configs": o.parse_settings(settings, read_mapping(Path(config)) if config else {}),
+            "pool": pool,
+            "scan": o.parse_settings(scan_settings, option="--scan-set"),
             "seed": seed,
             "device": device,
             "loading": loading,
@@ -314,11 +328,14 @@ def demo(
 @app.command(name="compile")
 def compile_pipeline(
     out: Annotated[Path, typer.Option(help="Folder for the compiled pipeline.")] = Path("build"),
+    node_pools: o.NodePoolsFile = "",
 ) -> None:
     """Write the pipeline's KFP intermediate representation, byte for byte reproducible."""
     from pipelines.compile import compile_to
+    from pipelines.node_pools import read_node_pools
 
-    typer.echo(compile_to(out))
+    for path in compile_to(out, read_node_pools(node_pools) if node_pools else None):
+        typer.echo(path)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Compile the pipeline to KFP's intermediate representation: same sources, same bytes.
 
-``python -m pipelines.compile --out DIR`` writes it, ``--check`` compares it with the golden copy.
+``python -m pipelines.compile --out DIR`` writes it, ``--check`` compares it, as it is and for each shipped file of
+node pools, with the golden copies.
 """
 
 from __future__ import annotations
@@ -11,43 +12,73 @@ import logging
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from defense_core.errors import EXIT_FAIL, EXIT_PASS
 from defense_core.files import write_atomic
+from pipelines.node_pools import POOLS, NodePools, read_node_pools
 
 FILE_NAME = "quarantine.yaml"
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "pipelines" / "golden" / FILE_NAME
+ADMISSION_NAME = "admission.yaml"
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "pipelines" / "golden"
 
 logger = logging.getLogger("quarantine")
 
 
-def compile_pipeline() -> bytes:
-    """The pipeline's YAML."""
+def compile_pipeline(pools: NodePools | None = None) -> bytes:
+    """The pipeline's YAML: with node pools, a second document says what the pods are given."""
     # kfp takes more than a second to import, and only this needs it.
-    from kfp import compiler
+    from kfp import compiler, dsl
 
-    from pipelines.quarantine import quarantine
+    from pipelines.pods import compiled_for
+    from pipelines.quarantine import PIPELINE_NAME, quarantine
 
-    with tempfile.TemporaryDirectory(prefix="quarantine-compile-") as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(prefix="quarantine-compile-") as folder,
+        warnings.catch_warnings(),
+        compiled_for(pools),
+    ):
         warnings.simplefilter("ignore", category=FutureWarning)
         path = Path(folder) / FILE_NAME
-        compiler.Compiler().compile(quarantine, str(path))
+        described = dsl.pipeline(name=PIPELINE_NAME, description=quarantine.component_spec.description)
+        compiler.Compiler().compile(described(quarantine.pipeline_func), str(path))
         return path.read_bytes()
 
 
-def compile_to(folder: Path) -> Path:
-    """Write the YAML into ``folder``; its path. Raises StorageError."""
-    path = Path(folder) / FILE_NAME
-    write_atomic(path, compile_pipeline())
-    return path
+def compiled_files(pools: NodePools | None = None) -> Mapping[str, bytes]:
+    """What a cluster needs, by file name: the pipeline, and the admission policies where pools ask for them."""
+    from pipelines.admission import admission_policies
+
+    policies = admission_policies(pools) if pools is not None else b""
+    return {FILE_NAME: compile_pipeline(pools), **({ADMISSION_NAME: policies} if policies else {})}
+
+
+def compile_to(folder: Path, pools: NodePools | None = None) -> list[Path]:
+    """Write :func:`compiled_files` into ``folder``; their paths, the pipeline first. Raises StorageError."""
+    written = []
+    for name, content in compiled_files(pools).items():
+        write_atomic(Path(folder) / name, content)
+        written.append(Path(folder) / name)
+    return written
+
+
+def golden_pools() -> Mapping[str, NodePools | None]:
+    """What golden copies are kept of, by their folder below :data:`GOLDEN`: no node pools, and each shipped file."""
+    return {"": None, **{path.stem: read_node_pools(path.stem) for path in sorted(POOLS.glob("*.yaml"))}}
 
 
 def drift(golden: Path = GOLDEN) -> list[str]:
-    """Lines of a unified diff between the golden copy and the pipeline as it is (empty: equal)."""
-    before = golden.read_text("utf-8").splitlines() if golden.exists() else []
-    after = compile_pipeline().decode().splitlines()
-    return list(difflib.unified_diff(before, after, "golden", "compiled", lineterm=""))
+    """Lines of unified diffs between the golden copies and the pipeline as it is (empty: equal)."""
+    lines: list[str] = []
+    for folder, pools in golden_pools().items():
+        files = compiled_files(pools)
+        for name in (FILE_NAME, ADMISSION_NAME):
+            path = golden / folder / name
+            before = path.read_text("utf-8").splitlines() if path.exists() else []
+            after = files.get(name, b"").decode().splitlines()
+            lines += difflib.unified_diff(before, after, f"golden/{folder or '.'}/{name}", "compiled", lineterm="")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,13 +86,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, help="folder to write the YAML into")
-    action.add_argument("--check", action="store_true", help="compare with the golden copy")
-    action.add_argument("--update", action="store_true", help="replace the golden copy")
+    action.add_argument("--check", action="store_true", help="compare with the golden copies")
+    action.add_argument("--update", action="store_true", help="replace the golden copies")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if not chosen.check:
-        logger.info("wrote %s", compile_to(GOLDEN.parent if chosen.update else chosen.out))
-        return EXIT_PASS
+    if chosen.check:
+        return _check()
+    targets = {GOLDEN / name: pools for name, pools in golden_pools().items()} if chosen.update else {chosen.out: None}
+    for folder, pools in targets.items():
+        for path in compile_to(folder, pools):
+            logger.info("wrote %s", path)
+    return EXIT_PASS
+
+
+def _check() -> int:
     lines = drift()
     if lines:
         logger.error("%s", "\n".join(lines[:60]))

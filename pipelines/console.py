@@ -13,7 +13,6 @@ from rich.table import Table
 
 from defense_core.config import to_mapping
 from defense_core.errors import QuarantineError
-from defense_core.evaluate.compare import HEADINGS, compare
 
 STYLES = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "allow": "green", "deny": "red", "unknown": "yellow"}
 
@@ -52,6 +51,9 @@ def coloured(text: str) -> str:
 
 def print_comparison(evidence: Mapping[str, Mapping[str, Any]], *, selected: str | None) -> None:
     """ACC, ASR, RA and DER with intervals: before, after and control."""
+    # This brings torch, which takes seconds to import and half a gigabyte; every command imports this module.
+    from defense_core.evaluate.compare import HEADINGS, compare
+
     measured = {
         name.removeprefix("evaluate."): each["results"]
         for name, each in evidence.items()

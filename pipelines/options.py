@@ -72,8 +72,21 @@ SigningKey = Annotated[
     Path | None,
     typer.Option(help="Private key, PEM, that signs the release; default: as QUARANTINE_SIGNING_KEY says."),
 ]
+NodePoolsFile = Annotated[
+    str,
+    typer.Option(
+        "--node-pools", help="Where and as whom each step runs: gke, eks, bare_metal, or a file.", metavar="FILE"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Settings = Annotated[list[str], typer.Option("--set", help="One setting: n=0.15; repeatable.", metavar="KEY=VALUE")]
+PoolFile = Annotated[
+    str, typer.Option("--pool", help="Calibration pool; default: the one that comes along for this kind of model.")
+]
+ScanSettings = Annotated[
+    list[str],
+    typer.Option("--scan-set", help="Of the backdoor scan: fpr=0.01, budget_s=60; repeatable.", metavar="KEY=VALUE"),
+]
 
 DEFAULT_LIMITS = LoadLimits()
 
@@ -121,7 +134,9 @@ def parse_loading(*, trusted_module: list[str], max_bytes: int, load_timeout_s: 
     return from_mapping(Loading, {"sha256": sha256, "trusted_modules": list(trusted_module), "limits": limits})
 
 
-def parse_settings(settings: list[str], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def parse_settings(
+    settings: list[str], base: Mapping[str, Any] | None = None, *, option: str = "--set"
+) -> dict[str, Any]:
     """``--set key=value`` on top of a configuration file's mapping; ``a.b=1`` reaches into ``a``.
 
     Raises:
@@ -133,14 +148,14 @@ def parse_settings(settings: list[str], base: Mapping[str, Any] | None = None) -
     for setting in settings:
         path, found, text = setting.partition("=")
         if not found or not path:
-            raise ConfigError("--set is malformed", expected="KEY=VALUE", got=repr(setting))
+            raise ConfigError(f"{option} is malformed", expected="KEY=VALUE", got=repr(setting))
         target = result
         *parents, key = path.split(".")
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise ConfigError("--set is malformed", expected=f"{parent} to be a mapping", got=repr(setting))
-        target[key] = parse_yaml(text, f"--set {path}")
+                raise ConfigError(f"{option} is malformed", expected=f"{parent} to be a mapping", got=repr(setting))
+        target[key] = parse_yaml(text, f"{option} {path}")
     return result
 
 

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="untyped-decorator"
 """The pipeline, one definition for a laptop and a cluster.
 
-Fetch → evaluate before → for each method: purify, evaluate → select → export → gate → sign → promote; report always.
+Fetch → scan, evaluate before → for each method: purify, evaluate → select → rescan, export → gate → sign → promote;
+report always. After a scan without findings the fetched model takes the methods' place, unless the policy forces them.
 
 Parameters are strings, JSON strings, one int and one list:
 see :meth:`components._runtime.plan.Plan.arguments`.
@@ -11,6 +12,7 @@ from typing import Any
 
 from kfp import dsl
 
+from components.control_model.component import control_model
 from components.evaluate_model.component import evaluate_model
 from components.export_onnx.component import export_onnx
 from components.fetch_model.component import fetch_model
@@ -18,9 +20,10 @@ from components.gate_promotion.component import gate_promotion
 from components.promote_model.component import promote_model
 from components.purify_model.component import purify_model
 from components.report.component import report
+from components.scan_backdoor.component import scan_backdoor
 from components.select_model.component import select_model
 from components.sign_evidence.component import sign_evidence
-from pipelines.resources import with_resources
+from pipelines.pods import configure
 
 PIPELINE_NAME = "model-quarantine"
 
@@ -28,7 +31,7 @@ PIPELINE_NAME = "model-quarantine"
 def _task(task: dsl.PipelineTask, component: str) -> dsl.PipelineTask:
     # A cached task would leave no record in this run's store, and the registry would not be asked.
     task.set_caching_options(False)
-    return with_resources(task, component)
+    return configure(task, component)
 
 
 @dsl.pipeline(
@@ -41,10 +44,12 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
     policy: str,
     run: str,
     test: str = "",
+    pool: str = "",
     spec: str = "{}",
     probes: str = "[]",
     methods: list[str] = ["tsbd", "fine_tuning"],  # noqa: B006 - KFP reads the default, nothing changes it
     configs: str = "{}",
+    scan: str = "{}",
     loading: str = "{}",
     seed: int = 0,
     device: str = "auto",
@@ -57,10 +62,12 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
         policy: JSON, the policy.
         run: JSON, evidence store, registered model, alias, and the execution's name or nothing.
         test: Address or path of the test set; empty: the report split of the clean set is quoted.
+        pool: Address or path of a calibration pool; empty: the one that comes along for this kind of model.
         spec: JSON, how to read a bare state dict; {} for a bundle.
         probes: JSON, a list of trigger specifications.
         methods: Names of the purifiers, in order of preference.
         configs: JSON, configuration by method.
+        scan: JSON, settings of the backdoor scan.
         loading: JSON, limits, expected digest and trusted modules.
         seed: Seed of the splits and methods.
         device: auto, cpu or cuda.
@@ -74,11 +81,13 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
                 model=model,
                 clean=clean,
                 test=test,
+                pool=pool,
                 policy=policy,
                 spec=spec,
                 probes=probes,
                 methods=methods,
                 configs=configs,
+                scan=scan,
                 device=device,
                 **shared,
             ),
@@ -88,7 +97,24 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
         before = _task(
             evaluate_model(bundle=bundle, data=data, name="before", device=device, **shared), "evaluate_model"
         )
-        with dsl.ParallelFor(methods, name="methods") as method:
+        scanned = _task(
+            scan_backdoor(
+                bundle=bundle,
+                data=data,
+                name="scan",
+                scan=scan,
+                policy=policy,
+                methods=methods,
+                device=device,
+                **shared,
+            ),
+            "scan_backdoor",
+        )
+        control = _task(
+            control_model(bundle=bundle, data=data, scan=scan, policy=policy, device=device, **shared), "control_model"
+        )
+        # After a PASS the list is one name that stands for the model as it is: the graph is the same either way.
+        with dsl.ParallelFor(scanned.outputs["Output"], name="methods") as method:
             purified = _task(
                 purify_model(bundle=bundle, data=data, method=method, configs=configs, device=device, **shared),
                 "purify_model",
@@ -109,11 +135,29 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
             "select_model",
         )
         chosen = selected.outputs["selected"]
+        rescanned = _task(
+            scan_backdoor(
+                bundle=chosen,
+                data=data,
+                name="rescan",
+                scan=scan,
+                policy=policy,
+                methods=methods,
+                device=device,
+                earlier=scanned.outputs["scanned"],
+                reference=bundle,
+                **shared,
+            ),
+            "scan_backdoor",
+        )
         exported = _task(export_onnx(bundle=chosen, data=data, **shared), "export_onnx")
         gate = _task(
             gate_promotion(
                 fetched=fetched.outputs["evidence"],
                 before=before.outputs["evidence"],
+                scanned=scanned.outputs["evidence"],
+                rescanned=rescanned.outputs["evidence"],
+                control=control.outputs["evidence"],
                 purified=dsl.Collected(purified.outputs["evidence"]),
                 evaluated=dsl.Collected(evaluated.outputs["evidence"]),
                 selected=selected.outputs["evidence"],

@@ -16,6 +16,7 @@ from components.export_onnx.step import export_onnx
 from components.fetch_model.step import fetch_model
 from components.gate_promotion.step import gate_promotion
 from components.purify_model.step import purify_candidate
+from components.scan_backdoor.step import scan_model
 from components.select_model.step import select_model
 from components.sign_evidence.step import sign_evidence
 from defense_core.config import canonical_json
@@ -47,6 +48,8 @@ def make_chain(plan: Plan, root: Path) -> Chain:
     made = [fetch_model(plan, chain["bundle"], chain["data"])]
     measured: dict[str, Any] = {**chain.images, "probes": plan.probes}
     made.append(evaluate_candidate(chain["bundle"], name="before", **measured))
+    searched: dict[str, Any] = {"clean": chain.images["clean"], "report": 0.0, "config": plan.scan, "device": "cpu"}
+    made.append(scan_model(chain["bundle"], chain["scanned"], name="scan", **searched))
     for method in plan.methods:
         made.append(
             purify_candidate(
@@ -60,6 +63,8 @@ def make_chain(plan: Plan, root: Path) -> Chain:
         )
         made.append(evaluate_candidate(chain[method], name=method, reference=chain["bundle"], **measured))
     made.append(select_model([chain[method] for method in plan.methods], chain["selected"], order=plan.methods))
+    searched |= {"earlier": chain["scanned"], "reference": chain["bundle"]}
+    made.append(scan_model(chain["selected"], chain["rescanned"], name="rescan", **searched))
     made.append(export_onnx(chain["selected"], chain["onnx"], **{k: v for k, v in measured.items() if k != "device"}))
     chain.evidence.update({each["name"]: each for each in made})
     gate_promotion(chain.evidence, plan.policy, chain["decision"])

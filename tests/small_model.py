@@ -55,6 +55,18 @@ class PlanOptions:
         default_factory=lambda: {"tsbd": {"epochs": 1, "unlearn_epochs": 1}, "fine_tuning": {"epochs": 1}}
     )
 
+    # A few steps: these tests ask what a scan's evidence does, not what the scan finds.
+    scan: dict[str, Any] = field(
+        default_factory=lambda: {
+            "settings": {
+                "margin": {"starts": 1, "steps": 3},
+                "additive": {"steps": 2},
+                "patch": {"steps": 3},
+                "generator": {"steps": 2},
+            }
+        }
+    )
+
     def network(self) -> nn.Module:
         """The network with fixed random weights."""
         return build(self.spec["architecture"], self.spec["architecture_args"])
@@ -95,6 +107,7 @@ def make_inputs(folder: Path, **changes: Any) -> Plan:
         "probes": ({"kind": "badnets", "target": 0, "size": 2},),
         "methods": ("tsbd", "fine_tuning"),
         "configs": PLAN_OPTIONS.configs,
+        "scan": PLAN_OPTIONS.scan,
         "device": "cpu",
     }
     return Plan(**{**options, **changes})

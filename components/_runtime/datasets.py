@@ -16,7 +16,7 @@ from defense_core.files import write_atomic
 if TYPE_CHECKING:
     from defense_core.data import CleanSet
 
-CLEAN, TEST, PROBES = "clean.npz", "test.npz", "probes.json"
+CLEAN, TEST, PROBES, POOL = "clean.npz", "test.npz", "probes.json", "pool.json"
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class RunData:
         clean: the clean set.
         test: the test set; ``None``: the clean set's *report* split is quoted.
         probes: trigger specifications.
+        pool: the calibration pool of the scan; ``None``: one that comes along.
     """
 
     clean: Path
     test: Path | None
     probes: tuple[Mapping[str, Any], ...]
+    pool: Path | None = None
 
     def report_share(self, share: float) -> float:
         """The clean set's share to set aside for quoting: none where there is a test set."""
@@ -53,8 +55,8 @@ def read_data(folder: Path) -> RunData:
         probes = json.loads((folder / PROBES).read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no run data", expected=f"{CLEAN} and {PROBES}", got=error) from error
-    test = folder / TEST
-    return RunData(folder / CLEAN, test if test.is_file() else None, tuple(probes))
+    test, pool = ((folder / name if (folder / name).is_file() else None) for name in (TEST, POOL))
+    return RunData(folder / CLEAN, test, tuple(probes), pool)
 
 
 def _npz(images: CleanSet) -> bytes:

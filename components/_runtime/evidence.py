@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from components._runtime.pod import accelerator
 from defense_core import __version__
 from defense_core.config import canonical_json, to_mapping
 from defense_core.errors import EvidenceMismatch, EvidenceMissing
@@ -48,11 +49,13 @@ class Clock:
         return cls(datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic())
 
     def environment(self, *, device: str, seed: int) -> dict[str, Any]:
-        """The ``environment`` block; ``seconds`` is the time since the start."""
+        """The ``environment`` block: ``device`` is what the step ran on, ``accelerator`` what its pod was given (or
+        null), ``seconds`` the time since the start."""
         return {
             "version": __version__,
             "torch": metadata.version("torch"),
             "device": device,
+            "accelerator": accelerator(),
             "seed": seed,
             "image": os.environ.get(IMAGE_DIGEST_VARIABLE) or None,
             "started": self.started,

@@ -25,18 +25,28 @@ class ImageInputs:
 
 @dataclass(frozen=True)
 class MethodInputs:
-    """What a method is given: no probe and no test image."""
+    """What a method or the scan is given: no probe and no test image."""
 
     clean: Path
     report: float
     config: Mapping[str, Any]
     loading: Loading
+    pool: Path | None = None
 
 
 def for_images(data: str, loading: str) -> ImageInputs:
     """Inputs of evaluate and export. Raises DataError or ConfigError."""
     found = read_data(Path(data))
     return ImageInputs(found.clean, found.test, found.probes, _loading(loading))
+
+
+def for_scan(data: str, loading: str, scan: str) -> MethodInputs:
+    """Inputs of scan: as a method's, with the scan's own configuration. Raises DataError or ConfigError."""
+    found = read_data(Path(data))
+    parsed = parse_json(scan, "scan")
+    if not isinstance(parsed, dict):
+        raise ConfigError("scan is malformed", expected="settings of the scan", got=type(parsed).__name__)
+    return MethodInputs(found.clean, found.report_share(REPORT_SHARE), parsed, _loading(loading), found.pool)
 
 
 def for_method(data: str, loading: str, configs: str, method: str) -> MethodInputs:

@@ -7,6 +7,7 @@ neither MLflow nor its credentials, and hours of purification are not lost to it
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import tempfile
@@ -42,6 +43,8 @@ MODEL_TAG = "quarantine.model"
 URI_TAG = "quarantine.uri"
 VERDICT_TAG = "quarantine.verdict"
 KEY_CHARACTERS = 24
+SCANS = ("scan", "rescan", "control")
+"""Steps whose verdict becomes the tag ``quarantine.<step>`` of the parent run."""
 
 
 def open_connection(environment: Mapping[str, str] | None = None) -> MlflowConnection:
@@ -68,7 +71,7 @@ def begin(connection: MlflowConnection, plan: Plan, settings: RunSettings, fetch
     run = parent_run(connection, identity_of(fetch))
     parameters = {**to_mapping(plan), "policy": fetch["results"]["policy"]}
     # The same work may be fetched from elsewhere next time, and a parameter never changes.
-    for place in ("model", "clean", "test"):
+    for place in ("model", "clean", "test", "pool"):
         del parameters[place]
     log_parameters(connection, run, {name: _text(value) for name, value in parameters.items()})
     digests = {f"quarantine.{name}": str(value) for name, value in fetch["inputs"].items() if value is not None}
@@ -100,6 +103,9 @@ def end(
     before = records.evidence.get("evaluate.before")
     if before:
         log_metrics(connection, run, {f"before/{name}": value for name, value in _figures(before["results"])})
+    for name in SCANS:
+        if name in records.evidence:
+            _log_scan(connection, run, name, records.evidence)
     for name in records.evidence:
         step, _, method = name.partition(".")
         if step == "purify":
@@ -115,6 +121,42 @@ def end(
     status: Status = "FAILED" if outcome.failed_step else "FINISHED"
     close_run(connection, run, status)
     return run
+
+
+def _log_scan(
+    connection: MlflowConnection, run: TrackedRun, name: str, evidence: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Verdict as a tag, p-values and residuals as metrics, pictures as files."""
+    # Reports bring torch along; the steps that only open or find a run do without.
+    from defense_core.report_scan import scan_part
+    from defense_core.report_text import number
+
+    results = evidence[name]["results"]
+    # The control's figures are those of the scan of the copy.
+    figures = dict(_scan_figures(results.get("scan") or results))
+    figures |= {key: results.get(key) for key in ("planted_asr", "asr_after")}
+    numbers = {
+        _metric_name(f"{name}/{key}"): found for key, value in figures.items() if (found := number(value)) is not None
+    }
+    log_metrics(connection, run, numbers)
+    log_tags(connection, run, {f"quarantine.{name}": str(evidence[name]["verdict"]).lower()})
+    part = scan_part(evidence, name)
+    pictures = part.pictures if part is not None else ()
+    _log_bytes(
+        connection,
+        run,
+        {f"pictures/{name}-{index:02}.png": base64.b64decode(each.data) for index, each in enumerate(pictures)},
+    )
+
+
+def _scan_figures(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    from defense_core.report_text import mappings_at
+
+    yield from ((key, results.get(key)) for key in ("p_value", "probability", "score", "residual_max"))
+    for channel in mappings_at(results, "channels"):
+        yield f"p_value/{channel.get('name')}", channel.get("adjusted")
+    for left in mappings_at(results, "residuals"):
+        yield f"residual/{left.get('detector')}_{left.get('target')}", left.get("after")
 
 
 def _log_method(connection: MlflowConnection, parent: TrackedRun, method: str, records: Records) -> None:
@@ -140,6 +182,8 @@ def _lines(mappings: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _log_bytes(connection: MlflowConnection, run: TrackedRun, files: Mapping[str, bytes]) -> None:
+    if not files:
+        return
     with tempfile.TemporaryDirectory(prefix="quarantine-journal-") as folder:
         for name, data in files.items():
             write_atomic(Path(folder) / name, data)

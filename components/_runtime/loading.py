@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 
 from components._runtime.plan import REPORT_SHARE, Loading
+from components._runtime.pod import accelerator
 from components._runtime.trust import trusted_modules
 from defense_core.bundle import Bundle, load_model_file
 from defense_core.data import CleanSet, Splits, load_clean_set, split_clean_set
 from defense_core.errors import ConfigError
+
+logger = logging.getLogger("quarantine")
 
 
 def open_model(path: Path, spec: Mapping[str, Any] | None = None, loading: Loading = Loading()) -> Bundle:
@@ -38,7 +42,10 @@ def resolve_device(name: str) -> str:
         ConfigError: a GPU was asked for and none is usable.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        usable = torch.cuda.is_available()
+        if not usable and accelerator() is not None:
+            logger.warning("the pod was given %s, but PyTorch can use no GPU: this step runs on the CPU", accelerator())
+        return "cuda" if usable else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             "device is not usable", expected="a CUDA device", got="none on this machine", hint="Use auto or cpu"

@@ -28,9 +28,9 @@ from typing import Any
 from components._runtime.ml_bom_card import Evidences, incoming_card, model_card, prop
 from defense_core import __version__
 from defense_core.config import canonical_json, digest, require
-from defense_core.errors import EvidenceMissing
+from defense_core.errors import ConfigError, EvidenceMissing
 from defense_core.evidence import DIGEST
-from defense_core.files import write_atomic
+from defense_core.files import sha256_file, write_atomic
 from defense_core.report_text import at, text
 
 ML_BOM = "ml-bom.cdx.json"
@@ -39,6 +39,8 @@ IMAGE_SBOM_DIGEST = "QUARANTINE_IMAGE_SBOM_SHA256"
 """Environment variable: digest of the image's dependency SBOM, ``sha256:<hex>``."""
 IMAGE_SBOM_URI = "QUARANTINE_IMAGE_SBOM_URI"
 """Environment variable: where that SBOM is; without it, its file name beside the image."""
+IMAGE_SBOM = "QUARANTINE_IMAGE_SBOM"
+"""Environment variable, set in the project's images: path of the SBOM inside the image that runs."""
 _DEFAULT_SBOM_URI = "image.cdx.json"
 _NAMESPACE = uuid.UUID("5b0a3a3e-5d5c-5a0b-9a53-0f6c5f1c6a10")
 _MODEL, _SOURCE, _ONNX = "model", "source-model", "model.onnx"
@@ -62,14 +64,19 @@ class ImageSbom:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> ImageSbom | None:
-        """As :data:`IMAGE_SBOM_DIGEST` and :data:`IMAGE_SBOM_URI` say; ``None`` where no digest is known.
+        """As :data:`IMAGE_SBOM_DIGEST` and :data:`IMAGE_SBOM_URI` say, or else the file that :data:`IMAGE_SBOM` names.
+
+        ``None`` where no digest is known.
 
         Raises:
-            ConfigError: the digest or the address is malformed.
+            ConfigError: the digest or the address is malformed, or the file cannot be read.
         """
         variables = os.environ if environment is None else environment
-        known = variables.get(IMAGE_SBOM_DIGEST, "")
-        return cls(known, variables.get(IMAGE_SBOM_URI) or _DEFAULT_SBOM_URI) if known else None
+        known, uri = variables.get(IMAGE_SBOM_DIGEST, ""), variables.get(IMAGE_SBOM_URI, "")
+        if known:
+            return cls(known, uri or _DEFAULT_SBOM_URI)
+        inside = variables.get(IMAGE_SBOM, "")
+        return cls(_file_digest(Path(inside)), uri or Path(inside).absolute().as_uri()) if inside else None
 
 
 def ml_bom(evidence: Evidences, *, image_sbom: ImageSbom | None = None) -> bytes:
@@ -222,6 +229,18 @@ def _decision(evidence: Evidences) -> list[dict[str, str]]:
         "identity": at(evidence, "fetch", "results", "identity"),
     }
     return [prop(f"quarantine:{name}", said) for name, value in named.items() if (said := text(value, 200))]
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise ConfigError(
+            f"the image's SBOM {path} cannot be read",
+            expected=f"the file that {IMAGE_SBOM} names",
+            got=type(error).__name__,
+            hint="Use an image that `make images` built, or unset the variable",
+        ) from error
 
 
 def _sbom_reference(sbom: ImageSbom) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from defense_core.evidence import UNPURIFIED
+from defense_core.report_scan import control_part, scan_part
 from defense_core.report_text import at, count, items_at, label, mappings_at, number, residual_risks, text
 
 Evidences = Mapping[str, Mapping[str, Any]]
@@ -24,7 +26,7 @@ def model_card(evidence: Evidences) -> dict[str, Any]:
                 measured, scanned="scan" in evidence, exported=at(evidence, "export", "results"), method=method
             )
         ),
-        "performanceTradeoffs": _tradeoffs(evidence, method, measured),
+        "performanceTradeoffs": [*_tradeoffs(evidence, method, measured), *scan_sentences(evidence)],
     }
     card["properties"] = _method_properties(evidence, method)
     return card
@@ -88,10 +90,10 @@ def _metric(kind: str, where: str, estimate: Any) -> Iterator[dict[str, Any]]:
 def _tradeoffs(evidence: Evidences, method: str, measured: Any) -> list[str]:
     said = []
     drop, worst = number(at(measured, "acc_drop")), number(at(measured, "class_acc_drop_max"))
-    if drop is not None:
+    if drop is not None and method != UNPURIFIED:
         change = f"lost {100 * drop:.1f}" if drop > 0 else f"gained {-100 * drop:.1f}"
         said.append(f"Purification with {label(method)} {change} points of accuracy on clean images.")
-    if worst is not None:
+    if worst is not None and method != UNPURIFIED:
         said.append(f"The class that lost most lost {100 * worst:.1f} points.")
     for name, each in sorted(evidence.items()):
         control = at(evidence, f"purify.{name.partition('.')[2]}", "results", "control") is True
@@ -100,6 +102,21 @@ def _tradeoffs(evidence: Evidences, method: str, measured: Any) -> list[str]:
             success = number(at(each, "results", "asr_max", "value"))
             more = "" if success is None else f", attack success {100 * success:.1f} %"
             said.append(f"The control, {label(name.partition('.')[2])}: accuracy {100 * accuracy:.1f} %{more}.")
+    return said
+
+
+def scan_sentences(evidence: Evidences) -> list[str]:
+    """What the scans before and after, and the positive control, said; empty where there was none."""
+    said = []
+    for step, what in (("scan", "incoming"), ("rescan", "outgoing")):
+        scan = scan_part(evidence, step)
+        if scan is not None:
+            known = "" if scan.p_value is None else f", p = {scan.p_value:.3g}"
+            why = f": {scan.sentence}" if scan.sentence else ""
+            said.append(f"Backdoor scan of the {what} model: {scan.verdict}{known}{why}.")
+    control = control_part(evidence)
+    if control is not None:
+        said.append(f"Positive control: {control.verdict}: {control.sentence}.")
     return said
 
 
@@ -114,6 +131,9 @@ def _method_properties(evidence: Evidences, method: str) -> list[dict[str, str]]
         "method_config": json.dumps(at(purified, "results", "config") or {}, sort_keys=True, default=str),
         "method_config_digest": at(purified, "inputs", "config"),
         "selection_rule": at(evidence, "select", "results", "rule"),
+        "scan": at(evidence, "scan", "verdict"),
+        "rescan": at(evidence, "rescan", "verdict"),
+        "control": at(evidence, "control", "verdict"),
         "seed": at(purified, "environment", "seed"),
         "device": at(purified, "environment", "device"),
         "torch": at(purified, "environment", "torch"),

@@ -6,6 +6,7 @@ Like the tags it is a cache for people. What counts are the signed files of the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from defense_core.report_text import label, percent, span, text
@@ -40,8 +41,18 @@ def _facts(report: Report) -> str:
     rows = [fact for fact in (*report.came_in, *report.goes_out, *report.policy) if fact.label in shown]
     lines = [f"- {row.label}: {_code(row.value) if row.kind == 'code' else _said(row.value)}" for row in rows]
     if report.method:
-        lines.append(f"- Purified with: {_said(label(report.method))}")
+        lines.append(f"- Purified with: {_said(label(report.method)) if report.purified else 'nothing'}")
+    lines += [f"- {what}: {_said(said)}" for what, said in _scans(report)]
     return "\n".join(lines)
+
+
+def _scans(report: Report) -> Iterator[tuple[str, str]]:
+    for what, scan in (("Backdoor scan", report.scan), ("Scan of the outgoing model", report.rescan)):
+        if scan is not None:
+            known = "" if scan.p_value is None else f" (p = {scan.p_value:.3g})"
+            yield what, f"{scan.verdict}{known} {scan.sentence}".strip()
+    if report.control is not None:
+        yield "Positive control", f"{report.control.verdict} {report.control.sentence}"
 
 
 def _figures(report: Report) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from components._runtime.plan import UNTOUCHED
 from components._runtime.store import Records
 from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, EXIT_USAGE
 
@@ -55,12 +56,16 @@ def outcome_of(records: Records, *, stopped: str = "") -> RunOutcome:
 def expected_steps(records: Records) -> list[str]:
     """Names of all evidence of a whole run, in the order of the pipeline."""
     methods = [str(method) for method in _results(records, "fetch").get("methods", [])]
+    if f"purify.{UNTOUCHED}" in {*records.evidence, *records.failures}:
+        methods = [UNTOUCHED]
     branches = [f"{step}.{method}" for method in methods for step in ("purify", "evaluate")]
-    return ["fetch", "evaluate.before", *branches, "select", "export", "gate", "sign", "promote"]
+    return ["fetch", "evaluate.before", "scan", *branches, "select", "rescan", "export", "gate", "sign", "promote"]
 
 
 def _place(name: str, order: list[str]) -> tuple[int, str]:
-    return (order.index(name) if name in order else len(order), name)
+    # The positive control is run only where the policy asks for it, beside the methods.
+    after = "scan" if name == "control" else name
+    return (order.index(after) if after in order else len(order), name)
 
 
 def _results(records: Records, name: str) -> Mapping[str, Any]:

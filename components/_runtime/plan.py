@@ -13,12 +13,16 @@ from components._runtime.release import Identity
 from defense_core import __version__
 from defense_core.config import digest, from_mapping, require, to_mapping
 from defense_core.errors import ConfigError, EvidenceMismatch
+from defense_core.evidence import UNPURIFIED
 from defense_core.limits import LoadLimits
 
 MAX_SEED = 2**63 - 1
 """Largest seed that torch takes."""
+UNTOUCHED = UNPURIFIED
+"""In place of a purifier's name: the scan found no evidence, and the fetched model goes on as it is."""
 REPORT_SHARE = 0.2
 """Share of the clean set that figures are quoted on where there is no test set."""
+_NESTED = ("policy", "spec", "probes", "configs", "scan", "loading")
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,12 @@ class Plan:
         spec: how to read a bare state dict: ``architecture``, ``architecture_args``,
             ``input_size``, ``mean``, ``std``, ``num_classes``, ``class_names``, ``augment``; empty for a bundle.
         test: like ``clean``; empty: figures are quoted on the *report* split of the clean set.
+        pool: like ``clean``, of a calibration pool that the scan compares with; empty: the one that comes along for
+            this kind of model, if any.
         probes: trigger specifications.
         methods: purifiers, in order of preference.
         configs: configuration per method; a missing one has its defaults.
+        scan: settings of the backdoor scan, see :class:`defense_core.scan.judgement.ScanConfig`.
         seed: of the splits and of every method.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
@@ -63,9 +70,11 @@ class Plan:
     policy: Mapping[str, Any]
     spec: Mapping[str, Any] = field(default_factory=dict)
     test: str = ""
+    pool: str = ""
     probes: tuple[Mapping[str, Any], ...] = ()
     methods: tuple[str, ...] = ("tsbd", "fine_tuning")
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    scan: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
     loading: Loading = field(default_factory=Loading)
@@ -80,7 +89,7 @@ class Plan:
         require(0 <= self.seed <= MAX_SEED, "seed", f"0 to {MAX_SEED}", self.seed)
         require(self.device.split(":")[0] in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
 
-    def identity(self, *, source: str, clean: str, test: str | None, policy: str) -> Identity:
+    def identity(self, *, source: str, clean: str, test: str | None, policy: str, pool: str | None = None) -> Identity:
         """Who this work is, by the content of its inputs rather than by their names.
 
         The program's version is part of it: other code may turn the same inputs into another
@@ -88,29 +97,26 @@ class Plan:
 
         Args:
             source: digest of the fetched artifact.
-            clean, test: digests of the sets' content.
+            clean, test, pool: digests of their content.
             policy: digest of the parsed policy.
         """
         mapping = to_mapping(self)
-        for named_by_content in ("model", "clean", "test", "policy"):
+        for named_by_content in ("model", "clean", "test", "pool", "policy"):
             del mapping[named_by_content]
-        configuration = {"version": __version__, "plan": mapping, "clean": clean, "test": test}
+        configuration = {"version": __version__, "plan": mapping, "clean": clean, "test": test, "pool": pool}
         return Identity(source=source, config=digest(configuration), policy=policy)
 
     def arguments(self) -> dict[str, Any]:
         """The plan as pipeline arguments: strings, JSON strings, one int and one list."""
         mapping = to_mapping(self)
-        strings = {name: mapping[name] for name in ("model", "clean", "test", "device", "seed", "methods")}
-        nested = {
-            name: json.dumps(mapping[name], sort_keys=True)
-            for name in ("policy", "spec", "probes", "configs", "loading")
-        }
+        strings = {name: mapping[name] for name in ("model", "clean", "test", "pool", "device", "seed", "methods")}
+        nested = {name: json.dumps(mapping[name], sort_keys=True) for name in _NESTED}
         return {**strings, **nested}
 
 
 def plan_from_arguments(arguments: Mapping[str, Any]) -> Plan:
     """The plan that :meth:`Plan.arguments` gave. Raises ConfigError, with the argument's name."""
-    nested = {name: parse_json(arguments[name], name) for name in ("policy", "spec", "probes", "configs", "loading")}
+    nested = {name: parse_json(arguments[name], name) for name in _NESTED}
     return from_mapping(Plan, {**arguments, **nested})
 
 

@@ -21,9 +21,11 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATES = {
     "fetch": "urn:model-quarantine:fetch:v1",
     "scan": "urn:model-quarantine:scan:v1",
+    "control": "urn:model-quarantine:control:v1",
     "purify": "urn:model-quarantine:purify:v1",
     "evaluate": "urn:model-quarantine:evaluate:v1",
     "select": "urn:model-quarantine:select:v1",
+    "rescan": "urn:model-quarantine:rescan:v1",
     "export": "urn:model-quarantine:export:v1",
     "gate": "urn:model-quarantine:decision:v1",
     "release": "urn:model-quarantine:release:v1",

@@ -16,6 +16,7 @@ from typing import Any
 
 from components._runtime.evidence import write_evidence
 from components._runtime.plan import RunSettings, run_settings
+from components._runtime.pod import check_identity
 from components._runtime.store import EvidenceStore, open_store
 from defense_core.errors import EXIT_UNKNOWN, Cancelled, QuarantineError
 from defense_core.progress import LogProgress, NullProgress
@@ -114,6 +115,7 @@ def step_scope(name: str, run: str, execution: str = "") -> Iterator[Scope]:
     try:
         with interruptible() as stop:
             logger.info("%s begins", name)
+            check_identity()
             yield Scope(name, settings, LogProgress(stop), store)
     except QuarantineError as error:
         _record(store, name, error, failure_record(name, error))

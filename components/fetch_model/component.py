@@ -12,11 +12,13 @@ def fetch_model(
     model: str,
     clean: str,
     test: str,
+    pool: str,
     policy: str,
     spec: str,
     probes: str,
     methods: list[str],
     configs: str,
+    scan: str,
     loading: str,
     seed: int,
     device: str,
@@ -32,11 +34,13 @@ def fetch_model(
         model: s3://bucket/key[?versionId=...], models:/name/3, file:// or a path.
         clean: Address or path of the clean set, parquet or npz.
         test: The same for the test set; empty: the report split of the clean set is quoted.
+        pool: The same for a calibration pool of the scan; empty: the one that comes along for this kind of model.
         policy: JSON, the policy.
         spec: JSON, how to read a bare state dict; {} for a bundle.
         probes: JSON, a list of trigger specifications.
         methods: Names of the purifiers, in order of preference.
         configs: JSON, configuration by method.
+        scan: JSON, settings of the backdoor scan.
         loading: JSON, limits, expected digest and trusted modules.
         seed: Seed of the splits and methods.
         device: auto, cpu or cuda.
@@ -50,8 +54,21 @@ def fetch_model(
 
     from components._runtime.step import step_scope
 
-    texts = {"model": model, "clean": clean, "test": test, "policy": policy, "spec": spec, "probes": probes}
-    asked = {**texts, "methods": methods, "configs": configs, "loading": loading, "seed": seed, "device": device}
+    asked = {
+        "model": model,
+        "clean": clean,
+        "test": test,
+        "pool": pool,
+        "policy": policy,
+        "spec": spec,
+        "probes": probes,
+        "methods": methods,
+        "configs": configs,
+        "scan": scan,
+        "loading": loading,
+        "seed": seed,
+        "device": device,
+    }
     with step_scope("fetch", run, execution) as scope:
         from components._runtime import journal, plan
         from components.fetch_model import step

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from components._runtime.datasets import write_data
+from components._runtime.calibration import pool_of_bundle
+from components._runtime.datasets import POOL, write_data
 from components._runtime.evidence import Clock, compose
 from components._runtime.loading import open_images, open_model
 from components._runtime.plan import Plan
@@ -16,6 +17,7 @@ from components._runtime.sources import Acquired, acquire
 from defense_core.artifact_scan import ArtifactScan, require_clean, scan_artifact
 from defense_core.attacks import Probe, probe_from_spec
 from defense_core.bundle import Bundle, Origin, bundle_of, save_bundle
+from defense_core.config import digest as config_digest
 from defense_core.config import from_mapping
 from defense_core.data import CleanSet, DataLimits
 from defense_core.evaluate import evaluate
@@ -23,6 +25,8 @@ from defense_core.files import atomic_directory
 from defense_core.policy import Policy, parse_policy
 from defense_core.progress import NullProgress, Progress
 from defense_core.purify import method_named
+from defense_core.scan.judgement import ScanConfig
+from defense_core.scan.pool import MAX_POOL_BYTES, Pool, save_pool
 
 TRIAL_IMAGES = 16
 """Images that a fetched model must answer with finite logits before anything else is done."""
@@ -71,21 +75,25 @@ def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullP
         clean = _images(plan.clean, _folder(scratch, "clean"), bundle, progress, every_class=True)
         test = _images(plan.test, _folder(scratch, "test"), bundle, progress, every_class=False) if plan.test else None
         _try_out(bundle, clean, _probes(plan, bundle), progress)
+        pool = _pool(plan, _folder(scratch, "pool"), bundle, progress)
         digest = save_bundle(bundle, bundle_folder)
         with atomic_directory(data) as data_folder:
             write_data(data_folder, clean, test, plan.probes)
-    return _evidence(plan, policy, clock, acquired, scan, bundle, digest, clean, test)
+            if pool is not None:
+                save_pool(pool, data_folder / POOL)
+    return _evidence(plan, policy, clock, acquired, scan, bundle, digest, clean, test, pool)
 
 
 def check_plan(plan: Plan) -> Policy:
     """Parse everything in ``plan`` that can be parsed without the model; the parsed policy.
 
     Raises:
-        ConfigError: an unknown method, or a configuration with an unknown key or a bad value.
+        ConfigError: an unknown method, or a configuration of one or of the scan with an unknown key or a bad value.
         PolicyError: a malformed policy.
     """
     for name in plan.methods:
         from_mapping(method_named(name).config, plan.configs.get(name, {}), where=name)
+    from_mapping(ScanConfig, plan.scan, where="scan")
     return parse_policy(plan.policy)
 
 
@@ -96,6 +104,15 @@ def _probes(plan: Plan, bundle: Bundle) -> list[Probe]:
 def _images(uri: str, folder: Path, bundle: Bundle, progress: Progress, *, every_class: bool) -> CleanSet:
     acquired = acquire(uri, folder, max_bytes=DataLimits().max_bytes, progress=progress)
     return open_images(acquired.path, bundle, require_all_classes=every_class)
+
+
+def _pool(plan: Plan, folder: Path, bundle: Bundle, progress: Progress) -> Pool | None:
+    """The operator's own calibration pool, if there is one; refused here where it is of another kind of model."""
+    if not plan.pool:
+        return None
+    acquired = acquire(plan.pool, folder, max_bytes=MAX_POOL_BYTES, progress=progress)
+    settings = from_mapping(ScanConfig, plan.scan, where="scan").settings
+    return pool_of_bundle(bundle, acquired.path, config_digest(settings))
 
 
 def _try_out(bundle: Bundle, clean: CleanSet, probes: list[Probe], progress: Progress) -> None:
@@ -119,9 +136,13 @@ def _evidence(  # noqa: PLR0917
     digest: str,
     clean: CleanSet,
     test: CleanSet | None,
+    pool: Pool | None,
 ) -> dict[str, Any]:
     test_digest = test.digest if test is not None else None
-    identity = plan.identity(source=acquired.sha256, clean=clean.digest, test=test_digest, policy=policy.digest)
+    pool_digest = pool.digest if pool is not None else None
+    identity = plan.identity(
+        source=acquired.sha256, clean=clean.digest, test=test_digest, policy=policy.digest, pool=pool_digest
+    )
     return compose(
         "fetch",
         clock,
@@ -129,6 +150,7 @@ def _evidence(  # noqa: PLR0917
             "source": acquired.sha256,
             "clean": clean.digest,
             "test": test_digest,
+            "pool": pool_digest,
             "config": identity.config,
             "policy": identity.policy,
         },

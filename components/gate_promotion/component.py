@@ -11,6 +11,9 @@ from components._runtime.image import IMAGE
 def gate_promotion(
     fetched: dsl.Input[dsl.Artifact],
     before: dsl.Input[dsl.Artifact],
+    scanned: dsl.Input[dsl.Artifact],
+    rescanned: dsl.Input[dsl.Artifact],
+    control: dsl.Input[dsl.Artifact],
     purified: dsl.Input[list[dsl.Artifact]],
     evaluated: dsl.Input[list[dsl.Artifact]],
     selected: dsl.Input[dsl.Artifact],
@@ -26,6 +29,9 @@ def gate_promotion(
     Args:
         fetched: Evidence of fetch.
         before: Evidence of the evaluation of the fetched model.
+        scanned: Evidence of the scan of the fetched model.
+        rescanned: Evidence of the scan of the chosen model.
+        control: Evidence of the positive control; an empty file where the policy asks for none.
         purified: Evidence of the purifiers.
         evaluated: Evidence of the evaluations of their models.
         selected: Evidence of the choice.
@@ -45,8 +51,8 @@ def gate_promotion(
         from components._runtime import plan
         from components.gate_promotion import step
 
-        given = [fetched, before, *purified, *evaluated, selected, exported]
-        mappings = [files.read_evidence(Path(each.path)) for each in given]
+        given = [fetched, before, scanned, rescanned, control, *purified, *evaluated, selected, exported]
+        mappings = [files.read_evidence(path) for each in given if (path := Path(each.path)).stat().st_size]
         named = {str(each["name"]): each for each in mappings}
         done = step.gate_promotion(named, plan.parse_json(policy, "policy"), Path(decision.path))
         scope.finish(done, evidence.path)

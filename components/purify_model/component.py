@@ -24,6 +24,7 @@ def purify_model(
     """Purify the model with one method, on clean images only.
 
     A method that diverges ends with the verdict UNKNOWN and without a model; the others go on.
+    A pod that is killed goes on from its last checkpoint when it is started again.
 
     Args:
         bundle: The fetched model.
@@ -44,8 +45,10 @@ def purify_model(
 
     with step_scope(f"purify.{method}", run, execution) as scope:
         from components._runtime import inputs
+        from components._runtime.checkpoint_store import step_checkpoints
         from components.purify_model import step
 
+        checkpoints = step_checkpoints(scope.settings.evidence)
         given = inputs.for_method(data.path, loading, configs, method)
         done = step.purify_candidate(
             Path(bundle.path),
@@ -58,6 +61,8 @@ def purify_model(
             seed=seed,
             device=device,
             progress=scope.progress,
+            checkpoints=checkpoints.of_work,
         )
         purified.metadata["digest"] = str(done["outputs"].get("model"))
         scope.finish(done, evidence.path)
+        checkpoints.clear()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from components._runtime.bundle_files import copy_bundle
 from components._runtime.evidence import Clock, compose, write_evidence
 from components._runtime.loading import open_model, open_splits, resolve_device, source_digest
-from components._runtime.plan import REPORT_SHARE, Loading
+from components._runtime.plan import REPORT_SHARE, UNTOUCHED, Loading
 from defense_core.bundle import Bundle, bundle_of, save_bundle
+from defense_core.checkpoints import NO_CHECKPOINTS, Checkpoints
 from defense_core.config import digest, from_mapping, to_mapping
 from defense_core.errors import MethodDiverged
 from defense_core.files import atomic_directory
 from defense_core.progress import NullProgress, Progress
 from defense_core.purify import Purified, method_named, purify
 from defense_core.purify.base import Method
+from defense_core.stored_checkpoints import work_key
 from defense_core.universal import select_signals
 from defense_core.verdict import Finding, Verdict
 
@@ -35,6 +38,7 @@ def purify_model(
     report: float = REPORT_SHARE,
     loading: Loading = Loading(),
     progress: Progress = NullProgress(),
+    checkpoints: Callable[[str], Checkpoints] = lambda key: NO_CHECKPOINTS,
 ) -> dict[str, Any]:
     """Purify ``model`` with ``method`` on the *fit* split of ``clean``.
 
@@ -44,6 +48,8 @@ def purify_model(
             holds the history, one row an epoch) beside it.
         config: the method's configuration; missing keys have their defaults.
         report: share of the clean set to leave for quoting; 0 where there is a test set.
+        checkpoints: from the work's key, which names all that its bytes depend on, to where its loops save how far
+            they have come.
 
     Returns:
         Evidence ``purify.<method>``.
@@ -61,8 +67,17 @@ def purify_model(
         bundle = open_model(model, spec, loading)
         splits = open_splits(clean, bundle, seed=seed, report=report)
         task = bundle.spec.task_object()
+        work = {"model": bundle.digest, "clean": splits.digest, "method": method, "config": parsed, "seed": seed}
         purified = purify(
-            bundle.model, splits, parsed, method=method, task=task, seed=seed, device=where, progress=progress
+            bundle.model,
+            splits,
+            parsed,
+            method=method,
+            task=task,
+            seed=seed,
+            device=where,
+            progress=progress,
+            checkpoints=checkpoints(work_key(**work, device=where)),
         )
         outcome = save_bundle(bundle_of(purified.model, bundle.spec, bundle.origin), folder)
         results = {
@@ -90,10 +105,13 @@ def purify_model(
 def purify_candidate(model: Path, clean: Path, out: Path, *, method: str, **options: Any) -> dict[str, Any]:
     """:func:`purify_model` for one of several parallel methods: divergence is an outcome, not an end.
 
+    ``untouched`` in place of a method leaves the model as it is: the scan found no evidence.
     A method that diverges leaves a folder with ``result.json`` only, whose verdict is UNKNOWN; it is
     never selected, and the other methods go on. Every other error is raised.
     """
     clock = Clock.start()
+    if method == UNTOUCHED:
+        return _untouched(model, clean, out, clock, **options)
     try:
         return purify_model(model, clean, out, method=method, **options)
     except MethodDiverged as error:
@@ -114,6 +132,35 @@ def purify_candidate(model: Path, clean: Path, out: Path, *, method: str, **opti
         seed=seed,
     )
     with atomic_directory(out) as folder:
+        write_evidence(folder / RESULT, evidence)
+    return evidence
+
+
+def _untouched(model: Path, clean: Path, out: Path, clock: Clock, **options: Any) -> dict[str, Any]:
+    """The fetched bundle, byte for byte, where a candidate is expected."""
+    loading, seed = options.get("loading", Loading()), options.get("seed", 0)
+    bundle = open_model(model, options.get("spec"), loading)
+    splits = open_splits(clean, bundle, seed=seed, report=options.get("report", REPORT_SHARE))
+    with atomic_directory(out) as folder:
+        copy_bundle(model, folder)
+        evidence = compose(
+            f"purify.{UNTOUCHED}",
+            clock,
+            inputs=_inputs(bundle, splits.digest, {}),
+            outputs={"model": bundle.digest},
+            results={
+                "method": UNTOUCHED,
+                "control": False,
+                "summary": "Nothing was purified: the scan found no evidence of a backdoor",
+                "config": {},
+                "facts": {},
+                "history": [],
+                "select": None,
+                "images": {"fit": len(splits.fit), "select": len(splits.select)},
+            },
+            device="cpu",
+            seed=seed,
+        )
         write_evidence(folder / RESULT, evidence)
     return evidence
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from components._runtime.bundle_files import bundle_digest, copy_bundle
 from components._runtime.evidence import Clock, compose, read_evidence, source_of
+from components._runtime.plan import UNTOUCHED
 from defense_core.config import require, to_mapping
 from defense_core.errors import EvidenceMismatch, EvidenceMissing
 from defense_core.files import atomic_directory
@@ -70,6 +71,8 @@ def select_model(candidates: Sequence[Path], out: Path, *, order: Sequence[str] 
     _require_one_origin(evidences)
     made = [_made(Path(folder), evidence) for folder, evidence in zip(candidates, evidences, strict=True)]
     made.sort(key=lambda each: _place(each.candidate.method, order))
+    if [each.candidate.method for each in made] == [UNTOUCHED]:
+        return _as_it_is(made[0], evidences[0], out, clock)
     judged = with_residuals([each.candidate for each in made])
     made = [replace(each, candidate=candidate) for each, candidate in zip(made, judged, strict=True)]
     winner = choose(judged)
@@ -81,13 +84,7 @@ def select_model(candidates: Sequence[Path], out: Path, *, order: Sequence[str] 
             hint="Choose other methods or settings; the fetched model is not promoted instead",
         )
     chosen = next(each for each in made if each.candidate.method == winner.method)
-    with atomic_directory(out) as folder:
-        copy_bundle(chosen.folder, folder)
-        digest = bundle_digest(folder)
-        if digest != chosen.model:
-            raise EvidenceMismatch(
-                f"{chosen.folder} is not the model of its evidence", expected=chosen.model, got=digest
-            )
+    digest = _copied(chosen, out)
     return compose(
         "select",
         clock,
@@ -98,6 +95,7 @@ def select_model(candidates: Sequence[Path], out: Path, *, order: Sequence[str] 
         outputs={"model": digest},
         results={
             "method": winner.method,
+            "purified": True,
             "rule": RULE,
             "suspected_class": suspected_class(judged),
             "candidates": [each.row() for each in made],
@@ -107,6 +105,36 @@ def select_model(candidates: Sequence[Path], out: Path, *, order: Sequence[str] 
                 "select.candidate", Verdict.PASS, winner.residual, "the rule", f"{winner.method} was chosen. {RULE}"
             )
         ],
+    )
+
+
+def _copied(chosen: Made, out: Path) -> str:
+    """Copy the bundle of ``chosen`` to ``out``; its digest. Raises EvidenceMismatch."""
+    with atomic_directory(out) as folder:
+        copy_bundle(chosen.folder, folder)
+        digest = bundle_digest(folder)
+        if digest != chosen.model:
+            raise EvidenceMismatch(
+                f"{chosen.folder} is not the model of its evidence", expected=chosen.model, got=digest
+            )
+    return digest
+
+
+def _as_it_is(only: Made, evidence: Mapping[str, Any], out: Path, clock: Clock) -> dict[str, Any]:
+    rule = "The scan found no evidence of a backdoor and the policy forces no purification: the fetched model goes on."
+    return compose(
+        "select",
+        clock,
+        inputs={"source": source_of(evidence), "candidates": {UNTOUCHED: only.model}},
+        outputs={"model": _copied(only, out)},
+        results={
+            "method": UNTOUCHED,
+            "purified": False,
+            "rule": rule,
+            "suspected_class": None,
+            "candidates": [only.row()],
+        },
+        findings=[Finding("select.candidate", Verdict.PASS, None, "the rule", rule)],
     )
 
 

@@ -195,7 +195,7 @@ def test_all_models_are_listed_without_names(connection: MlflowConnection, tmp_p
 
 
 def test_a_version_carries_its_model_card_and_the_scans_verdict(connection: MlflowConnection, tmp_path: Path) -> None:
-    scan = {**whole_run()["fetch"], "name": "scan", "step": "scan", "verdict": "UNKNOWN"}
+    scan = {**whole_run()["evaluate.before"], "name": "scan", "step": "scan", "verdict": "UNKNOWN"}
     version = connection.client.get_model_version("carded", register(connection, tmp_path / "1", "carded", scan=scan))
     assert version.tags[tag.SCAN] == "unknown"
     assert "met all" in version.description

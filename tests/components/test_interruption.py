@@ -54,6 +54,8 @@ def call_of(step: str, chain: Chain, tmp_path: Path) -> tuple[Callable[..., None
     """A component and its arguments; whatever it writes lies in ``tmp_path/out``."""
     out = {name: artifact(tmp_path / "out" / name) for name in ("one", "two", "evidence")}
     (tmp_path / "out").mkdir()
+    no_control = tmp_path / "no-control"
+    no_control.touch()
     given = {"data": artifact(chain["data"]), "loading": "{}", "seed": 0}
     arguments = chain.plan.arguments()
     named: dict[str, Any] = {
@@ -83,6 +85,9 @@ def call_of(step: str, chain: Chain, tmp_path: Path) -> tuple[Callable[..., None
             {
                 "fetched": evidence_of(chain, tmp_path, "fetch"),
                 "before": evidence_of(chain, tmp_path, "evaluate.before"),
+                "scanned": evidence_of(chain, tmp_path, "scan"),
+                "rescanned": evidence_of(chain, tmp_path, "rescan"),
+                "control": artifact(no_control),
                 "purified": [evidence_of(chain, tmp_path, "purify.tsbd")],
                 "evaluated": [evidence_of(chain, tmp_path, "evaluate.tsbd")],
                 "selected": evidence_of(chain, tmp_path, "select"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from components._runtime.ml_bom import IMAGE_SBOM_DIGEST, IMAGE_SBOM_URI, ML_BOM, ImageSbom, ml_bom, write_ml_bom
+from components._runtime.ml_bom import (
+    IMAGE_SBOM,
+    IMAGE_SBOM_DIGEST,
+    IMAGE_SBOM_URI,
+    ML_BOM,
+    ImageSbom,
+    ml_bom,
+    write_ml_bom,
+)
 from defense_core.errors import ConfigError, EvidenceMissing
 from tests.unit.report_records import sha, whole_run
 
@@ -122,3 +131,21 @@ def test_the_images_sbom_is_linked_where_its_digest_is_known(evidence: dict[str,
 def test_a_malformed_digest_of_the_sbom_is_refused() -> None:
     with pytest.raises(ConfigError, match=IMAGE_SBOM_DIGEST):
         ImageSbom.from_environment({IMAGE_SBOM_DIGEST: "sha256:abc"})
+
+
+def test_inside_an_image_its_own_sbom_is_linked_by_digest_and_path(evidence: dict[str, Any], tmp_path: Path) -> None:
+    inside = tmp_path / "image.cdx.json"
+    inside.write_bytes(b"{}")
+    path = write_ml_bom(tmp_path, evidence, environment={IMAGE_SBOM: str(inside)})
+    (reference,) = valid(path.read_bytes())["externalReferences"]
+    assert reference["url"] == inside.as_uri()
+    assert reference["hashes"] == [{"alg": "SHA-256", "content": hashlib.sha256(b"{}").hexdigest()}]
+    # What the operator says comes first: a registry's digest may stand for the same file elsewhere.
+    said = ImageSbom.from_environment({IMAGE_SBOM: str(inside), IMAGE_SBOM_DIGEST: SBOM})
+    assert said is not None
+    assert said.digest == SBOM
+
+
+def test_an_sbom_that_is_named_and_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ImageSbom.from_environment({IMAGE_SBOM: str(tmp_path / "gone.json")})

@@ -11,6 +11,7 @@ import yaml
 from components.generate_readmes import HERE, component_names, outdated
 
 STEPS = [
+    "control_model",
     "evaluate_model",
     "export_onnx",
     "fetch_model",
@@ -18,6 +19,7 @@ STEPS = [
     "promote_model",
     "purify_model",
     "report",
+    "scan_backdoor",
     "select_model",
     "sign_evidence",
 ]

@@ -59,7 +59,7 @@ def test_a_damaged_record_is_named_not_hidden(tmp_path: Path) -> None:
 
 
 def test_a_step_that_was_killed_is_the_first_without_a_record() -> None:
-    records = Records({"fetch": fetch_evidence(methods=["tsbd"]), "evaluate.before": {}})
+    records = Records({"fetch": fetch_evidence(methods=["tsbd"]), "evaluate.before": {}, "scan": {}})
     outcome = outcome_of(records)
     assert outcome.failed_step == "purify.tsbd"
     assert outcome.decision == "none"

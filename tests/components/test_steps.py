@@ -41,7 +41,7 @@ def test_fetch_pins_everything_by_digest(finished: Chain) -> None:
     assert evidence["outputs"]["model"] == bundle_digest(finished["bundle"])
     description = json.loads((finished["bundle"] / "bundle.json").read_text())
     assert description["origin"]["sha256"] == evidence["inputs"]["source"]
-    assert set(evidence["inputs"]) == {"source", "clean", "test", "config", "policy"}
+    assert set(evidence["inputs"]) == {"source", "clean", "test", "pool", "config", "policy"}
     data = read_data(finished["data"])
     assert data.test is not None
     assert data.report_share(0.2) == 0.0

@@ -31,7 +31,7 @@ def make_parts(folder: Path, *, weights: bytes = b"weights", onnx: bytes = b"onn
     (bundle / "bundle.json").write_bytes(canonical_json(description))
     evidence = folder / "evidence"
     evidence.mkdir()
-    (evidence / "fetch.json").write_text(json.dumps({"schema": 1, "step": "fetch", "note": note}))
+    (evidence / "fetch.json").write_text(json.dumps({"schema": 1, "step": "fetch", "name": "fetch", "note": note}))
     (evidence / "evaluate.tsbd.json").write_text(json.dumps({"schema": 1, "step": "evaluate"}))
     (folder / "exported.onnx").write_bytes(onnx)
     return Parts(folder / "exported.onnx", bundle, evidence)

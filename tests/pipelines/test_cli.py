@@ -153,6 +153,18 @@ def test_compile_writes_the_pipeline(tmp_path: Path, quarantine: Callable[..., A
     assert Path(answer.out.strip()).read_text().startswith("# PIPELINE DEFINITION")
 
 
+def test_compile_writes_what_node_pools_need(tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+    answer = quarantine("compile", "--out", tmp_path / "out", "--node-pools", "eks")
+    assert answer.code == 0
+    assert [Path(line).name for line in answer.out.splitlines()] == ["quarantine.yaml", "admission.yaml"]
+    assert "nvidia.com/gpu" in (tmp_path / "out" / "quarantine.yaml").read_text()
+    (tmp_path / "pools.yaml").write_text("format: 1\nsteps: {purify_model: {memory: 8Gi}}\n")
+    refused = quarantine("compile", "--out", tmp_path / "other", "--node-pools", tmp_path / "pools.yaml")
+    assert refused.code == 3
+    assert "memory_limit" in refused.err
+    assert not (tmp_path / "other").exists()
+
+
 # -- happy paths -------------------------------------------------------------------------
 
 

@@ -30,9 +30,11 @@ def test_the_golden_copy_is_the_pipeline() -> None:
 
 def test_drift_is_found(tmp_path: Path) -> None:
     golden = tmp_path / "quarantine.yaml"
-    golden.write_text(compiling.GOLDEN.read_text().replace("name: model-quarantine", "name: other"))
-    assert "-  name: other" in compiling.drift(golden)
-    assert compiling.drift(tmp_path / "missing.yaml") != []
+    golden.write_text(
+        (compiling.GOLDEN / compiling.FILE_NAME).read_text().replace("name: model-quarantine", "name: other")
+    )
+    assert "-  name: other" in compiling.drift(tmp_path)
+    assert compiling.drift(tmp_path / "missing") != []
 
 
 def test_another_process_compiles_the_same_bytes_without_secrets(tmp_path: Path) -> None:
@@ -42,7 +44,7 @@ def test_another_process_compiles_the_same_bytes_without_secrets(tmp_path: Path)
     command = [sys.executable, "-m", "pipelines.compile", "--out", str(tmp_path)]
     subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True)
     data = (tmp_path / "quarantine.yaml").read_bytes()
-    assert data == compiling.GOLDEN.read_bytes()
+    assert data == (compiling.GOLDEN / compiling.FILE_NAME).read_bytes()
     assert CANARY.encode() not in data
     assert str(root).encode() not in data
 
@@ -68,7 +70,7 @@ def test_no_step_is_cached_and_each_asks_for_memory(compiled: dict[str, Any]) ->
         for name, task in dag["tasks"].items()
         if not name.startswith(("for-loop", "quarantine-steps", "exit-handler"))
     ]
-    assert len(tasks) == 10
+    assert len(tasks) == 13
     assert all(
         not task.get("cachingOptions")
         for task in tasks
@@ -82,6 +84,21 @@ def test_the_report_is_an_exit_handler(compiled: dict[str, Any]) -> None:
     task = compiled["root"]["dag"]["tasks"]["report"]
     assert task["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     assert "taskFinalStatus" in task["inputs"]["parameters"]["status"]
+
+
+@pytest.mark.parametrize("step", ["scan-backdoor", "control-model"])
+def test_the_scan_is_given_no_probe_and_no_other_models(step: str, compiled: dict[str, Any]) -> None:
+    inputs = compiled["components"][f"comp-{step}"]["inputDefinitions"]
+    assert "probes" not in inputs["parameters"]
+    assert set(inputs["artifacts"]) <= {"bundle", "data", "earlier", "reference"}
+    assert "scan" in inputs["parameters"]
+
+
+def test_what_is_purified_with_is_the_scans_answer(compiled: dict[str, Any]) -> None:
+    dags = [part["dag"] for part in compiled["components"].values() if "dag" in part]
+    (loop,) = [task for dag in dags for name, task in dag["tasks"].items() if name.startswith("for-loop")]
+    assert "scan-backdoor" in loop["dependentTasks"]
+    assert "scan-backdoor" in str(loop["parameterIterator"]) or "scan-backdoor" in str(loop["inputs"])
 
 
 def test_purify_is_given_no_probe_and_no_registry(compiled: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, ConfigError,
 from defense_core.verdict import Verdict
 from pipelines.local import LocalRun, run_local
 from tests.small_model import DENYING, PLAN_OPTIONS, make_inputs
+from tests.small_pool import RATE, make_pool
 
-STEPS = {"fetch", "select", "export", "gate", "sign", "promote"} | {
+STEPS = {"fetch", "scan", "select", "rescan", "export", "gate", "sign", "promote"} | {
     f"{step}.{method}" for step in ("purify", "evaluate") for method in ("tsbd", "fine_tuning")
 }
 
@@ -31,6 +32,17 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tmp_path: Path, **changes: Any) -> LocalRun:
     plan = make_inputs(tmp_path / "inputs", **changes)
     return run_local(plan, tmp_path / "work", model_name="digits", name="first")
+
+
+def read(ended: LocalRun, name: str) -> dict[str, Any]:
+    evidence: dict[str, Any] = json.loads((ended.evidence / f"{name}.json").read_text())
+    return evidence
+
+
+def found_nothing(folder: Path) -> dict[str, Any]:
+    """Changes to a plan by which the scan passes the small model."""
+    make_pool(folder / "pool.json", shift=100.0)
+    return {"pool": str(folder / "pool.json"), "scan": {**PLAN_OPTIONS.scan, "fpr": RATE}}
 
 
 def registry(ended: LocalRun) -> Any:
@@ -62,7 +74,7 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     ]
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["quarantine.execution"] == "first"
-    assert ended.signed == {"signed": True, "key_id": keys.key_id, "statements": 10}
+    assert ended.signed == {"signed": True, "key_id": keys.key_id, "statements": 12}
     trusted = TrustedSigner(public_key=keys.public)
     assert ended.release is not None
     assert verify_release(ended.release, trusted).verdict is Verdict.PASS
@@ -90,10 +102,21 @@ def test_a_key_that_cannot_sign_ends_the_run_before_it_begins(tmp_path: Path) ->
 
 
 def test_a_run_that_is_denied(tmp_path: Path) -> None:
-    ended = run(tmp_path, policy=DENYING, methods=("tsbd",), configs={"tsbd": {"epochs": 1, "unlearn_epochs": 1}})
+    # The scan finds nothing, and the policy has the model purified all the same.
+    ended = run(
+        tmp_path,
+        policy={**DENYING, "require": {"purification": True}},
+        methods=("tsbd",),
+        configs={"tsbd": {"epochs": 1, "unlearn_epochs": 1}},
+        **found_nothing(tmp_path),
+    )
     assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("deny", "", EXIT_FAIL), (
         ended.log.read_text()[-3000:]
     )
+    assert read(ended, "scan")["verdict"] == "PASS"
+    assert read(ended, "select")["results"]["method"] == "tsbd"
+    findings = {each["rule"]: each["verdict"] for each in read(ended, "gate")["results"]["findings"]}
+    assert findings["require.purification"] == "PASS"
     assert ended.report is not None
     assert "severe" in ended.report.read_text()
     assert ended.promotion is not None
@@ -102,13 +125,41 @@ def test_a_run_that_is_denied(tmp_path: Path) -> None:
     assert not registry(ended).get_registered_model("digits").aliases
 
 
+def test_a_model_without_findings_goes_on_as_it_is(tmp_path: Path) -> None:
+    keys = generate_key_pair(tmp_path / "keys")
+    plan = make_inputs(tmp_path / "inputs", **found_nothing(tmp_path))
+    ended = run_local(plan, tmp_path / "work", model_name="digits", name="first", signing_key=keys.private)
+    assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("allow", "", EXIT_PASS), (
+        ended.log.read_text()[-3000:]
+    )
+    branches = {"purify.untouched", "evaluate.untouched"}
+    assert {path.stem for path in ended.evidence.glob("*.json")} == branches | {
+        each for each in STEPS if "." not in each
+    } | {"evaluate.before", "report"}
+    fetched = read(ended, "fetch")["outputs"]["model"]
+    assert read(ended, "select")["outputs"]["model"] == read(ended, "rescan")["inputs"]["model"] == fetched
+    assert read(ended, "scan")["inputs"]["pool"] == read(ended, "fetch")["inputs"]["pool"]
+    assert ended.report is not None
+    assert "the model as it came in, not purified," in ended.report.read_text()
+    assert ended.release is not None
+    verified = verify_release(ended.release, TrustedSigner(public_key=keys.public))
+    assert (verified.verdict, verified.decision) == (Verdict.PASS, "allow")
+    client = registry(ended)
+    version = client.get_model_version_by_alias("digits", "champion")
+    assert version.tags["quarantine.scan"] == "pass"
+
+
+# It breaks after more training steps than the scan takes.
 UNTRAINABLE = """
 import torch
 from defense_core.networks.small_cnn import SmallCNN
 
 class Untrainable(SmallCNN):
+    steps = 0
+
     def forward(self, inputs):
-        if torch.is_grad_enabled():
+        self.steps += self.training and torch.is_grad_enabled()
+        if self.steps > 20:
             raise RuntimeError("this network cannot be trained")
         return super().forward(inputs)
 

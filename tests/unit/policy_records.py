@@ -1,5 +1,6 @@
 """Evidence of a good run and small policies, for the tests of the gate."""
 
+import json
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -117,6 +118,29 @@ def untouched() -> dict:
     return files
 
 
+def scanned(files: dict, *, scan="FAIL", rescan="PASS", control="PASS", left=(0.02,)) -> dict:
+    """``files`` with what scan, re-scan and positive control say; purified models state that they are."""
+    method = files["select"]["results"]["method"]
+    outgoing = files["select"]["outputs"]["model"]
+    residuals = [{"detector": "patch", "target": 0, "before": 0.97, "after": after, "images": 300} for after in left]
+    after = {"verdict": rescan, "p_value": 0.4, "suspected_residuals": residuals}
+    detected = {"PASS": True, "FAIL": False}.get(control)
+    added = [
+        {**record("scan", {"model": FETCHED}, {}, {"verdict": scan, "p_value": 0.017}), "verdict": scan},
+        {**record("rescan", {"model": outgoing, "reference": FETCHED}, {}, after), "verdict": rescan},
+        {**record("control", {"model": FETCHED}, {}, {"detected": detected}), "verdict": control},
+    ]
+    chosen = {**files["select"], "results": {"method": method, "purified": method not in ("before", "untouched")}}
+    return {**files, "select": chosen, **{each["name"]: each for each in added}}
+
+
+def unpurified() -> dict:
+    """A run whose scan found no evidence: the fetched model stands where a purifier's would."""
+    renamed = {name.replace("tsbd", "untouched"): each for name, each in run().items() if "fine_tuning" not in name}
+    text = json.dumps(renamed).replace("tsbd", "untouched").replace(CLEANED, FETCHED)
+    return scanned(json.loads(text), scan="PASS", left=())
+
+
 def damage(which: str, **changes: object) -> dict:
     files = run()
     files[which] = {**files[which], **changes}
@@ -143,8 +167,8 @@ FULL = {
     "description": "Text.",
     "max_unknown_age_days": 3,
     "require": {
-        "max_evidence_age_days": 3, "min_clean_images": 3, "positive_control": True, "sources": ["a"],
-        "licences": ["a"], "formats": ["a"], "signatures": ["model"], "approvals": 2,
+        "max_evidence_age_days": 3, "min_clean_images": 3, "purification": True, "positive_control": True,
+        "sources": ["a"], "licences": ["a"], "formats": ["a"], "signatures": ["model"], "approvals": 2,
     },
     "exceptions": [
         {"rule": "r", "owner": "Ada", "reason": "Why.", "expires": "2027-01-31", "source": "sha256:" + "0" * 64}

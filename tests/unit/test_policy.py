@@ -14,6 +14,7 @@ from defense_core.policy_waivers import Circumstances
 from defense_core.verdict import Finding
 from tests.unit.policy_records import (
     FAIL,
+    FETCHED,
     GOOD,
     PASS,
     UNKNOWN,
@@ -307,7 +308,7 @@ def test_without_a_choice_selected_is_unknown_even_where_absence_may_be_skipped(
 @pytest.mark.parametrize("when_absent", ["unknown", "skip"])
 def test_undecided_evidence_is_unknown_whatever_its_numbers(name, when_absent):
     files = with_score(0.1)
-    files["scan"] = record("scan", {}, {}, {"score": 0.1})
+    files["scan"] = record("scan", {"model": FETCHED}, {}, {"score": 0.1})
     files[name]["verdict"] = "UNKNOWN"
     found = finding(decide(policy(rule(evidence=name, when_absent=when_absent)), files), "r")
     assert (found.verdict, found.effect) == (UNKNOWN, "block")
@@ -317,7 +318,7 @@ def test_undecided_evidence_is_unknown_whatever_its_numbers(name, when_absent):
 def test_failed_evidence_beside_the_way_is_still_read():
     """A scan that found a backdoor before purification does not forbid the purified model by itself."""
     files = run()
-    files["scan"] = record("scan", {}, {}, {"score": 0.1})
+    files["scan"] = record("scan", {"model": FETCHED}, {}, {"score": 0.1})
     files["scan"]["verdict"] = "FAIL"
     assert decide(policy(rule(evidence="scan")), files).outcome == "allow"
 

@@ -22,6 +22,8 @@ from tests.unit.policy_records import (
     record,
     rule,
     run,
+    scanned,
+    unpurified,
     untouched,
 )
 
@@ -367,3 +369,42 @@ def test_the_name_selected_is_reserved():
     message = "expected a method's name, got selected, which rules use for the chosen method"
     with pytest.raises(EvidenceMismatch, match=message):
         decide(policy(), {"evaluate.selected": record("evaluate.selected", {}, {}, {})})
+
+
+# -- scan, re-scan, and a model that was not purified ----------------------------------
+
+
+def test_a_scanned_run_has_integrity_whatever_the_scan_found():
+    for verdict in ("PASS", "FAIL", "UNKNOWN"):
+        assert integrity(scanned(run(), scan=verdict, rescan=verdict, control=verdict)) == dict.fromkeys(
+            INTEGRITY, PASS
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [("scan", "integrity.lineage"), ("control", "integrity.lineage"), ("rescan", "integrity.model")],
+)
+def test_a_scan_of_another_model_fails(name, broken):
+    files = scanned(run())
+    files[name]["inputs"]["model"] = OTHER
+    assert integrity(files) == only(broken, FAIL)
+    del files[name]["inputs"]["model"]
+    assert integrity(files) == only(broken, UNKNOWN)
+
+
+def test_the_fetched_model_goes_on_after_a_scan_without_findings():
+    files = unpurified()
+    assert integrity(files) == dict.fromkeys(INTEGRITY, PASS)
+    files["select"]["outputs"]["model"] = CLEANED
+    assert integrity(files)["integrity.lineage"] is FAIL
+
+
+@pytest.mark.parametrize(("verdict", "expected"), [("FAIL", FAIL), ("UNKNOWN", UNKNOWN), (None, UNKNOWN)])
+def test_nothing_but_a_passed_scan_spares_a_model_its_purification(verdict, expected):
+    files = unpurified()
+    if verdict is None:
+        del files["scan"]
+    else:
+        files["scan"]["verdict"] = verdict
+    assert integrity(files) == only("integrity.steps", expected)

@@ -7,6 +7,7 @@ from defense_core.policy_types import Requirements, matches
 from tests.unit.policy_records import (
     AT,
     FAIL,
+    FETCHED,
     INTEGRITY,
     PASS,
     UNKNOWN,
@@ -83,7 +84,7 @@ def test_requirements_read_what_fetch_found(require, results, verdict, bound):
 def test_a_positive_control_must_have_found_its_backdoor(results, state, verdict):
     files = dated()
     if results is not None:
-        files["control"] = {**record("control", {}, {}, results), "verdict": state}
+        files["control"] = {**record("control", {"model": FETCHED}, {}, results), "verdict": state}
     decision, found = decided(files, positive_control=True)
     assert (found.verdict, found.bound) == (verdict, "= true")
     assert decision.outcome == {PASS: "allow", FAIL: "deny", UNKNOWN: "unknown"}[verdict]
@@ -95,8 +96,20 @@ def test_a_control_of_another_model_does_not_count():
     assert decide(requiring(positive_control=True), files, at=AT).outcome == "deny"
 
 
+@pytest.mark.parametrize(
+    ("results", "verdict"),
+    [({"purified": True}, PASS), ({"purified": False}, FAIL), ({"purified": 1}, UNKNOWN), ({}, UNKNOWN)],
+)
+def test_a_model_must_have_been_purified_where_the_policy_says_so(results, verdict):
+    files = dated()
+    files["select"]["results"] = {"method": "tsbd", **results}
+    decision, found = decided(files, purification=True)
+    assert (found.verdict, found.bound) == (verdict, "= true")
+    assert decision.outcome == {PASS: "allow", FAIL: "deny", UNKNOWN: "unknown"}[verdict]
+
+
 def test_what_is_not_required_gives_no_finding():
-    assert requiring(positive_control=False).require == Requirements()
+    assert requiring(positive_control=False, purification=False).require == Requirements()
     decision = decide(requiring(positive_control=False, approvals=1), dated(), at=AT)
     assert [each.rule for each in decision.findings] == [*INTEGRITY, "any"]
 
@@ -104,9 +117,17 @@ def test_what_is_not_required_gives_no_finding():
 def test_requirements_stand_between_built_in_and_own_rules_in_a_fixed_order():
     everything = {
         "signatures": ["model"], "formats": ["x"], "licences": ["x"], "sources": ["x"], "positive_control": True,
-        "min_clean_images": 1, "max_evidence_age_days": 1,
+        "purification": True, "min_clean_images": 1, "max_evidence_age_days": 1,
     }  # fmt: skip
-    names = ["min_clean_images", "positive_control", "sources", "licences", "formats", "max_evidence_age_days"]
+    names = [
+        "min_clean_images",
+        "purification",
+        "positive_control",
+        "sources",
+        "licences",
+        "formats",
+        "max_evidence_age_days",
+    ]
     decision = decide(requiring(**everything), dated(), at=AT)
     required = [f"require.{name}" for name in [*names, "signatures"]]
     assert [each.rule for each in decision.findings] == [*INTEGRITY, *required, "any"]

@@ -12,17 +12,22 @@ from defense_core.policy import Policy, Rule, decide, parse_policy
 from defense_core.policy_types import Bound, Requirements, Waiver
 from tests.unit.policy_records import (
     AT,
+    FAIL,
     FULL,
+    PASS,
     POLICIES,
     SHIPPED,
     dated,
+    finding,
     later,
     policy,
     policy_mapping,
     probe,
     rule,
     run,
+    scanned,
     shipped,
+    unpurified,
     untouched,
 )
 
@@ -245,11 +250,50 @@ def test_shipped_policies_are_valid_and_named_like_their_file(name):
     ],
 )
 def test_shipped_policies_decide_ordinary_cases(name, table, probes, outcome):
-    assert decide(parse_policy(shipped(name)), dated(run(table, *probes)), at=AT).outcome == outcome
+    assert decide(parse_policy(shipped(name)), dated(scanned(run(table, *probes))), at=AT).outcome == outcome
+
+
+SERVED = PairedCounts(9300, 280, 80, 340)
+
+
+@pytest.mark.parametrize(
+    ("found", "strict", "standard"),
+    [
+        ({}, "allow", "allow"),
+        ({"scan": "PASS", "left": ()}, "allow", "allow"),
+        ({"scan": "UNKNOWN", "rescan": "UNKNOWN", "control": "UNKNOWN", "left": ()}, "unknown", "allow"),  # no pool
+        ({"rescan": "UNKNOWN"}, "unknown", "allow"),
+        ({"rescan": "FAIL"}, "deny", "allow"),
+        ({"control": "FAIL"}, "deny", "allow"),
+        ({"left": (0.02, 0.9)}, "deny", "allow"),
+    ],
+)
+def test_shipped_policies_on_what_the_scan_says(found, strict, standard):
+    files = dated(scanned(run(SERVED, probe(90, 9000)), **found))
+    decisions = {name: decide(parse_policy(shipped(name)), files, at=AT) for name in ("strict", "standard")}
+    assert {name: each.outcome for name, each in decisions.items()} == {"strict": strict, "standard": standard}
+    warned = {
+        each.rule for each in decisions["standard"].findings if each.effect == "warn" and each.verdict is not PASS
+    }
+    assert bool(warned) is bool(set(found) & {"rescan"} or found.get("left") == (0.02, 0.9))
+
+
+def test_without_a_scan_standard_decides_as_before_and_strict_does_not_decide():
+    files = dated(run(SERVED, probe(90, 9000)))
+    assert decide(parse_policy(shipped("standard")), files, at=AT).outcome == "allow"
+    assert decide(parse_policy(shipped("strict")), files, at=AT).outcome == "unknown"
+
+
+def test_a_model_that_was_not_purified_passes_standard_and_not_strict():
+    files = unpurified()
+    assert decide(parse_policy(shipped("standard")), dated(files), at=AT).outcome == "allow"
+    denied = decide(parse_policy(shipped("strict")), dated(files), at=AT)
+    assert denied.outcome == "deny"
+    assert finding(denied, "require.purification").verdict is FAIL
 
 
 def test_no_shipped_policy_allows_the_untouched_backdoored_model():
-    files = dated(untouched())
+    files = dated(scanned(untouched()))
     for name in SHIPPED:
         assert decide(parse_policy(shipped(name)), files, at=AT).outcome in ("deny", "observe")
 
@@ -264,7 +308,7 @@ def test_standard_demands_measured_accuracy():
 def test_shipped_policies_state_clocks():
     """What is undecided, and evidence, both grow old under the policies that promote."""
     for name in ("standard", "strict"):
-        files = dated(run(PairedCounts(9300, 280, 80, 340), probe(90, 9000)))
+        files = dated(scanned(run(SERVED, probe(90, 9000))))
         read = parse_policy(shipped(name))
         days = read.require.max_evidence_age_days
         assert decide(read, files, at=later(days)).outcome == "allow"
@@ -280,7 +324,7 @@ def test_shipped_policies_state_clocks():
 def test_a_whole_policy_is_read():
     read = parse_policy(FULL)
     assert read.max_unknown_age_days == 3
-    assert read.require == Requirements(3, 3, True, ("a",), ("a",), ("a",), ("model",), 2)
+    assert read.require == Requirements(3, 3, True, True, ("a",), ("a",), ("a",), ("model",), 2)
     assert read.exceptions == (Waiver("r", "Ada", "Why.", "2027-01-31", "sha256:" + "0" * 64),)
     assert read.rules[0].approvable == "fail"
     bare = policy()

@@ -1,0 +1,341 @@
+"""The backdoor scan on a zoo of clean and backdoored models: ``scan.json`` and ``scan-summary.json``.
+
+``python -m benchmarks.scan --family cifar10 --data FOLDER`` in stages, each resumable:
+
+1. ``read``: run every detector on the references, the calibration models and the tests, and keep what they say.
+2. ``pool``: write the calibration pool that the project ships, from the references and, for the probability, from the
+   calibration models.
+3. ``judge``: give the tests their verdicts, and the summary.
+
+Figures are quoted on the *test* models alone; neither the pool nor the probability has seen one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from benchmarks.memory import peak_mb, reset_peak
+from benchmarks.results import read_rows, write_results
+from benchmarks.scan_summary import fitted_probability, summaries
+from benchmarks.scan_zoo import FAMILIES, ZooModel, load_digits_sets
+from benchmarks.zoo import Victim, cache_folder, load_cifar10, recipe_task, victim
+from defense_core import config
+from defense_core.data import CleanSet
+from defense_core.evaluate import evaluate
+from defense_core.files import atomic_directory
+from defense_core.progress import NullProgress
+from defense_core.scan.base import InvertedTrigger, Observation
+from defense_core.scan.detectors import DETECTORS, FEW, MANY, Regime, Settings, regime_of, searched_and_held_out
+from defense_core.scan.judgement import ScanConfig, judge
+from defense_core.scan.observe import Observed, observe, wanted
+from defense_core.scan.pool import (
+    SHIPPED,
+    Pool,
+    Probability,
+    Reading,
+    Reference,
+    Stratum,
+    load_pool,
+    reading_of,
+    save_pool,
+)
+from defense_core.task import ImageClassification
+
+SEED = 0
+TRIED_IMAGES = 1000
+"""Test images that ACC and ASR of the zoo's models are measured on."""
+# With 1,000 images the detectors search with as many as with 100; the confirmation has 900 more.
+COUNTS: Mapping[str, tuple[int, ...]] = {"pool": (FEW, MANY), "calibration": (FEW, MANY), "test": (0, FEW, MANY, 1000)}
+"""Clean images by split of the zoo. Without images, the readings of ``FEW`` that need none are judged alone."""
+
+
+def clean_images(held_out: CleanSet, count: int) -> CleanSet | None:
+    """The clean set of a user who has ``count`` images; the same images for every model."""
+    if count == 0:
+        return None
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(17))
+    return held_out.subset(order[: min(count, len(held_out))])
+
+
+def readings_folder(model: ZooModel, count: int, detector: str, settings: Settings) -> Path:
+    """Where what one detector saw on one model is kept."""
+    own = {"recipe": model.recipe, "detector": detector, "config": getattr(settings, detector), "seed": SEED}
+    key = config.digest(own | {"images": 0 if DETECTORS[detector].regimes == ("none",) else count})
+    return cache_folder() / "scan" / key.removeprefix("sha256:")[:24]
+
+
+def detectors_of(count: int) -> tuple[str, ...]:
+    """Names of the detectors that a scan with ``count`` images runs."""
+    return wanted(("none", "many" if count >= MANY else "few" if count >= FEW else "none"))
+
+
+def read(model: ZooModel, loaded: Victim, count: int, settings: Settings) -> None:
+    """Run the detectors on one model and keep what they saw, triggers included."""
+    for detector in detectors_of(count):
+        folder = readings_folder(model, count, detector, settings)
+        if folder.exists():
+            continue
+        clean = clean_images(loaded.held_out, count)
+        reset_peak("cpu")
+        seconds: dict[str, float] = {}
+        observed = observe(
+            loaded.model, clean, regime_of(clean), settings, task=recipe_task(model.recipe), seed=SEED, device="cpu",
+            progress=NullProgress(), seconds=seconds, only=(detector,),
+        )  # fmt: skip
+        observation = observed.observations[detector]
+        tensors = {}
+        triggers = []
+        for number, trigger in enumerate(observation.triggers):
+            tensors[f"{number}.pattern"] = trigger.pattern.contiguous()
+            if trigger.mask is not None:
+                tensors[f"{number}.mask"] = trigger.mask.contiguous()
+            triggers.append({"target": trigger.target, "kind": trigger.kind, "sources": trigger.sources})
+        plain = {key: value for key, value in vars(observation).items() if key != "triggers"}
+        facts = {
+            "name": model.name,
+            "observation": plain | {"triggers": triggers},
+            "covariates": observed.covariates,
+            "seconds": seconds[detector],
+            "peak_mb": peak_mb("cpu"),
+        }
+        with atomic_directory(folder) as temporary:
+            safetensors.torch.save_file(tensors, temporary / "triggers.safetensors")
+            (temporary / "observed.json").write_text(json.dumps(config.to_mapping(facts)) + "\n", "utf-8")
+
+
+def recall(model: ZooModel, count: int, settings: Settings) -> tuple[Observed, dict[str, float], float] | None:
+    """(what was seen, seconds by detector, peak MB) of a model that was read before; ``None`` if not wholly."""
+    observations, seconds, peaks = {}, {}, []
+    covariates: dict[str, float] = {}
+    for detector in detectors_of(count):
+        folder = readings_folder(model, count, detector, settings)
+        if not folder.exists():
+            return None
+        facts = json.loads((folder / "observed.json").read_text("utf-8"))
+        tensors = safetensors.torch.load_file(folder / "triggers.safetensors")
+        each = facts["observation"]
+        triggers = tuple(
+            InvertedTrigger(
+                trigger["target"], trigger["kind"], tensors[f"{number}.pattern"], tensors.get(f"{number}.mask"),
+                tuple(trigger["sources"]),
+            )
+            for number, trigger in enumerate(each["triggers"])
+        )  # fmt: skip
+        observations[detector] = Observation(
+            each["detector"], each["statistic"], each["why"], tuple(each["class_scores"]), tuple(each["classes"]),
+            tuple(each["targets"]), tuple(map(tuple, each["pairs"])), triggers, each["facts"],
+        )  # fmt: skip
+        covariates.update(facts["covariates"])
+        seconds[detector] = facts["seconds"]
+        peaks.append(facts["peak_mb"])
+    return Observed(observations, covariates, ()), seconds, max(peaks)
+
+
+def held_out_of(loaded: Victim, count: int) -> CleanSet | None:
+    """Of a user's ``count`` images, those that no detector searched with."""
+    first = clean_images(loaded.held_out, min(count, MANY))
+    if first is None:
+        return None
+    _, held_out = searched_and_held_out(first, regime_of(first), SEED)
+    if count <= MANY or held_out is None:
+        return held_out
+    more = clean_images(loaded.held_out, count)
+    assert more is not None
+    more = more.subset(torch.arange(MANY, len(more)))
+    return CleanSet(
+        torch.cat([held_out.images, more.images]), torch.cat([held_out.labels, more.labels]), held_out.num_classes
+    )
+
+
+def make_pool(models: list[ZooModel], settings: Settings) -> Pool:
+    """The pool of the references, with the probability fitted on the calibration models."""
+    references = []
+    for model in models:
+        if model.split != "pool":
+            continue
+        readings: dict[str, dict[str, Reading]] = {}
+        covariates: dict[str, float] = {}
+        for count in COUNTS["pool"]:
+            recalled = recall(model, count, settings)
+            if recalled is None:
+                continue
+            observed, _, _ = recalled
+            covariates.update(observed.covariates)
+            regime: Regime = "few" if count == FEW else "many"
+            for name, observation in observed.observations.items():
+                where = "none" if name in ("weights", "margin") else regime
+                readings.setdefault(where, {})[name] = reading_of(observation)
+        if readings:
+            recipe = config.to_mapping(model.recipe)
+            references.append(Reference(model.name, recipe, covariates, readings))
+    recipe = models[0].recipe
+    task = recipe_task(recipe)
+    stratum = Stratum(recipe.architecture, task.num_classes, task.input_size, task.class_names)
+    return Pool(stratum, config.digest(settings), tuple(references), {})
+
+
+def with_probability(pool: Pool, models: list[ZooModel], settings: Settings) -> Pool:
+    """The pool with P(backdoor) by score, for each number of images, from the calibration models and the references.
+
+    A reference's score is taken against the others, as if it were new.
+    """
+    fitted: dict[str, Probability] = {}
+    backdoored = [model for model in models if model.split == "calibration"]
+    for count, regime in ((FEW, "few"), (MANY, "many")):
+        scores, truths = [], []
+        for model in backdoored:
+            recalled = recall(model, count, settings)
+            if recalled is not None:
+                scores.append(score_of(recalled[0], count, pool, model))
+                truths.append(True)
+        for number, reference in enumerate(pool.references):
+            rest = replace(pool, references=pool.references[:number] + pool.references[number + 1 :])
+            own = next(model for model in models if model.name == reference.name)
+            recalled = recall(own, count, settings)
+            if recalled is not None:
+                scores.append(score_of(recalled[0], count, rest, own))
+                truths.append(False)
+        if any(truths):
+            fitted[regime] = fitted_probability(scores, truths, kinds=sorted({model.kind for model in backdoored}))
+    return replace(pool, probability=fitted)
+
+
+def score_of(observed: Observed, count: int, pool: Pool, model: ZooModel) -> float:
+    """The combined score of a model that was read."""
+    from defense_core.scan.judgement import combined_score
+
+    return combined_score(observed, "few" if count == FEW else "many", pool, recipe_task(model.recipe).class_names)
+
+
+def accuracy_and_success(loaded: Victim, task: ImageClassification) -> tuple[float, float | None]:
+    """(ACC, ASR) on test images: whether the planted backdoor took at all; ``None`` for a clean model."""
+    images = loaded.test.subset(torch.arange(min(TRIED_IMAGES, len(loaded.test))))
+    probes = () if loaded.probe is None else (loaded.probe,)
+    measured = evaluate(loaded.model, images, task=task, probes=probes, device="cpu").to_results()
+    return measured["acc"]["value"], measured["probes"][0]["asr"]["value"] if probes else None
+
+
+def judged_rows(
+    model: ZooModel, loaded: Victim, pool: Pool, settings: Settings, family: str
+) -> Iterator[dict[str, Any]]:
+    """Rows of one test model: every detector, every channel and the combined verdict, for each number of images."""
+    task = recipe_task(model.recipe)
+    acc, asr = accuracy_and_success(loaded, task)
+    for count in COUNTS["test"]:
+        recalled = recall(model, min(count, MANY), settings)
+        if recalled is None or count > len(loaded.held_out):
+            continue
+        observed, seconds, peak = recalled
+        observed = replace(observed, held_out=held_out_of(loaded, count))
+        started = time.monotonic()
+        report = judge(
+            loaded.model, clean_images(loaded.held_out, count), observed, ScanConfig(settings=settings), pool=pool,
+            task=task, seed=SEED, device="cpu", progress=NullProgress(),
+        )  # fmt: skip
+        confirming = time.monotonic() - started
+        common = {
+            "model": f"{family}/{model.name}",
+            "kind": model.kind,
+            "seed": model.recipe.seed,
+            "split": model.split,
+            "acc": acc,
+            "asr": asr,
+            "clean_images": count,
+            "target_true": None if loaded.probe is None else loaded.probe.target,
+            "peak_mb": round(peak),
+        }
+        for entry in report.detectors:
+            yield common | {
+                "detector": entry.name,
+                "statistic": entry.statistic,
+                "score": entry.score,
+                "p_value": entry.p_value,
+                "verdict": None,
+                "target_named": entry.targets[0] if entry.targets else None,
+                "seconds": round(seconds.get(entry.name, 0.0), 2),
+            }
+        patch = observed.observations.get("patch")
+        if patch is not None:
+            yield common | {
+                "detector": "neural_cleanse_as_published",
+                "statistic": patch.facts["anomaly_index"],
+                "score": patch.facts["anomaly_index"],
+                "p_value": None,
+                "verdict": "FAIL" if patch.facts["anomaly_index"] > 2 else "PASS",
+                "target_named": patch.classes[max(range(len(patch.classes)), key=lambda i: patch.class_scores[i])],
+                "seconds": round(seconds.get("patch", 0.0), 2),
+            }
+        yield common | {
+            "detector": "combined",
+            "statistic": report.score,
+            "score": report.score,
+            "p_value": report.p_value,
+            "probability": report.probability,
+            "verdict": str(report.verdict),
+            "reasons": report.reasons,
+            "target_named": report.target_classes[0] if report.target_classes else None,
+            "named_anyway": (report.channels and max(report.channels, key=lambda each: each.score).targets[:1]) or None,
+            "seconds": round(sum(seconds[name] for name in observed.observations) + confirming, 2),
+        }
+
+
+def main() -> None:
+    """Run one stage or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=FAMILIES, default="cifar10")
+    parser.add_argument("--data", type=Path, default=Path(), help="folder with cifar10-{train,test}.parquet")
+    parser.add_argument("--stage", choices=("read", "pool", "judge", "all"), default="all")
+    parser.add_argument("--splits", default="pool,calibration,test", help="of the zoo, for read")
+    parser.add_argument("--images", default="", help="numbers of clean images, for read; empty: all")
+    parser.add_argument("--part", default="0/1", help="this process reads every n-th model: 0/2 and 1/2 side by side")
+    arguments = parser.parse_args()
+    started, settings = datetime.now(UTC), Settings()
+    models = FAMILIES[arguments.family]()
+    sets = load_cifar10(arguments.data) if arguments.family == "cifar10" else load_digits_sets()
+    path = SHIPPED / f"{models[0].recipe.architecture}-{arguments.family.removesuffix('_vit')}.json"
+
+    def load(model: ZooModel) -> Victim:
+        return victim(model.recipe, *sets, device="cpu", progress=NullProgress())
+
+    if arguments.stage in ("read", "all"):
+        part, parts = map(int, arguments.part.split("/"))
+        counts = [int(count) for count in arguments.images.split(",") if count]
+        chosen = [model for model in models if model.split in arguments.splits.split(",")]
+        for model in chosen[part::parts]:
+            loaded = load(model)
+            for count in COUNTS[model.split]:
+                if 0 < count <= MANY and (not counts or count in counts):
+                    begun = time.monotonic()
+                    read(model, loaded, count, settings)
+                    print(f"{model.name} with {count} images: {time.monotonic() - begun:.0f} s", flush=True)
+    if arguments.stage in ("pool", "all"):
+        pool = make_pool(models, settings)
+        save_pool(with_probability(pool, models, settings), path)
+        print(f"{path}: {len(pool.references)} references")
+    if arguments.stage in ("judge", "all"):
+        pool = load_pool(path)
+        rows = [
+            row
+            for model in models
+            if model.split == "test"
+            for row in judged_rows(model, load(model), pool, settings, arguments.family)
+        ]
+        others = [row for row in read_rows("scan") if not row["model"].startswith(f"{arguments.family}/")]
+        command = "python -m benchmarks.scan --family FAMILY --data FOLDER"
+        rows = [*others, *config.to_mapping(rows)]
+        write_results("scan", rows, command=command, started=started)
+        write_results("scan-summary", summaries(rows), command=command, started=started)
+
+
+if __name__ == "__main__":
+    main()

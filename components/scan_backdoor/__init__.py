@@ -1,0 +1,1 @@
+"""Look for a backdoor in a model."""

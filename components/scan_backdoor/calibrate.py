@@ -1,0 +1,107 @@
+"""Calibrate: clean reference models become a pool file. Not a pipeline step: done once for a kind of model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from components._runtime.loading import open_model, resolve_device
+from defense_core import architectures
+from defense_core.config import canonical_json, digest, from_mapping
+from defense_core.data import CleanSet, load_clean_set
+from defense_core.errors import ConfigError
+from defense_core.files import write_atomic
+from defense_core.model_spec import ModelSpec
+from defense_core.progress import NullProgress, Progress
+from defense_core.scan.detectors import Settings
+from defense_core.scan.pool import MIN_REFERENCES, Pool, Reference, Stratum, save_pool
+from defense_core.scan.references import ReferenceTraining, pool_of, read_reference, train_reference
+
+
+def calibrate_pool(
+    out: Path,
+    *,
+    clean: Path,
+    specs: Sequence[Mapping[str, Any]],
+    train: Path | None = None,
+    count: int = MIN_REFERENCES + 1,
+    given: Sequence[Path] = (),
+    training: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress = NullProgress(),
+) -> Pool:
+    """Train references on ``train``, or take ``given`` ones, read them and write the pool to ``out``.
+
+    What was read is kept in ``<out>.partial``, a file a reference, until the pool is written.
+
+    Args:
+        specs: how the networks are built; references take turns.
+
+    Raises:
+        ConfigError: neither training images nor references, or both; a bad setting.
+        ArtifactError, DataError, MethodDiverged, Cancelled: of the kind that fits.
+    """
+    if bool(train) == bool(given):
+        raise ConfigError(
+            "nothing to calibrate with", expected="either --train or --reference", got="both" if given else "neither"
+        )
+    parsed = from_mapping(Settings, settings or {}, where="settings")
+    recipe = from_mapping(ReferenceTraining, training or {}, where="training")
+    models = [from_mapping(ModelSpec, spec, where="model") for spec in specs]
+    first, where = models[0], resolve_device(device)
+    images = load_clean_set(clean, input_size=first.input_size, num_classes=first.num_classes)
+    stratum = Stratum(first.architecture, first.num_classes, first.input_size, first.class_names)
+    shelf = out.with_name(f"{out.name}.partial")
+    asked = digest(
+        {
+            "settings": parsed,
+            "training": recipe,
+            "models": models,
+            "clean": images.digest,
+            "seed": seed,
+            "train": str(train),
+        }
+    )
+
+    def read(name: str, model: Any, facts: Mapping[str, Any]) -> Reference:
+        return read_reference(
+            name, model, facts, images, parsed, task=first.task_object(), seed=seed, device=where, progress=progress
+        )
+
+    def trained(data: CleanSet) -> Iterator[Reference]:
+        for number in range(count):
+            kept = shelf / f"{asked.removeprefix('sha256:')[:16]}-{number:04}.json"
+            if kept.is_file():
+                yield from_mapping(Reference, json.loads(kept.read_text("utf-8")), where=kept.name)
+                continue
+            spec = models[number % len(models)]
+            network = architectures.build(spec.architecture, spec.architecture_args)
+            model, facts = train_reference(
+                network, data, number, recipe, task=spec.task_object(), device=where, progress=progress
+            )
+            reference = read(f"reference-{number:04}", model, {**facts, "architecture_args": spec.architecture_args})
+            shelf.mkdir(parents=True, exist_ok=True)
+            write_atomic(kept, canonical_json(reference))
+            yield reference
+
+    def taken() -> Iterator[Reference]:
+        for number, path in enumerate(given):
+            bundle = open_model(path, specs[number % len(specs)])
+            yield read(f"{number:04}-{path.stem}", bundle.model, {"file": path.name, "model": bundle.digest})
+
+    if train is not None:
+        data = load_clean_set(train, input_size=first.input_size, num_classes=first.num_classes)
+        references = tuple(trained(data))
+    else:
+        references = tuple(taken())
+    pool = pool_of(references, stratum, parsed)
+    save_pool(pool, out)
+    for kept in shelf.glob("*.json"):
+        kept.unlink()
+    if shelf.is_dir():
+        shelf.rmdir()
+    return pool

@@ -1,0 +1,194 @@
+"""Scan: a verdict of three states on a model, from the model and clean images alone."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from components._runtime.calibration import pool_of_bundle
+from components._runtime.evidence import Clock, compose, read_evidence, write_evidence
+from components._runtime.loading import open_images, open_model, open_splits, resolve_device, source_digest
+from components._runtime.plan import REPORT_SHARE, UNTOUCHED, Loading, parse_json
+from defense_core.bundle import Bundle
+from defense_core.config import digest, from_mapping, to_mapping
+from defense_core.data import CleanSet
+from defense_core.files import atomic_directory, write_atomic
+from defense_core.policy import parse_policy
+from defense_core.progress import NullProgress, Progress
+from defense_core.scan.base import InvertedTrigger, subject_of
+from defense_core.scan.judgement import ScanConfig, scan
+from defense_core.scan.pictures import Picture, class_pictures, trigger_picture
+from defense_core.scan.report import ScanReport
+from defense_core.scan.residual import Residual, residuals
+from defense_core.scan.stored_triggers import kept_triggers, load_triggers, save_triggers
+from defense_core.verdict import Finding, Verdict
+
+RESULT = "scan.json"
+PICTURES = "pictures"
+PICTURED_TRIGGERS = 4
+MAX_EVIDENCE_PICTURES = 8
+
+
+def scan_model(
+    model: Path,
+    out: Path,
+    *,
+    name: str = "scan",
+    clean: Path | None = None,
+    whole: bool = False,
+    report: float = REPORT_SHARE,
+    spec: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    pool: Path | None = None,
+    earlier: Path | None = None,
+    reference: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    loading: Loading = Loading(),
+    progress: Progress = NullProgress(),
+) -> dict[str, Any]:
+    """Scan ``model``.
+
+    Args:
+        model: a bundle folder, or a model file that ``spec`` describes.
+        out: folder for ``scan.json`` (the evidence), the inverted triggers and the pictures.
+        name: ``scan``, or ``rescan`` after purification.
+        clean: clean set; its *fit* part is searched with, or all of it where ``whole``.
+        report: share of the clean set that is left for quoting figures.
+        config: of :class:`defense_core.scan.judgement.ScanConfig`.
+        pool: a calibration pool; otherwise the shipped one that covers the model.
+        earlier: folder of the scan of the model before purification, whose triggers are tried again.
+        reference: the model before purification; needed with ``earlier``.
+
+    Returns:
+        Evidence ``scan`` or ``rescan``.
+
+    Raises:
+        ConfigError: a bad setting, or a pool of another kind of model.
+        ArtifactError, DataError, Cancelled: of the kind that fits; no folder is left.
+    """
+    clock = Clock.start()
+    parsed = from_mapping(ScanConfig, config or {}, where="scan")
+    where = resolve_device(device)
+    with atomic_directory(out) as folder:
+        bundle = open_model(model, spec, loading)
+        images = _images(bundle, clean, whole=whole, seed=seed, report=report)
+        chosen = pool_of_bundle(bundle, pool, digest(parsed.settings))
+        task = bundle.spec.task_object()
+        found = scan(bundle.model, images, parsed, pool=chosen, task=task, seed=seed, device=where, progress=progress)
+        left: tuple[Residual, ...] = ()
+        suspected: tuple[int, ...] = ()
+        if earlier is not None and reference is not None and images is not None:
+            before = open_model(reference, spec, loading)
+            given, purified = (
+                subject_of(each.model, None, task=task, seed=seed, device=where, progress=progress)
+                for each in (before, bundle)
+            )
+            left = residuals(given, purified, images, load_triggers(earlier))
+        triggers = kept_triggers(tuple(found.observations.values()), found.target_classes)
+        save_triggers(folder, triggers)
+        pictures = _pictures(found, triggers, images, bundle.spec.class_names)
+        (folder / PICTURES).mkdir()
+        for picture in pictures:
+            write_atomic(folder / PICTURES / f"{picture.name}.png", picture.png)
+        evidence = compose(
+            name,
+            clock,
+            inputs={
+                "source": source_digest(bundle),
+                "model": bundle.digest,
+                "clean": None if images is None else images.digest,
+                "config": digest(parsed),
+                "pool": found.pool or None,
+            },
+            results=_results(found, left, suspected, pictures),
+            verdict=found.verdict,
+            findings=_findings(name, found),
+            device=where,
+            seed=seed,
+        )
+        write_evidence(folder / RESULT, evidence)
+    return evidence
+
+
+def methods_after(evidence: Mapping[str, Any], methods: Sequence[str], policy: str) -> list[str]:
+    """What is to be purified with: ``methods``, or nothing after a PASS where the policy lets an unsuspicious model
+    go on as it is.
+
+    Raises:
+        ConfigError, PolicyError: ``policy`` is malformed.
+    """
+    forced = parse_policy(parse_json(policy, "policy")).require.purification
+    if evidence["verdict"] == Verdict.PASS.value and not forced:
+        return [UNTOUCHED]
+    return list(methods)
+
+
+def _images(bundle: Bundle, clean: Path | None, *, whole: bool, seed: int, report: float) -> CleanSet | None:
+    if clean is None:
+        return None
+    if whole:
+        return open_images(clean, bundle, require_all_classes=False)
+    return open_splits(clean, bundle, seed=seed, report=report).fit
+
+
+def _pictures(
+    found: ScanReport,
+    triggers: Sequence[tuple[str, InvertedTrigger]],
+    images: CleanSet | None,
+    names: tuple[str, ...],
+) -> list[Picture]:
+    pictures = class_pictures(found.observations, found.target_classes, names)
+    if images is None:
+        return pictures
+    notes = {
+        each.target: f"Works on {each.success:.0%} of {each.images} held-out images" for each in found.confirmations
+    }
+    suspected = [each for each in triggers if each[1].target in found.target_classes] or list(triggers)
+    return pictures + [
+        trigger_picture(detector, trigger, images, notes.get(trigger.target, found.observations[detector].why), names)
+        for detector, trigger in suspected[:PICTURED_TRIGGERS]
+    ]
+
+
+def _suspected(earlier: Path) -> tuple[int, ...]:
+    """The classes that the earlier scan suspected."""
+    return tuple(int(label) for label in read_evidence(earlier / RESULT)["results"]["target_classes"])
+
+
+def _results(
+    found: ScanReport, left: tuple[Residual, ...], suspected: tuple[int, ...], pictures: Sequence[Picture]
+) -> dict[str, Any]:
+    # A trigger of a class that nobody suspects is the easiest change there is; clean models have one for each class.
+    of_suspects = [each for each in left if each.target in suspected]
+    shown = sorted(pictures, key=lambda each: not each.name.startswith("trigger"))[:MAX_EVIDENCE_PICTURES]
+    return {
+        **found.to_results(),
+        "verdict": found.verdict.value,
+        "suspects": list(found.target_classes),
+        "residuals": to_mapping(left),
+        "suspected_residuals": to_mapping(of_suspects),
+        "residual_max": max((each.after for each in of_suspects), default=None),
+        "pictures": [
+            {
+                "title": each.title,
+                "note": each.note,
+                "alt": each.alt,
+                "png": base64.b64encode(each.png).decode(),
+            }
+            for each in shown
+        ],
+    }
+
+
+def _findings(name: str, found: ScanReport) -> list[Finding]:
+    """The verdict in a sentence, then a line a channel."""
+    lines = [Finding(f"{name}.verdict", found.verdict, found.p_value, f"p > {found.fpr:g}", found.sentence)]
+    for channel in found.channels:
+        members = [each for each in found.detectors if each.channel == channel.name]
+        why = "; ".join(f"{each.name}: {each.why}" for each in members)
+        verdict = Verdict.PASS if channel.adjusted > found.fpr else found.verdict
+        lines.append(Finding(f"{name}.{channel.name}", verdict, round(channel.adjusted, 4), f"p > {found.fpr:g}", why))
+    return lines

@@ -1,0 +1,210 @@
+"""The positive control: would this scan have found a backdoor in this very model, and would purification remove it?
+
+A known backdoor, a small patch, is planted into a *copy* of the model by a short fine-tuning on the clean set with
+some images poisoned; the same scan and the same purification are then run on the copy. A scan that finds nothing in
+the model but finds the patch in its copy means more than one that finds nothing anywhere. The planted trigger is known
+here and nowhere else: the scan and the purifier get the copy and the clean set, as they get any model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from defense_core.attacks import Probe, poison, probe_from_spec
+from defense_core.config import require
+from defense_core.data import CleanSet, Splits
+from defense_core.evaluate import evaluate
+from defense_core.loop import Tuning, finished, tune, working_copy
+from defense_core.progress import Progress
+from defense_core.purify import method_named, purify
+from defense_core.scan.judgement import ScanConfig, scan
+from defense_core.scan.pool import Pool
+from defense_core.scan.report import ScanReport
+from defense_core.task import ImageClassification
+
+PLANTED_ASR = 0.9
+"""Below this, the control has no backdoor to find and says so."""
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """What is planted and how.
+
+    Attributes:
+        size_share: side of the patch as a share of the image's shorter side; 4 of 32 pixels.
+        rate: share of poisoned images.
+        epochs: passes over the *fit* split, at most; planting ends when the patch works.
+        lr: learning rate.
+        method: purifier that is tried on the copy; empty: none.
+    """
+
+    size_share: float = 0.125
+    rate: float = 0.3
+    epochs: int = 30
+    lr: float = 0.01
+    method: str = "tsbd"
+
+    def __post_init__(self) -> None:
+        require(0 < self.size_share <= 1, "size_share", "in (0, 1]", self.size_share)
+        require(0 < self.rate < 1, "rate", "in (0, 1)", self.rate)
+        require(self.epochs >= 1, "epochs", "1 or more", self.epochs)
+        require(self.lr > 0, "lr", "a positive rate", self.lr)
+        if self.method:
+            method_named(self.method)
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """What became of the planted backdoor.
+
+    Attributes:
+        patch: the trigger in words: ``4×4 pixels``.
+        target: class that it leads to.
+        planted_asr: its success on *select* images of the copy; ``None`` where there is none of another class.
+        planted: whether that is enough to test anything.
+        scan: of the copy.
+        detected: the scan rejected at its rate, whether or not it could confirm.
+        target_named: the right class was among the suspected.
+        asr_after: success after purification; ``None`` where none was tried.
+        accuracy_lost: share of *select* images that planting cost; a copy that lost much is another model.
+    """
+
+    patch: str
+    target: int
+    planted_asr: float | None
+    planted: bool
+    scan: ScanReport
+    detected: bool
+    target_named: bool
+    asr_after: float | None
+    accuracy_lost: float
+
+    def sentence(self) -> str:
+        """The control in words."""
+        if not self.planted:
+            return f"A patch of {self.patch} could not be planted into a copy of this model: the control says nothing"
+        if self.scan.p_value is None:
+            found = (
+                f"A patch of {self.patch} was planted into a copy of this model; without clean reference models it "
+                "cannot be told whether the scan would have found it"
+            )
+        else:
+            found = self._found()
+        if self.asr_after is None:
+            return found
+        return f"{found}, and purification reduced its success from {self.planted_asr:.0%} to {self.asr_after:.0%}"
+
+    def _found(self) -> str:
+        outcome = "would have been detected" if self.detected else "would not have been detected"
+        return f"A patch of {self.patch} planted into a copy of this model {outcome} (p = {self.scan.p_value:.3f})"
+
+    def to_results(self) -> dict[str, Any]:
+        """JSON values."""
+        plain = {name: value for name, value in vars(self).items() if name != "scan"}
+        return {**plain, "sentence": self.sentence(), "scan": self.scan.to_results()}
+
+
+def positive_control(
+    model: nn.Module,
+    clean: Splits,
+    config: ControlConfig,
+    scan_config: ScanConfig,
+    *,
+    pool: Pool | None,
+    task: ImageClassification,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> Control:
+    """Plant, scan, purify, measure.
+
+    Args:
+        model: left as it is.
+        clean: *fit* is planted with, scanned with and purified with, as a user would; *select* is measured on.
+
+    Raises:
+        MethodDiverged: planting or purifying gave NaN or Inf.
+        Cancelled: a stop was requested.
+    """
+    probe = _probe(config, task, seed)
+    copy = _planted(model, clean.fit, probe, config, task=task, seed=seed, device=device, progress=progress)
+
+    def success(network: nn.Module) -> float | None:
+        measured = evaluate(network, clean.select, task=task, probes=(probe,), device=device).to_results()
+        value = measured["probes"][0]["asr"]["value"]
+        return None if value is None else float(value)
+
+    def accuracy(network: nn.Module) -> float:
+        return float(evaluate(network, clean.select, task=task, device=device).to_results()["acc"]["value"])
+
+    planted = success(copy)
+    report = scan(copy, clean.fit, scan_config, pool=pool, task=task, seed=seed, device=device, progress=progress)
+    after = None
+    if config.method:
+        purified = purify(
+            copy, clean, method_named(config.method).config(), method=config.method, task=task, seed=seed,
+            device=device, progress=progress,
+        )  # fmt: skip
+        after = success(purified.model)
+    assert probe.target is not None
+    return Control(
+        patch="×".join(str(side) for side in [_side(config, task)] * 2) + " pixels",
+        target=probe.target,
+        planted_asr=planted,
+        planted=planted is not None and planted >= PLANTED_ASR,
+        scan=report,
+        detected=report.p_value is not None and report.p_value <= report.fpr,
+        target_named=probe.target in report.target_classes,
+        asr_after=after,
+        accuracy_lost=accuracy(model) - accuracy(copy),
+    )
+
+
+def _side(config: ControlConfig, task: ImageClassification) -> int:
+    return max(1, round(config.size_share * min(task.input_size[1:])))
+
+
+def _probe(config: ControlConfig, task: ImageClassification, seed: int) -> Probe:
+    target = int(torch.randint(task.num_classes, (1,), generator=torch.Generator().manual_seed(seed)))
+    spec = {"name": "positive control", "kind": "badnets", "target": target, "size": _side(config, task)}
+    return probe_from_spec(spec, num_classes=task.num_classes)
+
+
+def _planted(
+    model: nn.Module,
+    clean: CleanSet,
+    probe: Probe,
+    config: ControlConfig,
+    *,
+    task: ImageClassification,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> nn.Module:
+    copy = working_copy(model, device)
+    poisoned = poison(clean, probe, rate=config.rate, seed=seed).data
+
+    def works(epochs: int) -> bool:
+        if epochs % 5:
+            return False
+        measured = evaluate(copy, clean, task=task, probes=(probe,), device=device).to_results()
+        copy.train()
+        value = measured["probes"][0]["asr"]["value"]
+        return value is not None and value >= (1 + PLANTED_ASR) / 2
+
+    tune(
+        copy,
+        poisoned,
+        task=task,
+        tuning=Tuning(epochs=config.epochs, batch_size=64, lr=config.lr),
+        seed=seed,
+        device=device,
+        progress=progress,
+        name="plant the positive control",
+        after_epoch=works,
+    )
+    return finished(copy, "positive control")

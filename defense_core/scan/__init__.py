@@ -1,0 +1,1 @@
+"""Backdoor scan: detectors, their calibration on clean reference models, and a verdict of three states."""

@@ -1,0 +1,169 @@
+"""From statistics to p-values: conformal, against the pool of clean references, and whether the pool covers the model.
+
+The published thresholds of the detectors are not calibrated (their nominal 5 % is 15-40 % false alarms on clean
+networks). Here a detector's value counts only by its rank among the same values on clean reference models:
+``p = (1 + #{T_i >= T}) / (R + 1)``, valid whatever the distribution, as far as the model is exchangeable with the
+references (Vovk et al., *Algorithmic learning in a random world*, 2005).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from defense_core.scan.pool import Pool, Reading
+
+Floats = numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.float64]]
+
+CHANNELS: Mapping[str, tuple[str, ...]] = {
+    "margin": ("margin",),
+    "inversion": ("patch", "additive", "generator"),
+    "pairs": ("pairs",),
+}
+"""The channels of the verdict and the detectors that speak in each. All others are evidence, not verdict."""
+
+DEVIATION_FLOOR = 0.25
+"""Of the median deviation over classes: a class on which the references agree by chance is no oracle."""
+LEAST_REFERENCES = 3
+"""With fewer, not even a deviation can be stated."""
+RANGE_MARGIN = 0.5
+"""A covariate may lie beyond the references' range by this share of it."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a model stands among the references, by one detector or channel.
+
+    Attributes:
+        p_value: conformal, in [1 / (R + 1), 1].
+        score: distance from the references' median, in units of their 90 % quantile's distance; for ranking.
+        targets: classes that stand out, the most suspicious first.
+        references: R, the number of clean models compared with.
+    """
+
+    p_value: float
+    score: float
+    targets: tuple[int, ...]
+    references: int
+
+
+def conformal(value: float, references: Sequence[float]) -> float:
+    """``(1 + #{T_i >= T}) / (R + 1)``; larger values are more suspicious."""
+    return (1 + sum(each >= value for each in references)) / (len(references) + 1)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values (Holm 1979): valid under any dependence between the channels."""
+    adjusted: dict[str, float] = {}
+    least = 0.0
+    for done, (name, p_value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        least = min(1.0, max(least, (len(p_values) - done) * p_value))
+        adjusted[name] = least
+    return adjusted
+
+
+def standing(
+    pool: Pool, regimes: Sequence[str], readings: Mapping[str, Reading], channel: str, *, by_class: bool
+) -> Standing | None:
+    """A model's standing in one channel.
+
+    Each detector of the channel is standardised on the references, every one of them against the others, and the
+    channel's value is the largest of them; the same is done for each reference, so ranks are comparable.
+
+    Args:
+        regimes: whose readings of the pool to compare with.
+        readings: of the model, by detector.
+        by_class: compare class by class (the model knows the references' classes).
+
+    Returns:
+        ``None`` where none of the channel's detectors was run, on the model or on the references.
+    """
+    values, nulls, targets = [], [], []
+    for detector in CHANNELS.get(channel, (channel,)):
+        others = [
+            reference.readings[regime][detector]
+            for reference in pool.references
+            for regime in regimes
+            if detector in reference.readings.get(regime, {})
+        ]
+        if detector not in readings or len(others) < LEAST_REFERENCES:
+            continue
+        value, null, ranked = _standardised(readings[detector], others, by_class=by_class)
+        values.append(value)
+        nulls.append(null)
+        targets.append(ranked)
+    if not values:
+        return None
+    count = min(map(len, nulls))
+    null = numpy.max([each[:count] for each in nulls], axis=0)
+    best = int(numpy.argmax(values))
+    value, centre = values[best], float(numpy.median(null))
+    reach = max(float(numpy.quantile(null, 0.9)) - centre, 1e-9)
+    return Standing(conformal(value, null.tolist()), (value - centre) / reach, targets[best], count)
+
+
+def _standardised(own: Reading, others: Sequence[Reading], *, by_class: bool) -> tuple[float, Floats, tuple[int, ...]]:
+    """(value of the model, values of the references, suspected classes)."""
+    comparable = by_class and len(own.classes) > 1 and all(each.classes == own.classes for each in others)
+    if not comparable:
+        statistics = numpy.array([each.statistic for each in others])
+        value, null = _against(own.statistic, statistics)
+        return value, null, _classes_by_score(own)
+    table = numpy.array([_centred(each.class_scores) for each in others])
+    row = _centred(own.class_scores)
+    scores = _class_z(row, table)
+    null = numpy.array([_class_z(table[i], numpy.delete(table, i, axis=0)).max() for i in range(len(table))])
+    order = numpy.argsort(-scores, kind="stable")
+    outstanding = [own.classes[i] for i in order[:3] if scores[i] >= 0.5 * scores[order[0]] and scores[i] > null.max()]
+    return float(scores.max()), null, tuple(outstanding or [own.classes[order[0]]])
+
+
+def _against(value: float, statistics: Floats) -> tuple[float, Floats]:
+    """Robust z of the model, and of each reference against the others."""
+
+    def z(each: float, rest: Floats) -> float:
+        centre = numpy.median(rest)
+        return float((each - centre) / (1.4826 * numpy.median(numpy.abs(rest - centre)) + 1e-9))
+
+    return z(value, statistics), numpy.array(
+        [z(each, numpy.delete(statistics, i)) for i, each in enumerate(statistics)]
+    )
+
+
+def _centred(scores: Sequence[float]) -> Floats:
+    values = numpy.array(scores, dtype=numpy.float64)
+    centred: Floats = values - numpy.median(values)
+    return centred
+
+
+def _class_z(row: Floats, table: Floats) -> Floats:
+    """Robust z of each class's score among the references' scores of the same class."""
+    centre = numpy.median(table, axis=0)
+    deviation = 1.4826 * numpy.median(numpy.abs(table - centre), axis=0)
+    z: Floats = (row - centre) / (deviation + DEVIATION_FLOOR * numpy.median(deviation) + 1e-9)
+    return z
+
+
+def _classes_by_score(own: Reading) -> tuple[int, ...]:
+    if not own.class_scores:
+        return ()
+    return (own.classes[int(numpy.argmax(own.class_scores))],)
+
+
+def uncovered(pool: Pool, covariates: Mapping[str, float]) -> tuple[str, ...]:
+    """Sentences that say in what a model differs from all references; empty where the pool covers it.
+
+    A covariate differs where it lies outside the references' range by more than half of that range.
+    """
+    sentences = []
+    for name, value in sorted(covariates.items()):
+        known = [reference.covariates[name] for reference in pool.references if name in reference.covariates]
+        if not known:
+            continue
+        low, high = min(known), max(known)
+        slack = RANGE_MARGIN * (high - low)
+        if not low - slack <= value <= high + slack:
+            sentences.append(f"its {name.replace('_', ' ')} is {value:.3g}, the references' is {low:.3g} to {high:.3g}")
+    return tuple(sentences)

@@ -1,0 +1,95 @@
+"""The detectors by name, and how many clean images each is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from defense_core.data import CleanSet
+from defense_core.scan.additive import AdditiveConfig, additive
+from defense_core.scan.base import Observation, Subject
+from defense_core.scan.features import ActivenessConfig, CurvatureConfig, activeness, curvature
+from defense_core.scan.generator import GeneratorConfig, generator
+from defense_core.scan.margin import MarginConfig, margin
+from defense_core.scan.pairs import PairsConfig, pairs
+from defense_core.scan.patch import PatchConfig, patch
+from defense_core.scan.weights import WeightsConfig, weights
+
+Regime = Literal["none", "few", "many"]
+
+FEW, MANY = 10, 100
+"""Clean images from which the regime is ``few`` and ``many``."""
+SEARCHED: Mapping[str, int] = {"few": 10, "many": 64}
+"""Images that detectors search with; the others are kept to confirm a suspicion on. Always so many, because a
+statistic on more images is another statistic, and the pool holds these two."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One detector.
+
+    Attributes:
+        config: its frozen configuration class.
+        function: ``function(subject, config) -> Observation``.
+        regimes: in which it is run; ``none``: it looks at the model alone.
+    """
+
+    config: type[Any]
+    function: Callable[[Subject, Any], Observation]
+    regimes: tuple[Regime, ...]
+
+
+DETECTORS: Mapping[str, Detector] = {
+    "weights": Detector(WeightsConfig, weights, ("none",)),
+    "margin": Detector(MarginConfig, margin, ("none",)),
+    "additive": Detector(AdditiveConfig, additive, ("few", "many")),
+    "patch": Detector(PatchConfig, patch, ("few", "many")),
+    "generator": Detector(GeneratorConfig, generator, ("many",)),
+    "pairs": Detector(PairsConfig, pairs, ("many",)),
+    "activeness": Detector(ActivenessConfig, activeness, ("many",)),
+    "curvature": Detector(CurvatureConfig, curvature, ("many",)),
+}
+"""In the order in which they are run: the cheapest and those that say most come first, in case the time runs out."""
+
+EVIDENCE_ONLY = ("weights", "activeness", "curvature")
+"""Never part of the verdict: weights-only evidence outlives the backdoor, the others follow the training recipe."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Configuration of all detectors; a pool is valid for exactly one."""
+
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    margin: MarginConfig = field(default_factory=MarginConfig)
+    additive: AdditiveConfig = field(default_factory=AdditiveConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    activeness: ActivenessConfig = field(default_factory=ActivenessConfig)
+    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
+
+
+def regime_of(clean: CleanSet | None) -> Regime:
+    """What so many images allow."""
+    count = 0 if clean is None else len(clean)
+    return "many" if count >= MANY else "few" if count >= FEW else "none"
+
+
+def searched_and_held_out(clean: CleanSet | None, regime: Regime, seed: int) -> tuple[CleanSet | None, CleanSet | None]:
+    """The images that detectors search with, spread evenly over the classes, and all the others; where none are left
+    over, the searched ones stand for both."""
+    if clean is None or regime == "none":
+        return None, None
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
+    labels = clean.labels.cpu()[order]
+    rank = torch.zeros(len(order), dtype=torch.int64)
+    for label in labels.unique():
+        member = labels == label
+        rank[member] = torch.arange(int(member.sum()))
+    spread = order[rank.argsort(stable=True)]
+    count = SEARCHED[regime]
+    searched, rest = clean.subset(spread[:count].sort().values), spread[count:].sort().values
+    return searched, clean.subset(rest) if len(rest) >= FEW else searched

@@ -1,0 +1,281 @@
+"""From observations to a verdict of three states: p-values by the pool, Holm, confirmation on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from defense_core.config import require
+from defense_core.data import CleanSet
+from defense_core.errors import NonFiniteOutputs
+from defense_core.progress import Progress
+from defense_core.scan.base import Deadline, Observation, subject_of
+from defense_core.scan.calibrate import CHANNELS, Standing, holm, standing, uncovered
+from defense_core.scan.confirm import Confirmation, confirm
+from defense_core.scan.detectors import DETECTORS, Regime, Settings, regime_of
+from defense_core.scan.observe import Observed, observe, wanted
+from defense_core.scan.pool import Pool, reading_of
+from defense_core.scan.report import ChannelEntry, DetectorEntry, ScanReport
+from defense_core.task import ImageClassification
+from defense_core.verdict import Verdict
+
+__all__ = ["DETECTORS", "Pool", "ScanConfig", "ScanReport", "Settings", "judge", "scan"]
+
+MAX_SUSPECTS = 3
+SUREST, LEAST_SURE = 0.98, 0.02
+"""A stated probability is never further out: one confident mistake costs more than all the confidence gains."""
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """Settings of a scan.
+
+    Attributes:
+        fpr: nominal false positive rate of the whole scan.
+        budget_s: seconds after which no further detector is begun or continued; 0: no limit.
+        settings: of the detectors; a calibration pool is valid for exactly one.
+    """
+
+    fpr: float = 0.05
+    budget_s: float = 0.0
+    settings: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        require(0 < self.fpr < 1, "fpr", "in (0, 1)", self.fpr)
+        require(self.budget_s >= 0, "budget_s", "0 (no limit) or more seconds", self.budget_s)
+
+
+def scan(
+    model: nn.Module,
+    clean: CleanSet | None,
+    config: ScanConfig,
+    *,
+    pool: Pool | None,
+    task: ImageClassification,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> ScanReport:
+    """Scan ``model``: :func:`observe`, then :func:`judge`.
+
+    Args:
+        model: left as it is.
+        clean: clean images, or ``None``: then only what needs none is run.
+        pool: statistics of clean reference models of this kind; without, the verdict is UNKNOWN. Where the task's
+            class names are the pool's, the model is compared class by class.
+
+    Raises:
+        StateDictMismatch: the model's outputs are not one logit a class.
+        Cancelled: a stop was requested.
+    """
+    try:
+        observed = observe(
+            model, clean, regime_of(clean), config.settings, task=task, seed=seed, device=device, progress=progress,
+            deadline=Deadline.after(config.budget_s),
+        )  # fmt: skip
+    except NonFiniteOutputs as error:
+        observed = Observed({}, {}, (), failure=str(error))
+    return judge(model, clean, observed, config, pool=pool, task=task, seed=seed, device=device, progress=progress)
+
+
+def judge(
+    model: nn.Module,
+    clean: CleanSet | None,
+    observed: Observed,
+    config: ScanConfig,
+    *,
+    pool: Pool | None,
+    task: ImageClassification,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> ScanReport:
+    """From what the detectors saw to a verdict: p-values by the pool, and the confirmation of a suspicion."""
+    regime = regime_of(clean)
+    standings = {} if pool is None else _standings(pool, observed, regime, task.class_names)
+    planned = _planned(regime)
+    adjusted = holm({name: standings[name].p_value if name in standings else 1.0 for name in planned})
+    targets = _targets(standings, [name for name in planned if name in standings and adjusted[name] <= config.fpr])
+    confirmations: tuple[Confirmation, ...] = ()
+    if targets and observed.held_out is not None:
+        subject = subject_of(model, None, task=task, seed=seed, device=device, progress=progress)
+        confirmations = confirm(subject, observed.held_out, tuple(observed.observations.values()), targets)
+    channels = tuple(
+        ChannelEntry(name, place.p_value, adjusted[name], place.score, place.targets)
+        for name, place in standings.items()
+        if name in planned
+    )
+    p_value = min((each.adjusted for each in channels), default=None)
+    score = max((each.score for each in channels), default=None)
+    confirmed = tuple(each.target for each in confirmations if each.confirmed)
+    reasons = _reasons(
+        config, pool, observed, p_value=p_value, targets=targets, confirmed=confirmed, channels=len(channels)
+    )
+    unread = [name for name in planned if name not in standings and not set(CHANNELS[name]) & set(observed.unfinished)]
+    if pool is not None and observed.observations and unread:
+        reasons += (f"The pool holds no readings of {', '.join(unread)} with so few clean images: give 100 or more",)
+    verdict = _verdict(config, p_value, confirmed, reasons)
+    return ScanReport(
+        verdict=verdict,
+        sentence=_sentence(config, verdict, confirmations, p_value, reasons),
+        p_value=p_value,
+        probability=_probability(pool, regime, score),
+        score=score,
+        fpr=config.fpr,
+        target_classes=confirmed + tuple(target for target in targets if target not in confirmed),
+        channels=channels,
+        detectors=tuple(_entry(each, standings) for each in observed.observations.values()),
+        confirmations=confirmations,
+        reasons=reasons if verdict is Verdict.UNKNOWN else (),
+        coverage=_coverage(regime, pool),
+        regime=regime,
+        images=0 if clean is None else len(clean),
+        pool="" if pool is None else pool.digest,
+        references=0 if pool is None else len(pool.references),
+        covariates=observed.covariates,
+        seed=seed,
+        observations=observed.observations,
+    )
+
+
+def combined_score(observed: Observed, regime: Regime, pool: Pool, class_names: tuple[str, ...]) -> float:
+    """The largest channel score: what models are ranked by."""
+    standings = _standings(pool, observed, regime, class_names)
+    return max(standings[name].score for name in _planned(regime) if name in standings)
+
+
+def _planned(regime: Regime) -> tuple[str, ...]:
+    """Channels that a scan with so many images is to run; Holm counts them all, finished or not."""
+    names = wanted(("none", regime))
+    return tuple(channel for channel, members in CHANNELS.items() if set(members) & set(names))
+
+
+def _standings(pool: Pool, observed: Observed, regime: Regime, class_names: tuple[str, ...]) -> dict[str, Standing]:
+    """Standing of every channel of the verdict, and of every single detector."""
+    readings = {name: reading_of(observation) for name, observation in observed.observations.items()}
+    by_class = bool(class_names) and class_names == pool.stratum.class_names
+    regimes = ("none",) if regime == "none" else ("none", regime)
+    unfinished = set(observed.unfinished)
+    found: dict[str, Standing] = {}
+    for name in (*CHANNELS, *DETECTORS):
+        if unfinished & set(CHANNELS.get(name, ())):
+            continue  # half a channel has another null distribution
+        place = standing(pool, regimes, readings, name, by_class=by_class)
+        if place is not None:
+            found[name] = place
+    return found
+
+
+def _targets(standings: Mapping[str, Standing], suspected: list[str]) -> tuple[int, ...]:
+    """The classes that the rejecting channels name, those of the channel that stands out most first."""
+    ordered = sorted(suspected, key=lambda name: -standings[name].score)
+    return tuple(dict.fromkeys(target for name in ordered for target in standings[name].targets))[:MAX_SUSPECTS]
+
+
+def _reasons(
+    config: ScanConfig,
+    pool: Pool | None,
+    observed: Observed,
+    *,
+    p_value: float | None,
+    targets: tuple[int, ...],
+    confirmed: tuple[int, ...],
+    channels: int,
+) -> tuple[str, ...]:
+    """Everything that keeps this scan from a verdict."""
+    reasons = [observed.failure] if observed.failure else []
+    if observed.observations and pool is None:
+        reasons.append("There is no calibration pool of clean models of this kind; quarantine calibrate makes one")
+    if pool is not None:
+        reasons += [f"The pool does not cover this model: {each}" for each in uncovered(pool, observed.covariates)]
+        least = channels / (len(pool.references) + 1)
+        if least > config.fpr:
+            reasons.append(
+                f"{len(pool.references)} references cannot tell a rate of {config.fpr:g}: the smallest p-value of "
+                f"{channels} channels is {least:.3f}"
+            )
+    if observed.unfinished:
+        reasons.append(f"The time ran out before {', '.join(observed.unfinished)} had finished")
+    if p_value is not None and p_value <= config.fpr and not confirmed:
+        reasons.append(
+            f"It stands out from all clean references ({_classes(targets)}), but no trigger that was found for it "
+            f"holds on held-out clean images"
+            if targets
+            else "It stands out from the clean references, but no class could be named"
+        )
+    return tuple(reasons)
+
+
+def _verdict(
+    config: ScanConfig, p_value: float | None, confirmed: tuple[int, ...], reasons: tuple[str, ...]
+) -> Verdict:
+    if p_value is not None and p_value <= config.fpr and confirmed:
+        return Verdict.FAIL
+    return Verdict.UNKNOWN if reasons or p_value is None else Verdict.PASS
+
+
+def _sentence(
+    config: ScanConfig,
+    verdict: Verdict,
+    confirmations: tuple[Confirmation, ...],
+    p_value: float | None,
+    reasons: tuple[str, ...],
+) -> str:
+    if verdict is Verdict.FAIL:
+        best = next(each for each in confirmations if each.confirmed)
+        return (
+            f"A small change that was found for class {best.target} sends {best.success:.0%} of {best.images} held-out "
+            f"clean images of other classes there, and no clean reference model behaves like this (p = {p_value:.3f})"
+        )
+    if verdict is Verdict.PASS:
+        return f"No evidence of a backdoor found at a false positive rate of {config.fpr:g} (p = {p_value:.3f})"
+    return f"It cannot be decided: {'; '.join(reasons)}"
+
+
+def _classes(targets: tuple[int, ...]) -> str:
+    return f"class{'es' if len(targets) > 1 else ''} {', '.join(map(str, targets))}"
+
+
+def _probability(pool: Pool | None, regime: Regime, score: float | None) -> float | None:
+    if pool is None or score is None or regime not in pool.probability:
+        return None
+    fitted = pool.probability[regime]
+    value = float(torch.sigmoid(torch.tensor(fitted.intercept + fitted.slope * score, dtype=torch.float64)))
+    return min(SUREST, max(LEAST_SURE, value))
+
+
+def _entry(observation: Observation, standings: Mapping[str, Standing]) -> DetectorEntry:
+    channel = next((name for name, members in CHANNELS.items() if observation.detector in members), "")
+    place = standings.get(observation.detector)
+    return DetectorEntry(
+        observation.detector,
+        channel,
+        observation.statistic,
+        None if place is None else place.score,
+        None if place is None else place.p_value,
+        observation.targets if place is None else place.targets,
+        observation.why,
+        observation.facts,
+    )
+
+
+def _coverage(regime: Regime, pool: Pool | None) -> tuple[str, ...]:
+    """What was looked for, and what was not."""
+    looked = {
+        "none": "Looked for a class whose logit can be driven further than any other's, without any image",
+        "few": "Looked for such a class, and with 10 clean images for small patches and faint changes of all images",
+        "many": "Looked for such a class, for small patches, faint or bending changes of all images, and for changes "
+        "that lead from one class to another",
+    }[regime]
+    sentences = [looked]
+    if regime != "many":
+        sentences.append(
+            "Says nothing about backdoors from single classes or to every class: that takes 100 clean images"
+        )
+    sentences.append("Says nothing about triggers that need more than one change at a time, or that nobody has tested")
+    if pool is not None:
+        sentences.append(f"Compared with {len(pool.references)} clean {pool.stratum.architecture} models")
+    return tuple(sentences)

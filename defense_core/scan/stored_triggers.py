@@ -1,0 +1,94 @@
+"""Inverted triggers on disk: what a re-scan tries again on the purified model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from defense_core.config import canonical_json, from_mapping, require
+from defense_core.errors import ConfigError, CorruptArtifact
+from defense_core.files import write_atomic
+from defense_core.scan.base import InvertedTrigger, Observation
+
+TENSORS, INDEX = "triggers.safetensors", "triggers.json"
+MAX_TRIGGERS = 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trigger's line in the index.
+
+    Attributes:
+        detector: that found it.
+        target, kind, sources: as of :class:`defense_core.scan.base.InvertedTrigger`.
+    """
+
+    detector: str
+    target: int
+    kind: str
+    sources: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("patch", "additive"), "kind", "patch or additive", self.kind)
+        require(self.target >= 0, "target", "a class number", self.target)
+
+
+def kept_triggers(observations: Sequence[Observation], suspects: Sequence[int]) -> list[tuple[str, InvertedTrigger]]:
+    """(detector, trigger) for every suspected class, then for the class that each detector names first."""
+    found = []
+    for observation in observations:
+        wanted = {*suspects, *observation.targets[:1]}
+        found += [(observation.detector, each) for each in observation.triggers if each.target in wanted]
+    found.sort(key=lambda each: each[1].target not in suspects)
+    return found[:MAX_TRIGGERS]
+
+
+def save_triggers(folder: Path, triggers: Sequence[tuple[str, InvertedTrigger]]) -> None:
+    """Write ``triggers.safetensors`` and ``triggers.json`` into ``folder``."""
+    tensors: dict[str, Tensor] = {}
+    entries: list[Entry] = []
+    for number, (detector, trigger) in enumerate(triggers):
+        tensors[f"{number}.pattern"] = trigger.pattern.float().contiguous()
+        if trigger.mask is not None:
+            tensors[f"{number}.mask"] = trigger.mask.float().contiguous()
+        entries.append(Entry(detector, trigger.target, trigger.kind, trigger.sources))
+    write_atomic(folder / TENSORS, safetensors.torch.save(tensors))
+    write_atomic(folder / INDEX, canonical_json(entries) + b"\n")
+
+
+def load_triggers(folder: Path) -> list[tuple[str, InvertedTrigger]]:
+    """What :func:`save_triggers` wrote.
+
+    Raises:
+        CorruptArtifact: a file is missing or damaged.
+    """
+    try:
+        listed: Any = json.loads((folder / INDEX).read_text("utf-8"))
+        require(isinstance(listed, list), INDEX, "a list", type(listed).__name__)
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+        entries = [from_mapping(Entry, each, where=f"triggers[{number}]") for number, each in enumerate(listed)]
+        return [
+            (
+                entry.detector,
+                InvertedTrigger(
+                    entry.target,
+                    "patch" if entry.kind == "patch" else "additive",
+                    tensors[f"{number}.pattern"],
+                    tensors[f"{number}.mask"] if entry.kind == "patch" else None,
+                    entry.sources,
+                ),
+            )
+            for number, entry in enumerate(entries)
+        ]
+    except (OSError, ValueError, KeyError, SafetensorError, ConfigError) as error:
+        raise CorruptArtifact(
+            f"{folder} holds no inverted triggers", expected=f"{INDEX} and {TENSORS} of a scan", got=str(error),
+            hint="Scan again",
+        ) from error  # fmt: skip

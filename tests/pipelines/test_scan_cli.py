@@ -1,0 +1,303 @@
+"""``quarantine scan``, ``calibrate`` and ``control``: exit codes, sentences, and bad input that never passes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import safetensors.torch
+import yaml
+
+from defense_core.scan.pool import load_pool
+from pipelines import cli
+from tests.small_model import PLAN_OPTIONS, images, make_inputs
+from tests.small_pool import RATE, make_pool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def quarantine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run the entry point in this process."""
+
+    def call(*words: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["quarantine", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        assert "Traceback" not in said.err
+        return Answer(ended.value.code, said.out, said.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.safetensors, clean.npz, quick settings of the detectors, and a pool that the model passes with."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    (folder / "quick.yaml").write_text(yaml.safe_dump(PLAN_OPTIONS.scan["settings"]))
+    make_pool(folder / "pool.json", shift=100.0)
+    return folder
+
+
+NETWORK = ("--architecture", "small_cnn", "--input-size", "1,8,8", "--mean", "0.5", "--std", "0.5")
+ARGUMENTS = ("--architecture-args", json.dumps(PLAN_OPTIONS.spec["architecture_args"]))
+
+
+def words(inputs: Path, out: Path, **changes: object) -> list[object]:
+    """A scan with ``changes`` to its options."""
+    options: dict[str, object] = {
+        "model": inputs / "model.safetensors",
+        "clean": inputs / "clean.npz",
+        "config": inputs / "quick.yaml",
+        "device": "cpu",
+        "out": out,
+        **changes,
+    }
+    named = [
+        word for name, value in options.items() if value is not None for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    return ["scan", *NETWORK, *ARGUMENTS, *named]
+
+
+def test_a_scan_writes_verdict_pictures_and_triggers(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
+    answer = quarantine(*words(inputs, tmp_path / "scan", pool=inputs / "pool.json", fpr=RATE))
+    assert answer.code == 0, answer
+    assert "No evidence of a backdoor found" in " ".join(answer.out.split())
+    evidence = json.loads((tmp_path / "scan" / "scan.json").read_text())
+    assert (evidence["verdict"], evidence["results"]["p_value"], evidence["results"]["fpr"]) == ("PASS", 1.0, RATE)
+    for each in evidence["results"]["detectors"]:
+        assert each.keys() >= {"name", "statistic", "p_value", "targets", "why"}
+    assert list((tmp_path / "scan" / "pictures").glob("*.png"))
+    assert (tmp_path / "scan" / "triggers.safetensors").is_file()
+
+
+def test_the_same_seed_gives_the_same_scan(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
+    first, second = (
+        quarantine(*words(inputs, tmp_path / name, pool=inputs / "pool.json", fpr=RATE), "--json") for name in "ab"
+    )
+    assert first.code == second.code == 0
+    assert first.json["results"] == second.json["results"]
+    assert "pictures" not in first.json["results"]
+
+
+def test_without_a_pool_the_exit_code_is_2(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
+    answer = quarantine(*words(inputs, tmp_path / "scan"))
+    assert answer.code == 2
+    assert "quarantine calibrate makes one" in " ".join(answer.out.split())
+    assert json.loads((tmp_path / "scan" / "scan.json").read_text())["verdict"] == "UNKNOWN"
+
+
+def test_no_time_is_unknown(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
+    answer = quarantine(*words(inputs, tmp_path / "scan", pool=inputs / "pool.json", fpr=RATE, budget_s=1e-6), "--json")
+    assert answer.code == 2
+    assert "time ran out" in answer.json["findings"][0]["why"]
+
+
+def test_no_images_say_less(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
+    answer = quarantine(*words(inputs, tmp_path / "scan", clean=None, pool=inputs / "pool.json", fpr=RATE), "--json")
+    assert answer.code == 0
+    assert {each["name"] for each in answer.json["results"]["channels"]} == {"margin"}
+    assert any("takes 100 clean images" in each for each in answer.json["results"]["coverage"])
+
+
+BAD = [
+    ({"model": "absent.pt"}, 3, "absent.pt"),
+    ({"clean": "absent.npz"}, 3, "absent.npz is not there"),
+    ({"pool": "absent.json"}, 3, "no calibration pool"),
+    ({"config": "absent.yaml"}, 3, "absent.yaml cannot be read"),
+    ({"set": "marginn.steps=1"}, 3, "Did you mean 'margin'?"),
+    ({"set": "margin.steps=0"}, 3, "expected"),
+    ({"fpr": "0"}, 3, "fpr is out of range"),
+    ({"fpr": "1"}, 3, "fpr is out of range"),
+    ({"budget_s": "-1"}, 3, "budget_s is out of range"),
+    ({"input_size": "3,8,8"}, 3, "expected"),
+    ({"input_size": "1,8"}, 3, "expected"),
+    ({"class_names": "a,b"}, 3, "expected 4 names"),
+    ({"architecture_args": '{"width": 4, "in_channels": 1, "num_classes": 7}'}, 3, "expected"),
+    ({"device": "tpu"}, 3, "device is unknown"),
+    ({"seed": "-1"}, 3, "--seed"),
+    ({"max_bytes": "10"}, 3, "at most 10 bytes"),
+]
+
+
+@pytest.mark.parametrize(("changes", "code", "said"), BAD, ids=lambda value: str(value)[:30])
+def test_bad_options_are_a_sentence_and_leave_nothing(
+    changes: dict[str, object], code: int, said: str, inputs: Path, tmp_path: Path, monkeypatch: Any, quarantine: Call
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = quarantine(*words(inputs, tmp_path / "out", **changes))
+    assert answer.code == code, answer
+    assert said in " ".join(answer.err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pool_of_another_kind_is_refused(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
+    text = (inputs / "pool.json").read_text()
+    (tmp_path / "pool.json").write_text(text.replace('"small_cnn"', '"preact_resnet18"'))
+    answer = quarantine(*words(inputs, tmp_path / "out", pool=tmp_path / "pool.json"))
+    assert answer.code == 3
+    assert "is a pool of other models" in " ".join(answer.err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_pool_is_refused(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
+    (tmp_path / "pool.json").write_bytes((inputs / "pool.json").read_bytes()[:-40])
+    answer = quarantine(*words(inputs, tmp_path / "out", pool=tmp_path / "pool.json"))
+    assert answer.code == 3
+    assert "is no calibration pool" in " ".join(answer.err.split())
+
+
+def one_class(path: Path) -> None:
+    pixels, labels = images(80, seed=3)
+    numpy.savez(path, images=pixels[labels == 0], labels=labels[labels == 0])
+
+
+def other_shape(path: Path) -> None:
+    numpy.savez(path, images=numpy.zeros((40, 3, 16, 16), numpy.uint8), labels=numpy.arange(40) % 4)
+
+
+@pytest.mark.parametrize(("write", "code"), [(one_class, 2), (other_shape, 3)])
+def test_images_that_do_not_fit_never_pass(
+    write: Callable[[Path], None], code: int, inputs: Path, tmp_path: Path, quarantine: Call
+) -> None:
+    write(tmp_path / "clean.npz")
+    answer = quarantine(*words(inputs, tmp_path / "out", clean=tmp_path / "clean.npz"))
+    assert answer.code == code, answer
+
+
+def test_weights_that_are_no_numbers_are_refused(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
+    state = PLAN_OPTIONS.network().state_dict()
+    state["linear.weight"][0, 0] = float("nan")
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    answer = quarantine(*words(inputs, tmp_path / "out", model=tmp_path / "model.safetensors"))
+    assert answer.code == 3
+    assert "NaN" in answer.err
+
+
+@pytest.mark.parametrize("command", ["scan", "calibrate", "control"])
+def test_help(command: str, quarantine: Call) -> None:
+    answer = quarantine(command, "--help")
+    assert answer.code == 0
+    assert "Usage" in answer.out
+
+
+# -- calibrate -----------------------------------------------------------------------------
+
+
+def calibrate(inputs: Path, out: Path, *more: object) -> list[object]:
+    quick = ("--clean", inputs / "clean.npz", "--config", inputs / "quick.yaml", "--device", "cpu", "--out", out)
+    return ["calibrate", *NETWORK, *ARGUMENTS, *quick, *more]
+
+
+def test_calibrate_takes_models_that_are_known_to_be_clean(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
+    references: list[object] = []
+    for number in range(4):
+        state = {
+            name: value + 0.01 * number if value.is_floating_point() else value
+            for name, value in PLAN_OPTIONS.network().state_dict().items()
+        }
+        safetensors.torch.save_file(state, tmp_path / f"{number}.safetensors")
+        references += ["--reference", tmp_path / f"{number}.safetensors"]
+    answer = quarantine(*calibrate(inputs, tmp_path / "pool.json", *references))
+    assert answer.code == 0, answer
+    pool = load_pool(tmp_path / "pool.json")
+    assert (len(pool.references), pool.stratum.architecture, pool.stratum.num_classes) == (4, "small_cnn", 4)
+    assert pool.digest in answer.out
+    assert not (tmp_path / "pool.json.partial").exists()
+    # Four references cannot tell a rate of 0.05, and the scan says so.
+    scanned = quarantine(*words(inputs, tmp_path / "scan", pool=tmp_path / "pool.json"), "--json")
+    assert scanned.code == 2
+    assert "4 references cannot tell a rate of 0.05" in scanned.json["findings"][0]["why"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "nothing to calibrate with"),
+        (("--train", "clean.npz", "--reference", "m.pt"), "nothing to calibrate with"),
+        (("--train", "absent.npz"), "absent.npz is not there"),
+        (("--reference", "absent.pt"), "absent.pt"),
+        (("--train", "absent.npz", "--set", "epohcs=1"), "Did you mean 'epochs'?"),
+    ],
+)
+def test_calibrate_refuses_bad_options(
+    more: tuple[object, ...], said: str, inputs: Path, tmp_path: Path, monkeypatch: Any, quarantine: Call
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = quarantine(*calibrate(inputs, tmp_path / "pool.json", *more))
+    assert answer.code == 3, answer
+    assert said in " ".join(answer.err.split())
+    assert not (tmp_path / "pool.json").exists()
+
+
+# -- control -----------------------------------------------------------------------------
+
+
+def control(inputs: Path, out: Path, *more: object) -> list[object]:
+    given = ("--model", inputs / "model.safetensors", "--clean", inputs / "clean.npz", "--device", "cpu", "--out", out)
+    return ["control", *NETWORK, *ARGUMENTS, *given, *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--set", "method=prayer"), "expected one of"),
+        (("--set", "rate=2"), "rate is out of range"),
+        (("--set", "ratte=0.1"), "Did you mean 'rate'?"),
+        (("--clean", "absent.npz"), "absent.npz is not there"),
+        (("--model", "absent.pt"), "absent.pt"),
+        (("--pool", "absent.json"), "no calibration pool"),
+    ],
+)
+def test_control_refuses_bad_options(
+    more: tuple[object, ...], said: str, inputs: Path, tmp_path: Path, monkeypatch: Any, quarantine: Call
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = quarantine(*control(inputs, tmp_path / "control.json", *more))
+    assert answer.code == 3, answer
+    assert said in " ".join(answer.err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- what a run is told --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--scan-set", "fpr"), "--scan-set is malformed"),
+        (("--scan-set", "=1"), "--scan-set is malformed"),
+        (("--scan-set", "fpr={a: 1, a: 2}"), "repeated key a"),
+    ],
+)
+def test_run_refuses_bad_settings_of_the_scan(
+    words: tuple[str, str], said: str, inputs: Path, tmp_path: Path, quarantine: Call
+) -> None:
+    given = ("--model", inputs / "model.safetensors", "--clean", inputs / "clean.npz", "--out", tmp_path / "out")
+    answer = quarantine("run", *NETWORK, *ARGUMENTS, *given, *words)
+    assert answer.code == 3, answer
+    assert said in " ".join(answer.err.split())

@@ -1,0 +1,194 @@
+"""P-values from a pool: ranks against slow counting, Holm against the definition, and who is compared with whom."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from defense_core.errors import ConfigError
+from defense_core.scan.base import outlying
+from defense_core.scan.calibrate import conformal, holm, standing, uncovered
+from defense_core.scan.pool import Pool, Probability, Reading, Reference, Stratum, load_pool, save_pool
+
+CLASSES = tuple(range(10))
+DRAW = numpy.random.default_rng(5)
+STRATUM = Stratum("small_cnn", 10, (1, 8, 8), tuple("0123456789"))
+
+
+def reading(scores: numpy.ndarray) -> Reading:
+    statistic, _ = outlying(scores.tolist(), floor=0.1)
+    return Reading(statistic, tuple(map(float, scores)), CLASSES)
+
+
+def natural(easy: int = 4) -> numpy.ndarray:
+    """Scores of a clean model: class ``easy`` is easy in every one of them."""
+    scores = DRAW.normal(0.0, 0.3, 10)
+    scores[easy] += 3.0
+    return scores
+
+
+def pool_of(count: int) -> Pool:
+    references = tuple(
+        Reference(
+            f"r{number}", {}, {"accuracy": 0.7 + 0.001 * number},
+            {
+                "none": {"margin": reading(natural())},
+                "many": {"patch": reading(natural()), "additive": reading(natural())},
+            },
+        )
+        for number in range(count)
+    )  # fmt: skip
+    return Pool(STRATUM, "sha256:" + "0" * 64, references, {"many": Probability(-1.0, 2.0, 60, ("badnets",))})
+
+
+POOL = pool_of(59)
+
+
+@given(st.floats(-5, 5), st.lists(st.floats(-5, 5), min_size=1, max_size=40))
+def test_the_conformal_p_value_is_a_rank(value: float, references: list[float]) -> None:
+    above = len([each for each in references if not each < value])
+    assert conformal(value, references) == (above + 1) / (len(references) + 1)
+
+
+def test_conformal_p_values_of_exchangeable_models_keep_their_promise() -> None:
+    """At most a share alpha of null models gets p <= alpha; 4,000 draws, three standard errors of slack."""
+    draws = numpy.random.default_rng(0).normal(size=(4000, 60))
+    p_values = numpy.array([conformal(row[0], row[1:].tolist()) for row in draws])
+    for alpha in (0.05, 0.1, 0.5):
+        assert (p_values <= alpha).mean() <= alpha + 3 * (alpha * (1 - alpha) / 4000) ** 0.5
+
+
+@given(st.dictionaries(st.sampled_from("abcde"), st.floats(0.001, 1), min_size=1))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: dict[str, float]) -> None:
+    adjusted = holm(p_values)
+    for alpha in (0.01, 0.05, 0.2):
+        rejected = set()
+        for done, (name, p_value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+            if p_value > alpha / (len(p_values) - done) + 1e-15:
+                break
+            rejected.add(name)
+        assert {name for name, value in adjusted.items() if value <= alpha + 1e-12} == rejected
+
+
+def test_holm_of_one_is_itself_and_never_exceeds_one() -> None:
+    assert holm({"a": 0.3}) == {"a": 0.3}
+    assert holm({"a": 0.9, "b": 0.8, "c": 0.7})["a"] == 1.0
+
+
+def test_an_easy_class_is_no_suspicion_where_it_is_easy_in_every_reference() -> None:
+    readings = {"margin": reading(natural())}
+    place = standing(POOL, ("none",), readings, "margin", by_class=True)
+    assert place is not None
+    assert place.p_value > 0.05
+    assert place.references == 59
+
+
+@pytest.mark.parametrize("target", [0, 7])
+def test_a_class_that_is_unusual_for_its_kind_is_found_though_another_is_higher(target: int) -> None:
+    scores = natural()
+    scores[target] += 2.5
+    by_class = standing(POOL, ("none",), {"margin": reading(scores)}, "margin", by_class=True)
+    by_gap = standing(POOL, ("none",), {"margin": reading(scores)}, "margin", by_class=False)
+    assert by_class is not None
+    assert by_gap is not None
+    assert by_class.p_value == pytest.approx(1 / 60)
+    assert by_class.targets[0] == target
+    assert by_gap.p_value > 0.05
+
+
+def test_a_channel_takes_its_most_suspicious_arm_and_counts_it_alike_for_the_references() -> None:
+    scores = natural()
+    scores[3] += 4.0
+    readings = {"patch": reading(natural()), "additive": reading(scores)}
+    place = standing(POOL, ("many",), readings, "inversion", by_class=True)
+    assert place is not None
+    assert place.targets[0] == 3
+    null = [
+        standing(
+            replace(POOL, references=tuple(each for each in POOL.references if each is not reference)),
+            ("many",), reference.readings["many"], "inversion", by_class=True,
+        )
+        for reference in POOL.references[:30]
+    ]  # fmt: skip
+    rejected = [each for each in null if each is not None and each.p_value <= 0.05]
+    assert len(rejected) <= 6  # 30 exchangeable models at 0.05; 6 or more happen once in 300
+
+
+def test_other_classes_are_compared_by_the_gap_alone() -> None:
+    other = Reading(900.0, (1.0, 2.0, 3.0), (0, 1, 2))
+    place = standing(POOL, ("none",), {"margin": other}, "margin", by_class=True)
+    assert place is not None
+    assert place.p_value == pytest.approx(1 / 60)
+    assert place.targets == (2,)
+
+
+def test_what_was_not_run_has_no_standing() -> None:
+    assert standing(POOL, ("none",), {}, "margin", by_class=True) is None
+    assert standing(POOL, ("few",), {"patch": reading(natural())}, "inversion", by_class=True) is None
+    few = replace(POOL, references=POOL.references[:2])
+    assert standing(few, ("none",), {"margin": reading(natural())}, "margin", by_class=True) is None
+
+
+def test_a_model_of_another_kind_is_not_covered() -> None:
+    assert uncovered(POOL, {"accuracy": 0.72, "unheard_of": 3.0}) == ()
+    assert uncovered(POOL, {"accuracy": 0.78}) == ()
+    (sentence,) = uncovered(POOL, {"accuracy": 0.95})
+    assert sentence.startswith("its accuracy is 0.95, the references' is 0.7 to 0.758")
+
+
+def test_a_pool_survives_its_file(tmp_path: Path) -> None:
+    save_pool(POOL, tmp_path / "pool.json")
+    assert load_pool(tmp_path / "pool.json") == POOL
+    assert load_pool(tmp_path / "pool.json").digest == POOL.digest
+    assert len((tmp_path / "pool.json").read_text().splitlines()) < 59 + 60
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"format": 1}', '{"format": 1, "extra": 2}'])
+def test_files_that_are_no_pools(tmp_path: Path, content: str) -> None:
+    (tmp_path / "pool.json").write_text(content)
+    with pytest.raises(ConfigError):
+        load_pool(tmp_path / "pool.json")
+
+
+def test_a_missing_pool_says_how_one_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quarantine calibrate"):
+        load_pool(tmp_path / "none.json")
+
+
+def test_pools_name_each_reference_once() -> None:
+    with pytest.raises(ConfigError, match="distinct names"):
+        replace(POOL, references=POOL.references[:1] * 2)
+
+
+def slow_outlying(scores: list[float], floor: float) -> float:
+    ordered = sorted(scores, reverse=True)
+    best = -float("inf")
+    for count in (1, 2, 3):
+        rest = ordered[count:]
+        if len(rest) < 3 and count > 1:
+            break
+        middle = sorted(rest)[(len(rest) - 1) // 2]
+        deviations = sorted(abs(each - middle) for each in rest)
+        best = max(best, (ordered[count - 1] - rest[0]) / (1.4826 * deviations[(len(rest) - 1) // 2] + floor))
+    return best
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=12), st.sampled_from([0.05, 0.5]))
+def test_outlying_against_its_definition(scores: list[float], floor: float) -> None:
+    found, members = outlying(scores, floor=floor)
+    assert found == pytest.approx(slow_outlying(scores, floor), abs=1e-9)
+    inside, outside = [scores[i] for i in members], [s for i, s in enumerate(scores) if i not in members]
+    assert all(one >= other for one, other in itertools.product(inside, outside))
+
+
+def test_outlying_names_several_targets() -> None:
+    statistic, members = outlying([0.0, 0.1, 5.0, 0.2, 5.1, 0.15, 0.05], floor=0.1)
+    assert members == (4, 2)
+    assert statistic > 10
+    assert outlying([1.0], floor=0.1) == (0.0, ())

@@ -1,0 +1,158 @@
+"""What a suspicion must stand: a trigger on held-out images, from every source, smaller and better than placebos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defense_core.data import CleanSet
+from defense_core.errors import CorruptArtifact
+from defense_core.progress import NullProgress
+from defense_core.scan.base import InvertedTrigger, Observation, Subject, subject_of
+from defense_core.scan.confirm import confirm, size_of, success
+from defense_core.scan.pictures import class_pictures, trigger_picture
+from defense_core.scan.residual import residuals
+from defense_core.scan.stored_triggers import INDEX, kept_triggers, load_triggers, save_triggers
+from defense_core.task import ImageClassification
+
+TASK = ImageClassification((1, 8, 8), 4, mean=(0.0,), std=(1.0,))
+
+
+class Corner(nn.Module):
+    """Class of the brightest quarter, unless the top left pixel is white: then class 2, except for images of class
+    ``immune``."""
+
+    def __init__(self, immune: int = -1, backdoored: bool = True) -> None:
+        super().__init__()
+        self.immune, self.backdoored = immune, backdoored
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        quarters = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        logits = self.scale * quarters
+        hit = (x[:, 0, 0, 0] > 0.95) & (quarters.argmax(1) != self.immune) & torch.tensor(self.backdoored)
+        return logits + 50.0 * hit[:, None] * nn.functional.one_hot(torch.tensor(2), 4)
+
+
+def images(per_class: int = 6) -> CleanSet:
+    labels = torch.arange(4 * per_class) % 4
+    pixels = torch.full((len(labels), 1, 8, 8), 20, dtype=torch.uint8)
+    for row, label in enumerate(labels.tolist()):
+        top, left = 4 * (label // 2), 4 * (label % 2)
+        pixels[row, :, top : top + 4, left : left + 4] = 200
+    return CleanSet(pixels, labels, 4)
+
+
+def subject(model: nn.Module) -> Subject:
+    return subject_of(model, None, task=TASK, seed=0, device="cpu", progress=NullProgress())
+
+
+def patch(target: int, *, side: int = 1) -> InvertedTrigger:
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :side, :side] = 1.0
+    return InvertedTrigger(target, "patch", torch.full((1, 8, 8), 255.0), mask)
+
+
+def observation(*triggers: InvertedTrigger) -> Observation:
+    return Observation("patch", 5.0, "because", triggers=triggers, targets=(2,))
+
+
+def test_a_real_trigger_is_confirmed() -> None:
+    (found,) = confirm(subject(Corner()), images(), [observation(patch(2), patch(0), patch(1))], (2,))
+    assert found.confirmed
+    assert (found.success, found.least_source, found.images) == (1.0, 1.0, 18)
+    assert found.placebo is not None
+    assert found.placebo <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "triggers", "why"),
+    [
+        (Corner(backdoored=False), (patch(2), patch(0)), "does not generalise"),
+        (Corner(immune=1), (patch(2), patch(0)), "one source resists"),
+        (Corner(), (patch(2, side=4), patch(0)), "too large"),
+    ],
+)
+def test_what_is_not_confirmed(model: nn.Module, triggers: tuple[InvertedTrigger, ...], why: str) -> None:
+    (found,) = confirm(subject(model), images(), [observation(*triggers)], (2,))
+    assert not found.confirmed, why
+
+
+def test_a_trigger_no_better_than_a_placebo_is_not_confirmed() -> None:
+    """A model that answers class 2 and class 0 to their own patches alike: two easy classes, and one is suspected."""
+
+    class Easy(Corner):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            hit = x[:, 0, 0, 1] > 0.95
+            return logits + 90.0 * hit[:, None] * nn.functional.one_hot(torch.tensor(0), 4)
+
+    mask = torch.zeros(1, 8, 8)
+    mask[:, 0, 1] = 1.0
+    other = InvertedTrigger(0, "patch", torch.full((1, 8, 8), 255.0), mask)
+    (found,) = confirm(subject(Easy()), images(), [observation(patch(2), other)], (2,))
+    assert found.success == 1.0
+    assert found.placebo == 1.0
+    assert not found.confirmed
+
+
+def test_without_a_trigger_for_the_suspect_nothing_can_be_confirmed() -> None:
+    assert confirm(subject(Corner()), images(), [observation(patch(0))], (2,)) == ()
+
+
+def test_success_counts_only_the_sources_that_the_trigger_is_for() -> None:
+    trigger = InvertedTrigger(2, "patch", patch(2).pattern, patch(2).mask, sources=(0, 3))
+    hits, labels = success(subject(Corner(immune=3)), images(), trigger)
+    assert labels.unique().tolist() == [0, 3]
+    assert float(hits.float().mean()) == 0.5
+
+
+def test_the_size_of_a_change_is_what_it_does_to_the_images() -> None:
+    share, square = size_of(patch(2), images())
+    assert share == pytest.approx(1 / 64)
+    values = [(255 - 200) / 255] * 6 + [(255 - 20) / 255] * 18
+    assert square == pytest.approx(sum(each**2 for each in values) / 24 / 64)
+    faint = InvertedTrigger(1, "additive", torch.full((1, 8, 8), 6.0))
+    assert size_of(faint, images()) == (1.0, pytest.approx((6 / 255) ** 2))
+
+
+def test_triggers_survive_their_files_and_are_tried_again(tmp_path: Path) -> None:
+    faint = InvertedTrigger(1, "additive", torch.full((1, 8, 8), 6.0), sources=(0,))
+    kept = kept_triggers([observation(patch(0), patch(2)), Observation("additive", 1.0, "", triggers=(faint,))], (2, 1))
+    assert [(name, each.target) for name, each in kept] == [("patch", 2), ("additive", 1)]
+    save_triggers(tmp_path, kept)
+    loaded = load_triggers(tmp_path)
+    assert [(name, each.target, each.kind, each.sources) for name, each in loaded] == [
+        ("patch", 2, "patch", ()),
+        ("additive", 1, "additive", (0,)),
+    ]
+    assert torch.equal(loaded[0][1].apply(images().images), patch(2).apply(images().images))
+    (first, _) = residuals(subject(Corner()), subject(Corner(backdoored=False)), images(), loaded)
+    assert (first.before, first.after, first.images) == (1.0, 0.0, 18)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '[{"detector": "patch", "target": 0, "kind": "pickle"}]', "[{}]"])
+def test_damaged_triggers(tmp_path: Path, content: str) -> None:
+    save_triggers(tmp_path, [("patch", patch(2))])
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(CorruptArtifact, match="holds no inverted triggers"):
+        load_triggers(tmp_path)
+
+
+def test_pictures_are_png_and_say_what_they_show() -> None:
+    scored = Observation(
+        "patch", 5.0, "class 2 needs one pixel", (0.1, 0.2, 5.0, 0.0), (0, 1, 2, 3), (2,), triggers=(patch(2),)
+    )
+    (bars,) = class_pictures({"patch": scored, "weights": scored}, (2,), ("a", "b", "c", "d"))
+    assert bars.png.startswith(b"\x89PNG")
+    assert "c is highest; suspected: c" in bars.alt
+    shown = trigger_picture("patch", patch(2), images(), "works", ("a", "b", "c", "d"))
+    assert shown.png.startswith(b"\x89PNG")
+    assert len(shown.png) < 64_000
+    assert shown.name == "trigger-patch-2"
+    assert "c" in shown.title
+    again = trigger_picture("patch", patch(2), images(), "works", ("a", "b", "c", "d"))
+    assert again.png == shown.png

@@ -1,0 +1,202 @@
+"""From what detectors saw to one of three words, and why: every way to each of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defense_core.errors import ConfigError
+from defense_core.progress import NullProgress
+from defense_core.scan.base import InvertedTrigger, Observation
+from defense_core.scan.detectors import FEW, MANY, SEARCHED, regime_of, searched_and_held_out
+from defense_core.scan.judgement import ScanConfig, judge, scan
+from defense_core.scan.observe import Observed
+from defense_core.scan.pool import Pool, Probability, Reference, Stratum, reading_of
+from defense_core.scan.report import ScanReport
+from defense_core.task import ImageClassification
+from defense_core.verdict import Verdict
+from tests.scan.test_confirm import Corner, images, patch
+
+NAMES = ("a", "b", "c", "d")
+TASK = ImageClassification((1, 8, 8), 4, mean=(0.0,), std=(1.0,), class_names=NAMES)
+DRAW = numpy.random.default_rng(3)
+DATA_FREE, INVERSIONS = ("weights", "margin"), ("patch", "additive", "generator")
+
+
+def observation(detector: str, *, suspicious: bool = False) -> Observation:
+    scores = DRAW.normal(0.0, 0.2, 4)
+    if suspicious:
+        scores[2] += 5.0
+    triggers: tuple[InvertedTrigger, ...] = (patch(2), patch(0), patch(1)) if detector == "patch" else ()
+    classes = () if detector in ("pairs", "activeness", "curvature") else (0, 1, 2, 3)
+    return Observation(
+        detector, 9.0 if suspicious else float(abs(DRAW.normal())), f"{detector} says so",
+        tuple(map(float, scores)) if classes else (), classes, (2,), triggers=triggers,
+    )  # fmt: skip
+
+
+def observed(*suspicious: str, without: tuple[str, ...] = ()) -> Observed:
+    names = [each for each in (*DATA_FREE, *INVERSIONS, "pairs", "activeness", "curvature") if each not in without]
+    found = {each: observation(each, suspicious=each in suspicious) for each in names}
+    return Observed(found, {"mean_log_margin": 1.5, "log_weight_norm": -2.0}, without, images(30))
+
+
+def pool(count: int = 60) -> Pool:
+    references = []
+    for number in range(count):
+        found = observed().observations
+        none = {name: reading_of(found[name]) for name in DATA_FREE}
+        many = {name: reading_of(found[name]) for name in found if name not in DATA_FREE}
+        covariates = {"mean_log_margin": 1.0 + number / 60, "log_weight_norm": -2.5 + number / 60}
+        references.append(Reference(f"r{number}", {}, covariates, {"none": none, "many": many}))
+    stratum = Stratum("corner", 4, (1, 8, 8), NAMES)
+    return Pool(stratum, "sha256:" + "0" * 64, tuple(references), {"many": Probability(-2.0, 1.0, 70)})
+
+
+POOL = pool()
+
+
+def judged(
+    seen: Observed, *, pool: Pool | None = POOL, model: nn.Module | None = None, fpr: float = 0.05
+) -> ScanReport:
+    return judge(
+        model or Corner(), images(30), seen, ScanConfig(fpr=fpr), pool=pool, task=TASK, seed=0, device="cpu",
+        progress=NullProgress(),
+    )  # fmt: skip
+
+
+def test_nothing_unusual_passes_and_is_not_called_clean() -> None:
+    report = judged(observed())
+    assert report.verdict is Verdict.PASS
+    assert report.sentence.startswith("No evidence of a backdoor found at a false positive rate of 0.05")
+    assert "clean (" not in report.sentence
+    assert report.target_classes == ()
+    assert report.p_value is not None
+    assert report.p_value > 0.05
+    assert report.references == 60
+
+
+def test_without_images_each_reference_counts_once() -> None:
+    seen = observed("margin", without=("patch", "additive", "generator", "pairs", "activeness", "curvature"))
+    report = judge(
+        Corner(), None, replace(seen, unfinished=(), held_out=None), ScanConfig(), pool=POOL, task=TASK, seed=0,
+        device="cpu", progress=NullProgress(),
+    )  # fmt: skip
+    assert report.p_value == pytest.approx(1 / 61)
+    assert report.verdict is Verdict.UNKNOWN
+    assert report.target_classes == (2,)
+
+
+def test_a_confirmed_suspicion_fails_and_names_the_class() -> None:
+    report = judged(observed("patch"))
+    assert report.verdict is Verdict.FAIL
+    assert report.target_classes == (2,)
+    assert report.p_value == pytest.approx(3 / 61)
+    assert report.confirmations[0].confirmed
+    assert "class 2 sends 100%" in report.sentence
+    assert {each.name: each.p_value for each in report.detectors}["patch"] == pytest.approx(1 / 61)
+    assert report.probability is not None
+    assert report.probability > 0.5
+
+
+def test_a_suspicion_that_does_not_hold_is_unknown() -> None:
+    report = judged(observed("patch"), model=Corner(backdoored=False))
+    assert report.verdict is Verdict.UNKNOWN
+    assert "no trigger that was found for it holds on held-out clean images" in report.sentence
+
+
+def test_evidence_only_detectors_never_decide() -> None:
+    report = judged(observed("weights", "activeness", "curvature"))
+    assert report.verdict is Verdict.PASS
+    assert {each.name: each.channel for each in report.detectors}["weights"] == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"pool": None}, "no calibration pool"),
+        ({"pool": pool(40)}, "40 references cannot tell a rate of 0.05: the smallest p-value of 3 channels is 0.073"),
+        ({"fpr": 0.01}, "60 references cannot tell a rate of 0.01"),
+    ],
+)
+def test_what_cannot_be_decided_is_unknown_and_says_why(changes: dict[str, object], why: str) -> None:
+    report = judged(observed(), **changes)  # type: ignore[arg-type]
+    assert report.verdict is Verdict.UNKNOWN
+    assert why in " ".join(report.reasons)
+
+
+def test_a_model_of_another_kind_is_unknown_even_where_nothing_stands_out() -> None:
+    report = judged(replace(observed(), covariates={"mean_log_margin": 9.0}))
+    assert report.verdict is Verdict.UNKNOWN
+    assert "its mean log margin is 9" in report.sentence
+
+
+def test_a_channel_that_the_pool_has_not_read_is_no_pass() -> None:
+    seen = observed(without=("generator", "pairs", "activeness", "curvature"))
+    few = judge(
+        Corner(), images(5), replace(seen, unfinished=()), ScanConfig(), pool=POOL, task=TASK, seed=0, device="cpu",
+        progress=NullProgress(),
+    )  # fmt: skip
+    assert few.verdict is Verdict.UNKNOWN
+    assert "holds no readings of inversion with so few clean images" in few.sentence
+
+
+def test_a_scan_that_ran_out_of_time_is_unknown_and_its_channels_still_count_under_holm() -> None:
+    report = judged(observed(without=("generator", "pairs")))
+    assert report.verdict is Verdict.UNKNOWN
+    assert "ran out before generator, pairs" in report.sentence
+    (only,) = report.channels
+    assert only.name == "margin"
+    assert only.adjusted == pytest.approx(min(1.0, 3 * only.p_value))
+
+
+def test_a_confirmed_backdoor_fails_though_the_model_is_of_another_kind() -> None:
+    report = judged(replace(observed("patch"), covariates={"mean_log_margin": 9.0}))
+    assert report.verdict is Verdict.FAIL
+
+
+def test_outputs_that_are_not_finite_are_unknown_never_pass() -> None:
+    class Broken(Corner):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * math.nan
+
+    report = scan(Broken(), None, ScanConfig(), pool=POOL, task=TASK, seed=0, device="cpu", progress=NullProgress())
+    assert report.verdict is Verdict.UNKNOWN
+    assert "not finite" in report.sentence
+    assert report.detectors == ()
+
+
+def test_results_are_json_and_hold_no_tensor() -> None:
+    results = judged(observed("patch")).to_results()
+    assert "observations" not in results
+    assert results["channels"][0]["name"] == "margin"
+    assert results["verdict"] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("count", "regime"), [(0, "none"), (FEW - 1, "none"), (FEW, "few"), (MANY - 1, "few"), (MANY, "many")]
+)
+def test_regimes(count: int, regime: str) -> None:
+    clean = images(30).subset(torch.arange(count))
+    assert regime_of(clean) == regime
+    searched, held_out = searched_and_held_out(clean, regime, 0)  # type: ignore[arg-type]
+    if regime == "none":
+        assert searched is None
+        assert held_out is None
+        return
+    assert searched is not None
+    assert held_out is not None
+    assert len(searched) == SEARCHED[regime]
+    assert int(searched.labels.bincount().max() - searched.labels.bincount().min()) <= 1
+    assert len(held_out) == (count - len(searched) if count - len(searched) >= FEW else len(searched))
+
+
+@pytest.mark.parametrize("settings", [{"fpr": 0.0}, {"fpr": 1.0}, {"budget_s": -1.0}])
+def test_settings_out_of_range(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        ScanConfig(**settings)

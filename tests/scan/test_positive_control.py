@@ -1,0 +1,147 @@
+"""The positive control on scikit-learn's digits: a patch is planted into a copy, found or missed, and purified."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from defense_core.architectures import build
+from defense_core.config import digest
+from defense_core.data import CleanSet, Splits, split_clean_set
+from defense_core.errors import ConfigError
+from defense_core.loop import Tuning, finished, tune
+from defense_core.positive_control import Control, ControlConfig, positive_control
+from defense_core.progress import NullProgress
+from defense_core.scan.additive import AdditiveConfig
+from defense_core.scan.detectors import DETECTORS, Settings
+from defense_core.scan.features import ActivenessConfig, CurvatureConfig
+from defense_core.scan.generator import GeneratorConfig
+from defense_core.scan.judgement import ScanConfig
+from defense_core.scan.margin import MarginConfig
+from defense_core.scan.observe import observe
+from defense_core.scan.pairs import PairsConfig
+from defense_core.scan.patch import PatchConfig
+from defense_core.scan.pool import Pool, Reading, Reference, Stratum, reading_of
+from defense_core.task import ImageClassification
+
+TASK = ImageClassification((1, 8, 8), 10, mean=(0.3,), std=(0.35,), augment="none")
+SETTINGS = Settings(
+    margin=MarginConfig(starts=1, steps=5),
+    additive=AdditiveConfig(steps=2),
+    patch=PatchConfig(steps=5),
+    generator=GeneratorConfig(steps=2),
+    pairs=PairsConfig(steps=1, images=1, judged=1),
+    activeness=ActivenessConfig(steps=1),
+    curvature=CurvatureConfig(images=8, hessian_images=4, products=2),
+)
+"""Too few steps to find anything: how well the scan finds things is measured by benchmarks, not here."""
+CONFIG = ScanConfig(fpr=0.5, settings=SETTINGS)
+QUIET = NullProgress()
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    digits = load_digits()
+    pixels = torch.from_numpy((digits.images[:400] / 16 * 255).round().astype(numpy.uint8)).unsqueeze(1)
+    clean = CleanSet(pixels, torch.from_numpy(digits.target[:400]), 10)
+    return split_clean_set(clean, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(splits: Splits) -> nn.Module:
+    torch.manual_seed(0)
+    network = build("small_cnn", {"width": 8, "in_channels": 1, "num_classes": 10})
+    tuning = Tuning(epochs=12, batch_size=32, lr=0.05)
+    tune(network, splits.fit, task=TASK, tuning=tuning, seed=0, device="cpu", progress=QUIET, name="train")
+    return finished(network, "training")
+
+
+def pool_beside(model: nn.Module, clean: CleanSet, shift: float) -> Pool:
+    """References whose statistics lie ``shift`` above the model's."""
+    seen = observe(model, clean, "many", SETTINGS, task=TASK, seed=0, device="cpu", progress=QUIET)
+
+    def readings(number: int, regime: str) -> dict[str, Reading]:
+        return {
+            name: replace(reading_of(each), statistic=each.statistic + shift * (1 + number / 10))
+            for name, each in seen.observations.items()
+            if regime in DETECTORS[name].regimes
+        }
+
+    references = tuple(
+        Reference(f"r{number}", {}, {}, {regime: readings(number, regime) for regime in ("none", "many")})
+        for number in range(12)
+    )
+    return Pool(Stratum("small_cnn", 10, (1, 8, 8)), digest(SETTINGS), references, {})
+
+
+def controlled(model: nn.Module, splits: Splits, pool: Pool | None, **changes: Any) -> Control:
+    config = ControlConfig(**{"method": "", "epochs": 15, **changes})
+    return positive_control(model, splits, config, CONFIG, pool=pool, task=TASK, seed=0, device="cpu", progress=QUIET)
+
+
+def test_a_patch_that_stands_out_would_have_been_detected(model: nn.Module, splits: Splits) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = controlled(model, splits, pool_beside(model, splits.fit, -100.0), size_share=0.25, method="fine_tuning")
+    assert found.planted
+    assert found.planted_asr is not None
+    assert found.planted_asr >= 0.9
+    assert found.detected
+    assert found.scan.p_value is not None
+    assert found.scan.p_value <= 0.5
+    assert found.asr_after is not None
+    sentence = found.sentence()
+    assert sentence.startswith(
+        "A patch of 2×2 pixels planted into a copy of this model would have been detected (p = 0."
+    )
+    assert f"reduced its success from {found.planted_asr:.0%} to {found.asr_after:.0%}" in sentence
+    results = found.to_results()
+    assert results["sentence"] == sentence
+    assert results["scan"]["p_value"] == found.scan.p_value
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_patch_that_looks_like_every_clean_model_would_have_been_missed(model: nn.Module, splits: Splits) -> None:
+    missed = controlled(model, splits, pool_beside(model, splits.fit, 1000.0), size_share=0.25)
+    assert missed.planted
+    assert not missed.detected
+    assert missed.asr_after is None
+    assert "would not have been detected (p = " in missed.sentence()
+
+
+def test_without_references_nobody_can_tell(model: nn.Module, splits: Splits) -> None:
+    unknown = controlled(model, splits, None, size_share=0.25)
+    assert not unknown.detected
+    assert unknown.scan.p_value is None
+    assert "cannot be told whether the scan would have found it" in unknown.sentence()
+
+
+def test_what_could_not_be_planted_says_nothing(model: nn.Module, splits: Splits) -> None:
+    failed = controlled(model, splits, None, rate=0.02, epochs=1, lr=1e-6)
+    assert not failed.planted
+    assert failed.sentence().endswith("the control says nothing")
+    assert "1×1 pixels" in failed.sentence()
+
+
+def test_the_same_seed_plants_the_same_backdoor(model: nn.Module, splits: Splits) -> None:
+    first, second = (controlled(model, splits, None, epochs=2) for _ in range(2))
+    assert first.to_results() == second.to_results()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"size_share": 0.0}, {"size_share": 1.5}, {"rate": 0.0}, {"rate": 1.0}, {"epochs": 0}, {"lr": 0.0}]
+)
+def test_settings_have_ranges(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ControlConfig(**changes)
+
+
+def test_an_unknown_purifier_is_named() -> None:
+    with pytest.raises(ConfigError, match="prayer"):
+        ControlConfig(method="prayer")
