@@ -35,8 +35,8 @@ from defense_core.evaluate import evaluate
 from defense_core.files import atomic_directory
 from defense_core.progress import NullProgress
 from defense_core.scan.base import InvertedTrigger, Observation
-from defense_core.scan.detectors import DETECTORS, FEW, MANY, Regime, Settings, regime_of, searched_and_held_out
-from defense_core.scan.judgement import ScanConfig, judge
+from defense_core.scan.detectors import DETECTORS, FEW, MANY, Settings, regime_for, regime_of, searched_and_held_out
+from defense_core.scan.judgement import ScanConfig, combined_score, judge
 from defense_core.scan.observe import Observed, observe, wanted
 from defense_core.scan.pool import (
     SHIPPED,
@@ -46,9 +46,9 @@ from defense_core.scan.pool import (
     Reference,
     Stratum,
     load_pool,
-    reading_of,
     save_pool,
 )
+from defense_core.scan.references import file_readings, pool_of
 from defense_core.task import ImageClassification
 
 SEED = 0
@@ -76,7 +76,7 @@ def readings_folder(model: ZooModel, count: int, detector: str, settings: Settin
 
 def detectors_of(count: int) -> tuple[str, ...]:
     """Names of the detectors that a scan with ``count`` images runs."""
-    return wanted(("none", "many" if count >= MANY else "few" if count >= FEW else "none"))
+    return wanted(("none", regime_for(count)))
 
 
 def read(model: ZooModel, loaded: Victim, count: int, settings: Settings) -> None:
@@ -171,17 +171,14 @@ def make_pool(models: list[ZooModel], settings: Settings) -> Pool:
                 continue
             observed, _, _ = recalled
             covariates.update(observed.covariates)
-            regime: Regime = "few" if count == FEW else "many"
-            for name, observation in observed.observations.items():
-                where = "none" if name in ("weights", "margin") else regime
-                readings.setdefault(where, {})[name] = reading_of(observation)
+            file_readings(readings, observed, regime_for(count))
         if readings:
             recipe = config.to_mapping(model.recipe)
             references.append(Reference(model.name, recipe, covariates, readings))
     recipe = models[0].recipe
     task = recipe_task(recipe)
     stratum = Stratum(recipe.architecture, task.num_classes, task.input_size, task.class_names)
-    return Pool(stratum, config.digest(settings), tuple(references), {})
+    return pool_of(references, stratum, settings)
 
 
 def with_probability(pool: Pool, models: list[ZooModel], settings: Settings) -> Pool:
@@ -191,7 +188,7 @@ def with_probability(pool: Pool, models: list[ZooModel], settings: Settings) -> 
     """
     fitted: dict[str, Probability] = {}
     backdoored = [model for model in models if model.split == "calibration"]
-    for count, regime in ((FEW, "few"), (MANY, "many")):
+    for count in COUNTS["calibration"]:
         scores, truths = [], []
         for model in backdoored:
             recalled = recall(model, count, settings)
@@ -206,15 +203,15 @@ def with_probability(pool: Pool, models: list[ZooModel], settings: Settings) -> 
                 scores.append(score_of(recalled[0], count, rest, own))
                 truths.append(False)
         if any(truths):
-            fitted[regime] = fitted_probability(scores, truths, kinds=sorted({model.kind for model in backdoored}))
+            fitted[regime_for(count)] = fitted_probability(
+                scores, truths, kinds=sorted({model.kind for model in backdoored})
+            )
     return replace(pool, probability=fitted)
 
 
 def score_of(observed: Observed, count: int, pool: Pool, model: ZooModel) -> float:
     """The combined score of a model that was read."""
-    from defense_core.scan.judgement import combined_score
-
-    return combined_score(observed, "few" if count == FEW else "many", pool, recipe_task(model.recipe).class_names)
+    return combined_score(observed, regime_for(count), pool, recipe_task(model.recipe).class_names)
 
 
 def accuracy_and_success(loaded: Victim, task: ImageClassification) -> tuple[float, float | None]:

@@ -19,10 +19,11 @@ from defense_core.errors import NonFiniteOutputs, QuarantineError, StateDictMism
 from defense_core.loop import autocast, channels_last, working_copy
 from defense_core.progress import Phase, Progress
 from defense_core.task import ImageClassification
+from defense_core.universal import MAX_TARGETS
 
-MANY_CLASSES = 32
+MANY_CLASSES = 2 * MAX_TARGETS
 """With more classes than this, a detector looks at a short list: see :func:`shortlist`."""
-SHORTLISTED = 16
+SHORTLISTED = MAX_TARGETS
 GAPS_TRIED = 3
 """A model may have up to this many target classes and still stand out (MM-BD, section on several targets)."""
 

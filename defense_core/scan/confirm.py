@@ -60,14 +60,17 @@ def confirm(
     subject: Subject, held_out: CleanSet, observations: Sequence[Observation], targets: Sequence[int]
 ) -> tuple[Confirmation, ...]:
     """Try the triggers that were inverted for ``targets``; for each class the detector's that does best."""
+    placebos: dict[str, float | None] = {}
     found = []
     for target in targets:
-        tried = [
-            _try(subject, held_out, trigger, observation, targets)
-            for observation in observations
-            for trigger in observation.triggers
-            if trigger.target == target
-        ]
+        tried = []
+        for observation in observations:
+            for trigger in observation.triggers:
+                if trigger.target != target:
+                    continue
+                if observation.detector not in placebos:
+                    placebos[observation.detector] = _placebo(subject, held_out, observation, targets)
+                tried.append(_try(subject, held_out, trigger, observation.detector, placebos[observation.detector]))
         if tried:
             found.append(max(tried, key=lambda each: (each.confirmed, each.success)))
     return tuple(found)
@@ -95,12 +98,18 @@ def size_of(trigger: InvertedTrigger, clean: CleanSet) -> tuple[float, float]:
     return share, float(change.square().mean())
 
 
+def _placebo(subject: Subject, held_out: CleanSet, observation: Observation, suspects: Sequence[int]) -> float | None:
+    """Median success of the triggers that one search found for classes that nobody suspects; ``None`` without any."""
+    shares = [
+        float(success(subject, held_out, other)[0].float().mean())
+        for other in observation.triggers
+        if other.target not in suspects
+    ]
+    return sorted(shares)[len(shares) // 2] if shares else None
+
+
 def _try(
-    subject: Subject,
-    held_out: CleanSet,
-    trigger: InvertedTrigger,
-    observation: Observation,
-    suspects: Sequence[int],
+    subject: Subject, held_out: CleanSet, trigger: InvertedTrigger, detector: str, placebo: float | None
 ) -> Confirmation:
     hits, labels = success(subject, held_out, trigger)
     share = float(hits.float().mean()) if len(hits) else 0.0
@@ -109,18 +118,12 @@ def _try(
         for source in labels.unique().tolist()
         if int((labels == source).sum()) >= MIN_SOURCE_IMAGES
     ]
-    placebos = [
-        float(success(subject, held_out, other)[0].float().mean())
-        for other in observation.triggers
-        if other.target not in suspects
-    ]
     least = min(sources) if sources else None
-    placebo = sorted(placebos)[len(placebos) // 2] if placebos else None
     masked, square = size_of(trigger, held_out)
     small = masked <= MAX_MASK_SHARE or square <= MAX_MEAN_SQUARE
     return Confirmation(
         target=trigger.target,
-        detector=observation.detector,
+        detector=detector,
         success=share,
         least_source=least,
         placebo=placebo,

@@ -72,10 +72,14 @@ class Settings:
     curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
 
 
-def regime_of(clean: CleanSet | None) -> Regime:
-    """What so many images allow."""
-    count = 0 if clean is None else len(clean)
+def regime_for(count: int) -> Regime:
+    """What ``count`` clean images allow."""
     return "many" if count >= MANY else "few" if count >= FEW else "none"
+
+
+def regime_of(clean: CleanSet | None) -> Regime:
+    """What the user's clean images allow."""
+    return regime_for(0 if clean is None else len(clean))
 
 
 def searched_and_held_out(clean: CleanSet | None, regime: Regime, seed: int) -> tuple[CleanSet | None, CleanSet | None]:

@@ -17,7 +17,7 @@ from defense_core.data import CleanSet
 from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.scan.detectors import DETECTORS, Regime, Settings, regime_of
-from defense_core.scan.observe import observe
+from defense_core.scan.observe import Observed, observe, wanted
 from defense_core.scan.pool import Pool, Reading, Reference, Stratum, reading_of
 from defense_core.task import Augment, ImageClassification
 
@@ -115,12 +115,22 @@ def read_reference(
     covariates: dict[str, float] = {}
     regimes: tuple[Regime, ...] = ("few", "many") if regime_of(clean) == "many" else (regime_of(clean),)
     for regime in regimes:
-        observed = observe(model, clean, regime, settings, task=task, seed=seed, device=device, progress=progress)
+        # What looks at the model alone says the same in every regime.
+        fresh = [detector for detector in wanted(("none", regime)) if detector not in readings.get("none", {})]
+        observed = observe(
+            model, clean, regime, settings, task=task, seed=seed, device=device, progress=progress, only=fresh
+        )
         covariates.update(observed.covariates)
-        for detector, observation in observed.observations.items():
-            where = "none" if DETECTORS[detector].regimes == ("none",) else regime
-            readings.setdefault(where, {})[detector] = reading_of(observation)
+        file_readings(readings, observed, regime)
     return Reference(name, dict(recipe), covariates, readings)
+
+
+def file_readings(readings: dict[str, dict[str, Reading]], observed: Observed, regime: Regime) -> None:
+    """Add what was observed to ``readings``, by regime: a detector that looks at the model alone stands under
+    ``none``."""
+    for detector, observation in observed.observations.items():
+        where = "none" if DETECTORS[detector].regimes == ("none",) else regime
+        readings.setdefault(where, {})[detector] = reading_of(observation)
 
 
 def pool_of(references: Iterable[Reference], stratum: Stratum, settings: Settings) -> Pool:
