@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.course import Course, Kept, model_state, random_state
 from defense_core.data import CleanSet
+from defense_core.distillation import answers, distillation
 from defense_core.errors import MethodDiverged
 from defense_core.layers import CONVOLUTIONS, evaluating, frozen_statistics, is_finite
 from defense_core.progress import Progress
@@ -175,6 +176,8 @@ def tune(
     step: Step = plain_step,
     sign: float = 1.0,
     mixup: float = 0.0,
+    teacher: nn.Module | None = None,
+    fixed_statistics: bool = False,
     after_step: Callable[[], None] | None = None,
     after_epoch: Callable[[int], bool] | None = None,
     kept: Kept | None = None,
@@ -187,6 +190,9 @@ def tune(
         step: fills ``parameter.grad`` and returns the loss.
         sign: -1 for gradient ascent.
         mixup: parameter of the Beta distribution of MixUp; 0 mixes nothing.
+        teacher: a network in eval mode whose answers to the same (mixed) inputs are learnt in place of the labels.
+        fixed_statistics: BatchNorm normalises by its running statistics, which stay as they are; other layers
+            that behave differently in training do as in eval mode.
         after_step: called after each optimiser step (clamp, project, mask).
         after_epoch: called with the number of finished epochs; true ends the loop early.
         kept: what ``step``, ``after_step`` and ``after_epoch`` change besides the model, for checkpoints.
@@ -208,7 +214,7 @@ def tune(
     steps_per_epoch = len(in_batches(order, tuning.batch_size))
     rates = list(learning_rates(tuning, steps_per_epoch))
     context = autocast(model, tuning.precision, device)
-    model.train()
+    model.train(not fixed_statistics)
     with seeded(seed, device), progress.phase(name, total=tuning.epochs * steps_per_epoch) as phase:
         changed: Kept = {"order": order, "total": total, "generator": generator, **random_state(device)}
         changed = {**changed, **model_state(model), **{f"step.{key}": part for key, part in (kept or {}).items()}}
@@ -228,10 +234,22 @@ def tune(
                 inputs = channels_last(task.inputs(images))
                 targets = data.labels[index]
                 mixed = task.mixup(inputs, targets, mixup, generator) if mixup else None
+                taught = (
+                    answers(teacher, inputs if mixed is None else mixed.inputs, context)
+                    if teacher is not None
+                    else None
+                )
 
-                def loss_of(inputs: Tensor = inputs, targets: Tensor = targets, mixed: Mixed | None = mixed) -> Tensor:
+                def loss_of(
+                    inputs: Tensor = inputs,
+                    targets: Tensor = targets,
+                    mixed: Mixed | None = mixed,
+                    taught: Tensor | None = taught,
+                ) -> Tensor:
                     with context():
                         outputs = model(inputs if mixed is None else mixed.inputs)
+                    if taught is not None:
+                        return sign * distillation(outputs, taught)
                     loss = task.losses(outputs, targets).mean()
                     if mixed is not None:
                         loss = mixed.weight * loss + (1 - mixed.weight) * task.losses(outputs, mixed.partners).mean()

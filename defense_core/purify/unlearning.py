@@ -22,7 +22,7 @@ from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import Precision, Tuning, batch_indices, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import chooser, strongest_within
-from defense_core.purify.tsbd import set_weights, weight_changes, zero, zero_masks
+from defense_core.purify.zeroing import set_weights, weight_changes, zero, zero_masks
 from defense_core.task import Task
 
 SHARE = 0.7

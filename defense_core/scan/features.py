@@ -23,8 +23,8 @@ from defense_core.data import CleanSet
 from defense_core.errors import ConfigError, MethodDiverged
 from defense_core.layers import unit_layers
 from defense_core.loop import channels_last, working_copy
-from defense_core.purify.tsbd import neuron_weight_change
 from defense_core.purify.unlearning import unlearning_changes
+from defense_core.purify.zeroing import neuron_weight_change
 from defense_core.scan.base import Observation, Subject
 from defense_core.spectrum import Operator, hessian, top_eigenvalue
 from defense_core.universal import PIXELS_AT_ONCE

@@ -16,8 +16,10 @@ from defense_core.data import CleanSet
 from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import accuracy
 from defense_core.progress import NullProgress
-from defense_core.purify import tsbd
-from defense_core.purify.tsbd import TSBDConfig, neuron_weight_change, unlearn, weight_changes, zero, zero_masks
+from defense_core.purify import stage_one, tsbd
+from defense_core.purify.stage_one import unlearn
+from defense_core.purify.tsbd import TSBDConfig
+from defense_core.purify.zeroing import neuron_weight_change, weight_changes, zero, zero_masks
 from defense_core.task import ImageClassification
 
 
@@ -175,7 +177,7 @@ def test_the_ascent_stops_at_a_share_of_the_way_to_chance(
     """``a <= a0 - depth * (a0 - 1/K)``: halfway is 0.55 for ten classes and 0.75 for two."""
     stop = before - depth * (before - 1 / classes)
     readings = iter([before, before, stop + 1e-6, stop - 1e-6, 0.0, 0.0])
-    monkeypatch.setattr(tsbd, "accuracy", lambda *_, **__: next(readings))
+    monkeypatch.setattr(stage_one, "accuracy", lambda *_, **__: next(readings))
     model = build("small_cnn", {"width": 2, "num_classes": classes})
     images = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
     data = CleanSet(images, torch.zeros(8, dtype=torch.int64), classes)
