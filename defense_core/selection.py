@@ -18,16 +18,16 @@ from typing import Any
 from defense_core.config import from_mapping, to_mapping
 
 MAX_DROP = 0.03
-"""Permitted drop of the cautious accuracy on the select split."""
+"""Permitted expected drop of accuracy on the select split; of the cautious accuracy where no drop was estimated."""
 TIE = 0.05
 """Shares of perturbed images within this are tied."""
 
 RULE = (
-    "Among the methods that ended well, the control left out: those whose accuracy on the select split, less a "
-    f"standard error, is within {MAX_DROP:g} of the given model's (all, where none is). Of these, the least success of "
-    "the universal perturbation that was found on the given model for the suspected class; within "
-    f"{TIE:g}, the highest accuracy; then the order in which the methods were given. The suspected class is the one "
-    "whose perturbation lost most, averaged over the candidates."
+    "Among the methods that ended well, the control left out: those that are expected to lose at most "
+    f"{MAX_DROP:g} of accuracy on the select split, by the given model's calibrated probabilities (all, where none "
+    "is). Of these, the least success of the universal perturbation that was found on the given model for the "
+    f"suspected class; within {TIE:g}, the smallest expected drop; then the order in which the methods were given. The "
+    "suspected class is the one whose perturbation lost most, averaged over the candidates."
 )
 
 
@@ -41,6 +41,8 @@ class Signals:
         cautious_accuracy: accuracy of the purified model less one standard error of the paired difference.
         targets: class of each universal perturbation, found on the given model.
         reached_before, reached: share of perturbed images that the given and the purified model put there.
+        expected_drop: of accuracy, by :func:`defense_core.purify.base.expected_drop` at the temperature that calibrates
+            the given model; ``None`` in evidence of releases that did not estimate it.
     """
 
     images: int
@@ -50,6 +52,7 @@ class Signals:
     targets: tuple[int, ...]
     reached_before: tuple[float, ...]
     reached: tuple[float, ...]
+    expected_drop: float | None = None
 
     @property
     def accuracy(self) -> float:
@@ -127,15 +130,24 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
         return None
     least = min(_residual(each) for each in accurate)
     tied = [each for each in accurate if _residual(each) <= least + TIE]
-    # max() keeps the first of equals, which is the one that was given first.
-    return max(tied, key=lambda each: each.signals.accuracy if each.signals is not None else -1.0)
+    # min() keeps the first of equals, which is the one that was given first.
+    if all(_drop(each) < 1 for each in tied):
+        return min(tied, key=_drop)
+    return min(tied, key=lambda each: -each.signals.accuracy if each.signals is not None else 1.0)
 
 
 def _holds(signals: Signals | None) -> bool:
     if signals is None:
         return False
+    if signals.expected_drop is not None:
+        return signals.expected_drop <= MAX_DROP
     drop = signals.correct_before / signals.images - signals.cautious_accuracy
     return drop <= permitted_drop(MAX_DROP, signals.images)
+
+
+def _drop(candidate: Candidate) -> float:
+    known = candidate.signals.expected_drop if candidate.signals is not None else None
+    return 1.0 if known is None else known
 
 
 def _residual(candidate: Candidate) -> float:

@@ -17,7 +17,7 @@ from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.loop import autocast, channels_last, predictions, working_copy
 from defense_core.progress import Phase, Progress
-from defense_core.purify.base import cautious_accuracy, chooser
+from defense_core.purify.base import calibrating_temperature, cautious_accuracy, chooser, expected_drop
 from defense_core.selection import Signals
 from defense_core.task import Task
 
@@ -153,6 +153,17 @@ def select_signals(
         for model in (given, purified)
     ]
     perturbations = universal_perturbations(given, clean.fit, task=task, device=device, progress=progress)
+    source, candidate = (working_copy(model, device).eval() for model in (given, purified))
+    drop = expected_drop(
+        source,
+        candidate,
+        asked,
+        task=task,
+        seed=0,
+        device=device,
+        progress=progress,
+        temperature=calibrating_temperature(source, asked, task=task, device=device),
+    )
     before, after = (reached(model, asked, perturbations, task=task, device=device) for model in (given, purified))
     return Signals(
         images=len(asked),
@@ -162,6 +173,7 @@ def select_signals(
         targets=perturbations.targets,
         reached_before=before,
         reached=after,
+        expected_drop=drop,
     )
 
 

@@ -19,6 +19,8 @@ from defense_core.selection import permitted_drop
 from defense_core.task import Task
 
 T = TypeVar("T")
+TEMPERATURES = tuple(0.5 * 1.1**step for step in range(25))
+"""Candidates between 0.5 and 5."""
 VIEWS = 6
 """Of each image, by which a drop of accuracy is estimated: itself and augmented ones."""
 
@@ -112,6 +114,7 @@ def expected_drop(
     device: torch.device | str,
     progress: Progress,
     views: int = VIEWS,
+    temperature: float = 1.0,
 ) -> float:
     """How much accuracy ``candidate`` is expected to lose against ``given``, by the given model's own probabilities.
 
@@ -124,6 +127,7 @@ def expected_drop(
         given, candidate: compared in eval mode, as they are.
         data: images that the candidate was not trained on.
         views: the images themselves and so many less one augmented views of each.
+        temperature: by which the given model's logits are divided.
 
     Returns:
         A difference of accuracies in [0, 1].
@@ -137,11 +141,32 @@ def expected_drop(
                 inputs = channels_last(task.inputs(part))
                 with context():
                     outputs, answers = given(inputs), candidate(inputs)
-                known = outputs.float().softmax(-1)
+                known = (outputs.float() / temperature).softmax(-1)
                 lost = known.amax(-1) - known.gather(-1, answers.argmax(-1, keepdim=True)).squeeze(-1)
                 total += float(lost.sum())
             phase.advance()
     return total / (views * len(images))
+
+
+@torch.no_grad()
+def calibrating_temperature(model: nn.Module, data: CleanSet, *, task: Task, device: torch.device | str) -> float:
+    """The temperature at which ``model``'s probabilities fit the labels of ``data`` best (Guo et al., ICML 2017).
+
+    Args:
+        data: images that the model was not trained on.
+
+    Returns:
+        Of ``TEMPERATURES``, the one of smallest cross-entropy.
+    """
+    context = autocast(model, "auto", device)
+    parts = []
+    with evaluating(model):
+        for images, _ in data.batches(512):
+            with context():
+                parts.append(model(channels_last(task.inputs(images.to(device)))).float().cpu())
+    logits, labels = torch.cat(parts), data.labels.cpu()
+    losses = [float(nn.functional.cross_entropy(logits / each, labels)) for each in TEMPERATURES]
+    return TEMPERATURES[losses.index(min(losses))]
 
 
 def strongest_within(

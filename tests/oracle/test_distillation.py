@@ -15,7 +15,7 @@ from defense_core.distillation import TEMPERATURE, distillation
 from defense_core.loop import Tuning, tune, working_copy
 from defense_core.progress import NullProgress
 from defense_core.purify import distil, stage_one
-from defense_core.purify.base import expected_drop
+from defense_core.purify.base import calibrating_temperature, expected_drop
 from defense_core.purify.distil import DistilConfig
 from defense_core.task import ImageClassification
 
@@ -153,7 +153,7 @@ def test_without_a_select_split_nothing_is_zeroed_beyond_stage_one(monkeypatch: 
 # -- the expected drop ---------------------------------------------------------------------
 
 
-def linear(seed: int) -> nn.Module:
+def linear(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
 
@@ -182,3 +182,16 @@ def test_the_expected_drop_is_the_drop_where_the_given_model_is_calibrated() -> 
     counted = (labels == first[:, None]).double().mean() - (labels == second[:, None]).double().mean()
     found = expected_drop(given, candidate, data, **COMMON, views=1)
     assert found == pytest.approx(float(counted), abs=0.003)
+
+
+def test_the_calibrating_temperature_brings_an_overconfident_model_back() -> None:
+    """Labels drawn from the model at temperature 2.6."""
+    generator = torch.Generator().manual_seed(0)
+    model, data = linear(0), clean(24)
+    images = torch.randint(0, 256, (4000, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        model[1].weight.mul_(8.0)
+        known = torch.softmax(model(TASK.inputs(images)) / 2.6, -1)
+    drawn = CleanSet(images, torch.multinomial(known, 1, generator=generator).squeeze(1), data.num_classes)
+    found = calibrating_temperature(model, drawn, task=TASK, device="cpu")
+    assert found == pytest.approx(2.6, rel=0.1)

@@ -56,6 +56,20 @@ def test_what_costs_too_much_accuracy_is_passed_over_while_anything_holds() -> N
     assert alone.method == "costly"
 
 
+def test_an_estimated_drop_counts_in_place_of_the_labels() -> None:
+    """The labels of a few hundred images exclude the first and prefer the second; the estimates say otherwise."""
+    best = candidate("best", correct=168, cautious_accuracy=0.82, reached=(0.05, 0.4, 0.5), expected_drop=0.012)
+    other = candidate("other", correct=184, reached=(0.09, 0.4, 0.5), expected_drop=0.02)
+    costly = candidate("costly", correct=186, reached=(0.0, 0.0, 0.0), expected_drop=0.031)
+    for order in ([best, other, costly], [costly, other, best]):
+        chosen = choose(order)
+        assert chosen is not None
+        assert chosen.method == "best"
+    without = choose([replace(each, signals=replace(each.signals, expected_drop=None)) for each in (best, other)])  # type: ignore[type-var]
+    assert without is not None
+    assert without.method == "other"
+
+
 def test_three_images_are_always_permitted() -> None:
     small = {"images": 20, "correct_before": 18, "correct": 15, "cautious_accuracy": 0.75}
     costly = candidate("costly", **{**small, "cautious_accuracy": 0.74}, reached=(0.0, 0.0, 0.0))
@@ -145,7 +159,7 @@ def test_a_removed_shortcut_shows_and_a_kept_one_does_not() -> None:
     )
     assert kept.reached == kept.reached_before == removed.reached_before
     assert removed.reached[2] < 0.5 < kept.reached[2]
-    chosen = choose([Candidate("kept", kept), Candidate("removed", replace(removed, cautious_accuracy=1.0))])
+    chosen = choose([Candidate("kept", kept), Candidate("removed", replace(removed, expected_drop=0.0))])
     assert chosen is not None
     assert chosen.method == "removed"
 
