@@ -59,6 +59,11 @@ COUNTS: Mapping[str, tuple[int, ...]] = {"pool": (FEW, MANY), "calibration": (FE
 """Clean images by split of the zoo. Without images, the readings of ``FEW`` that need none are judged alone."""
 
 
+def shipped_pool(family: str, models: list[ZooModel]) -> Path:
+    """Where the pool of a family's models lies."""
+    return SHIPPED / f"{models[0].recipe.architecture}-{family.removesuffix('_vit')}.json"
+
+
 def clean_images(held_out: CleanSet, count: int) -> CleanSet | None:
     """The clean set of a user who has ``count`` images; the same images for every model."""
     if count == 0:
@@ -299,7 +304,7 @@ def main() -> None:
     started, settings = datetime.now(UTC), Settings()
     models = FAMILIES[arguments.family]()
     sets = load_cifar10(arguments.data) if arguments.family == "cifar10" else load_digits_sets()
-    path = SHIPPED / f"{models[0].recipe.architecture}-{arguments.family.removesuffix('_vit')}.json"
+    path = shipped_pool(arguments.family, models)
 
     def load(model: ZooModel) -> Victim:
         return victim(model.recipe, *sets, device="cpu", progress=NullProgress())

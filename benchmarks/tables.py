@@ -184,6 +184,28 @@ def scan_summary(kinds: bool) -> str:
     return grid(rows, (*first, *rest, *more, "target_accuracy", "seconds_median")) + _source(content)
 
 
+def scan_stability() -> str:
+    """By family and truth: on how many models five seeds give one verdict."""
+    content = load("scan-stability")
+    if content is None:
+        return "Not yet measured.\n"
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in content["rows"]:
+        truth = "clean" if row["kind"] == "clean" else "backdoored"
+        groups.setdefault((row["model"].split("/")[0], truth), []).append(row)
+    lines = [
+        {
+            "family": family,
+            "models": truth,
+            "scanned": len(rows),
+            "same verdict": sum(row["same"] for row in rows) / len(rows),
+            "agreeing scans": statistics.fmean(row["agreeing"] for row in rows),
+        }
+        for (family, truth), rows in groups.items()
+    ]
+    return grid(lines, tuple(lines[0])) + _source(content)
+
+
 def tamper_summary() -> str:
     """Mutations by kind, and how many were found and named."""
     content = load("tamper")
@@ -234,6 +256,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
         "sweep", ("sweep", "versions", "seconds", "cpu_seconds", "server_cpu_seconds", "peak_mb", "models_listed")
     ),
     "tamper": tamper_summary,
+    "scan-growth": lambda: measured("scan-growth", ("detector", "seconds_10_classes", "seconds_100_classes", "ratio")),
+    "scan-stability": scan_stability,
     "scan-summary": lambda: scan_summary(kinds=False),
     "scan-attacks": lambda: scan_summary(kinds=True),
     "preemption": lambda: measured(

@@ -1,0 +1,66 @@
+"""Whether another seed gives another verdict: ``scan-stability.json``.
+
+``python -m benchmarks.scan_stability --family FAMILY [--data FOLDER] [--every N]``. Every N-th test model of the
+zoo is scanned with five seeds on the same 100 clean images; the seed draws what is searched with and what is held out,
+the starting points and the order. Wanted: the same verdict on at least 95 % of the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import read_rows, write_results
+from benchmarks.scan import clean_images, shipped_pool
+from benchmarks.scan_zoo import FAMILIES, load_digits_sets
+from benchmarks.zoo import load_cifar10, recipe_task, victim
+from defense_core.progress import NullProgress
+from defense_core.scan.detectors import MANY
+from defense_core.scan.judgement import ScanConfig, scan
+from defense_core.scan.pool import load_pool
+
+SEEDS = 5
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="digits")
+    parser.add_argument("--data", type=Path, default=Path(), help="folder with cifar10-{train,test}.parquet")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th test model")
+    options = parser.parse_args()
+    started = datetime.now(UTC)
+    models = FAMILIES[options.family]()
+    sets = load_cifar10(options.data) if options.family == "cifar10" else load_digits_sets()
+    pool = load_pool(shipped_pool(options.family, models))
+    rows: list[dict[str, Any]] = []
+    for model in [model for model in models if model.split == "test"][:: options.every]:
+        loaded = victim(model.recipe, *sets, device="cpu", progress=NullProgress())
+        clean, task = clean_images(loaded.held_out, MANY), recipe_task(model.recipe)
+        reports = [
+            scan(loaded.model, clean, ScanConfig(), pool=pool, task=task, seed=seed, device="cpu",
+                 progress=NullProgress())
+            for seed in range(SEEDS)
+        ]  # fmt: skip
+        verdicts = [str(report.verdict) for report in reports]
+        rows.append(
+            {
+                "model": f"{options.family}/{model.name}",
+                "kind": model.kind,
+                "verdicts": verdicts,
+                "same": len(set(verdicts)) == 1,
+                "agreeing": Counter(verdicts).most_common(1)[0][1] / SEEDS,
+                "p_values": [report.p_value for report in reports],
+            }
+        )
+        print(rows[-1], flush=True)
+    others = [row for row in read_rows("scan-stability") if not row["model"].startswith(f"{options.family}/")]
+    command = "python -m benchmarks.scan_stability --family FAMILY --data DATA --every N"
+    write_results("scan-stability", [*others, *rows], command=command, started=started)
+
+
+if __name__ == "__main__":
+    main()
