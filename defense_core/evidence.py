@@ -15,7 +15,7 @@ from defense_core.verdict import Verdict
 EVIDENCE_SCHEMA = 1
 BEFORE_DECISION = ("fetch", "scan", "control", "purify", "evaluate", "rescan", "select", "export")
 """Steps that a decision can rest on."""
-AFTER_DECISION = ("gate", "sign", "promote", "report")
+AFTER_DECISION = ("gate", "sign", "promote", "attest", "report", "reopen")
 """Steps that come after the decision; their evidence is never an input of it."""
 UNPURIFIED = "untouched"
 """In a purifier's place: the scan found no evidence of a backdoor, and the fetched model goes on as it is."""
@@ -174,7 +174,11 @@ def _walk(node: Any, segments: list[str], element: str, passed: str) -> Iterator
     elif key not in node:
         yield Reading(problem=f"{here} is missing", element=element)
     elif key == segment:
-        yield from _walk(node[key], rest, element, here)
+        why = node.get(f"{key}_why")
+        if node[key] is None and isinstance(why, str) and why:
+            yield Reading(problem=f"{here} is not known: {why}", element=element)
+        else:
+            yield from _walk(node[key], rest, element, here)
     elif not isinstance(node[key], (list, tuple)):
         yield Reading(problem=f"{here} is {_kind(node[key])}, not a list", element=element)
     elif not node[key]:

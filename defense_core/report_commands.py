@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from defense_core.config import to_mapping
+from defense_core.limits import LoadLimits
 from defense_core.purify import METHODS
-from defense_core.report_text import at, command, mappings_at, number, text
+from defense_core.report_text import at, command, items_at, mappings_at, number, text
 
 SCAN_RATE = 0.05
 """What ``quarantine scan`` takes where nobody says otherwise."""
+USUAL_DEVICE, USUAL_ALIAS = "auto", "champion"
 SHIPPED_POLICIES = ("strict", "standard", "observe")
 
 
@@ -28,11 +30,13 @@ class Command:
 def commands(evidence: Mapping[str, Mapping[str, Any]], *, policy: str) -> tuple[Command, ...]:
     """Commands that repeat the run and check its parts.
 
-    Places of the clean set, probes and policy are not in the evidence, only their digests: they
+    Places of the clean set, pool, probes and policy are not in the evidence, only their digests: they
     appear as names to be replaced.
     """
     fetch = at(evidence, "fetch", "results")
     found = []
+    names = {text(each.get("identity"), 80) for each in mappings_at(evidence, "gate", "results", "approvals")}
+    approvers = [("--approver-key", f"{name}={name}.pub") for name in sorted(names)]
     if address := _address(fetch):
         found.append(Command("Run the whole pipeline again on the same bytes", _run(evidence, fetch, address, policy)))
     digest = text(at(evidence, "fetch", "inputs", "source"), 100)
@@ -44,10 +48,12 @@ def commands(evidence: Mapping[str, Mapping[str, Any]], *, policy: str) -> tuple
     if onnx := text(at(evidence, "export", "outputs", "onnx"), 100):
         found.append(Command(f"Check the ONNX file; it has to print {onnx}", "sha256sum model.onnx"))
     if evidence:
-        line = command("quarantine gate", [("--policy", _policy(policy)), ("--evidence", "EVIDENCE_DIR")])
+        given = [("--approval", "APPROVAL.json") for _ in approvers[:1]]
+        options = [("--policy", _policy(policy)), ("--evidence", "EVIDENCE_DIR"), *given, *approvers]
+        line = command("quarantine gate", options)
         found.append(Command("Decide again, offline, from the evidence alone", line))
     if version := _registered(at(evidence, "promote", "results")):
-        line = command(f"quarantine verify {shlex.quote(version)}", [("--public-key", "SIGNER.pub")])
+        line = command(f"quarantine verify {shlex.quote(version)}", [("--public-key", "SIGNER.pub"), *approvers])
         found.append(Command("Check the registered version: files, signatures, statements, decision", line))
     return tuple(found)
 
@@ -80,12 +86,68 @@ def _run(evidence: Mapping[str, Mapping[str, Any]], fetch: Any, address: str, po
         text(probe.get("name"), 60) for each in evidence.values() for probe in mappings_at(each, "results", "probes")
     }
     options += [("--probe", f"{probe}.yaml") for probe in sorted(probes)]
+    asked = at(fetch, "asked")
     if isinstance(methods, (list, tuple)):
         options.append(("--methods", ",".join(text(method, 60) for method in methods)))
-        options += [("--set", change) for method in methods for change in _changed_settings(evidence, text(method, 60))]
-    options.append(("--scan-set", _changed_rate(evidence)))
+        options += [("--set", change) for change in _method_settings(evidence, methods, asked)]
+    if at(evidence, "fetch", "inputs", "pool"):
+        options.append(("--pool", "POOL"))
+    options += [("--scan-set", change) for change in _scan_settings(evidence, asked)]
     options += [("--policy", _policy(policy)), ("--seed", str(seeds[0]) if seeds else None)]
-    return command("quarantine run", options)
+    return command("quarantine run", [*options, *_asked_options(asked), *_destination(evidence)])
+
+
+def _method_settings(evidence: Mapping[str, Mapping[str, Any]], methods: Sequence[Any], asked: Any) -> list[str]:
+    if isinstance(configs := at(asked, "configs"), Mapping):
+        return _assignments(configs)
+    return [change for method in methods for change in _changed_settings(evidence, text(method, 60))]
+
+
+def _scan_settings(evidence: Mapping[str, Mapping[str, Any]], asked: Any) -> list[str]:
+    """What the scan was asked; evidence of earlier releases tells its rate only."""
+    if isinstance(given := at(asked, "scan"), Mapping):
+        return _assignments(given)
+    return [change for change in [_changed_rate(evidence)] if change]
+
+
+def _asked_options(asked: Any) -> list[tuple[str, Any]]:
+    """Options that say what was not left at its default."""
+    limits = at(asked, "loading", "limits")
+    device = text(at(asked, "device"), 40)
+    return [
+        ("--licence", text(at(asked, "licence"), 200)),
+        ("--class-names", ",".join(text(each, 60) for each in items_at(asked, "class_names"))),
+        ("--augment", text(at(asked, "augment"), 40)),
+        ("--device", device if device != USUAL_DEVICE else ""),
+        *(("--trusted-module", text(each, 200)) for each in items_at(asked, "loading", "trusted_modules")),
+        ("--sha256", text(at(asked, "loading", "sha256"), 100)),
+        ("--max-bytes", _changed_limit(limits, "max_bytes")),
+        ("--load-timeout-s", _changed_limit(limits, "timeout_s")),
+    ]
+
+
+def _changed_limit(limits: Any, name: str) -> str:
+    value = number(at(limits, name))
+    return "" if value is None or value == getattr(LoadLimits(), name) else f"{value:.15g}"
+
+
+def _destination(evidence: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """Where the version went; without a registered one nobody knows."""
+    promoted = at(evidence, "promote", "results")
+    alias = text(at(promoted, "alias"), 80)
+    return [("--register", text(at(promoted, "name"), 120)), ("--alias", alias if alias != USUAL_ALIAS else "")]
+
+
+def _assignments(settings: Mapping[Any, Any], prefix: str = "") -> list[str]:
+    """``a.b=1`` for every leaf, in the order of their names."""
+    found: list[str] = []
+    for key, value in sorted(settings.items(), key=lambda item: str(item[0])):
+        name = f"{prefix}{text(key, 60)}"
+        if isinstance(value, Mapping):
+            found += _assignments(value, f"{name}.")
+        else:
+            found.append(f"{name}={json.dumps(value, default=str)}")
+    return found
 
 
 def _policy(name: str) -> str:

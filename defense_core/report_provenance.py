@@ -62,9 +62,11 @@ _STAGES = (
     ("Select", ("select",)),
     ("Scan again", ("rescan",)),
     ("Export", ("export",)),
+    ("Reopen", ("reopen",)),
     ("Decide", ("gate",)),
     ("Sign", ("sign",)),
     ("Promote", ("promote",)),
+    ("Attest", ("attest",)),
 )
 _SHOWN_INPUTS = ("source", "model", "reference", "onnx", "clean", "policy", "evidence")
 _SHOWN_OUTPUTS = ("model", "onnx")
@@ -136,15 +138,21 @@ def _given(name: str, side: str, key: str, evidence: Mapping[str, Mapping[str, A
         ("select", "outputs", "model"): [(each, "outputs", "model") for each in evidence if each.startswith("purify.")],
         ("rescan", "inputs", "model"): [selected],
         ("export", "inputs", "model"): [selected],
+        ("reopen", "inputs", "model"): [selected],
         ("gate", "inputs", "model"): [selected],
         ("sign", "inputs", "model"): [selected],
         ("promote", "inputs", "model"): [selected],
+        ("attest", "inputs", "model"): [selected],
+        ("reopen", "inputs", "onnx"): [("export", "outputs", "onnx")],
         ("gate", "inputs", "onnx"): [("export", "outputs", "onnx")],
         ("sign", "inputs", "onnx"): [("export", "outputs", "onnx")],
         ("promote", "inputs", "onnx"): [("export", "outputs", "onnx")],
+        ("attest", "inputs", "onnx"): [("export", "outputs", "onnx")],
+        ("reopen", "inputs", "policy"): [("fetch", "inputs", "policy")],
         ("gate", "inputs", "policy"): [("fetch", "inputs", "policy")],
         ("sign", "inputs", "policy"): [("fetch", "inputs", "policy")],
         ("promote", "inputs", "policy"): [("fetch", "inputs", "policy")],
+        ("attest", "inputs", "policy"): [("fetch", "inputs", "policy")],
     }
     paths = where.get((step, side, key), [])
     if key == "source" and step != "fetch":

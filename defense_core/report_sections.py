@@ -179,10 +179,16 @@ def came_in(evidence: Evidences) -> tuple[Fact, ...]:
         Fact("Address", text(at(results, "uri"), 400), "code"),
         Fact("Version id", text(at(results, "version_id"), 200), "code"),
         Fact("SHA-256", _hex(at(fetch, "inputs", "source") or _any_source(evidence)), "code"),
+        Fact("Licence", _licence(results)),
         Fact("Network", ", ".join(part for part in network if part)),
         Fact("Data", ", ".join(part for part in _data_facts(results) if part)),
     ]
     return tuple(row for row in rows if row.value)
+
+
+def _licence(results: Any) -> str:
+    why = text(at(results, "licence_why"), 300)
+    return text(at(results, "licence"), 200) or (f"not known: {why}" if why else "")
 
 
 def _data_facts(results: Any) -> tuple[str, ...]:

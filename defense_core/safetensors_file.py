@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,22 @@ def parse_safetensors(data: bytes, limits: LoadLimits, *, where: str) -> dict[st
             hint="Fetch the file again and compare its digest",
         ) from error
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The ``__metadata__`` of the file at ``path``; its tensors are not read.
+
+    Raises:
+        CorruptArtifact: the header is too long, or no JSON object.
+    """
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if length <= MAX_HEADER_BYTES else b""
+    try:
+        metadata = json.loads(header).get("__metadata__") or {}
+        return {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CorruptArtifact(f"{path.name} has no readable header", expected="a JSON object", got=error) from error
 
 
 def safetensors_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:

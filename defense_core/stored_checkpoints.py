@@ -6,7 +6,6 @@ truncated, sealed by somebody else or of other work is named in the log and not 
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import re
@@ -24,9 +23,10 @@ from defense_core import __version__
 from defense_core.checkpoints import Checkpoint, Saved
 from defense_core.config import canonical_json, digest, from_mapping, require
 from defense_core.errors import CorruptArtifact, DigestMismatch, QuarantineError, StorageError
-from defense_core.files import sha256_bytes, write_atomic
+from defense_core.files import write_atomic
 from defense_core.limits import LoadLimits
 from defense_core.safetensors_file import parse_safetensors, safetensors_bytes
+from defense_core.seals import sealed, unsealed
 
 FORMAT = 1
 MAX_SHARE = 0.05
@@ -208,7 +208,7 @@ def encoded(saved: Saved, *, key: str, name: str, secret: bytes = b"") -> bytes:
     strides = {tensor: value.stride() for tensor, value in saved.tensors.items()}
     head = _Head(FORMAT, key, name, saved.done, saved.finished, saved.history, strides)
     body = canonical_json(head) + b"\n" + safetensors_bytes(saved.tensors)
-    return _seal(body, secret) + b"\n" + body
+    return sealed(body, secret)
 
 
 def decoded(data: bytes, *, key: str, name: str, secret: bytes = b"") -> Saved:
@@ -218,11 +218,7 @@ def decoded(data: bytes, *, key: str, name: str, secret: bytes = b"") -> Saved:
         CorruptArtifact, ConfigError: damaged, truncated, sealed by another secret, or no checkpoint.
         DigestMismatch: of other work, or of another loop of it.
     """
-    promised, _, body = data.partition(b"\n")
-    if not hmac.compare_digest(promised, _seal(body, secret)):
-        expected = "the seal of this secret" if secret else "the digest of what follows, and no secret's seal"
-        raise CorruptArtifact(f"checkpoint {name} is damaged or forged", expected=expected, got=promised[:80])
-    line, _, rest = body.partition(b"\n")
+    line, _, rest = unsealed(data, secret, f"checkpoint {name}").partition(b"\n")
     try:
         mapping = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -236,12 +232,6 @@ def decoded(data: bytes, *, key: str, name: str, secret: bytes = b"") -> Saved:
         raise CorruptArtifact(f"checkpoint {name} is damaged", expected=sorted(head.strides), got=sorted(tensors))
     laid_out = {tensor: _laid_out(value, head.strides[tensor], name) for tensor, value in tensors.items()}
     return Saved(head.done, head.finished, head.history, laid_out)
-
-
-def _seal(body: bytes, secret: bytes) -> bytes:
-    if not secret:
-        return sha256_bytes(body).encode()
-    return b"hmac-sha256:" + hmac.digest(secret, body, "sha256").hex().encode()
 
 
 def _laid_out(tensor: Tensor, strides: tuple[int, ...], name: str) -> Tensor:

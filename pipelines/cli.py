@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from components._runtime.plan import Loading
 from defense_core import __version__
 from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, ConfigError, QuarantineError
 from defense_core.verdict import Verdict
@@ -19,14 +20,17 @@ from pipelines.gate_cli import app as gate_app
 from pipelines.hooks_cli import app as hooks_app
 from pipelines.inspect_cli import inspect
 from pipelines.lab_cli import app as lab_app
+from pipelines.model_options import loading_of, model_spec, pinned_loading, tuned_spec
+from pipelines.option_groups import takes
+from pipelines.plan_options import Request, run_request
 from pipelines.policy_cli import app as policy_app
+from pipelines.promote_cli import app as promote_app
 from pipelines.report_cli import app as report_app
 from pipelines.scan_cli import app as scan_app
 from pipelines.schedule_cli import app as schedule_app
 from pipelines.submit_cli import app as submit_app
 from pipelines.sweep_cli import app as sweep_app
 from pipelines.verify_cli import app as verify_app
-from pipelines.yaml_files import read_mapping
 
 app = typer.Typer(
     name="quarantine",
@@ -40,6 +44,7 @@ app = typer.Typer(
 
 app.add_typer(lab_app, name="lab")
 app.add_typer(gate_app)
+app.add_typer(promote_app)
 app.add_typer(hooks_app, name="hooks")
 app.add_typer(policy_app, name="policy")
 app.add_typer(verify_app)
@@ -65,26 +70,21 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
+@takes(tuned_spec, into="spec")
+@takes(loading_of, into="loading")
 def purify(
+    *,
     model: o.Model,
     clean: o.Clean,
     method: Annotated[str, typer.Option(help="tsbd, fine_tuning (the control), or another of `quarantine methods`.")],
     out: Out,
-    architecture: o.Architecture = "",
-    architecture_args: o.ArchitectureArgs = "",
-    input_size: o.InputSize = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    class_names: o.ClassNames = "",
-    augment: o.Augment = "",
-    trusted_module: o.TrustedModule = [],
+    spec: dict[str, Any],
     config: Annotated[str, typer.Option(help="The method's settings, a YAML file.")] = "",
     settings: o.Settings = [],
     report: Annotated[float, typer.Option(help="Share of the clean set left untouched for quoting figures.")] = 0.2,
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
-    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    loading: Loading,
     as_json: o.AsJson = False,
 ) -> None:
     """Purify a model; --out becomes a bundle with result.json beside it."""
@@ -92,27 +92,18 @@ def purify(
     from components.purify_model.step import purify_model
     from defense_core.progress import default_progress
 
-    base = read_mapping(Path(config)) if config else {}
     with interruptible() as stop:
         evidence = purify_model(
             Path(model),
             Path(clean),
             out,
             method=method,
-            config=o.parse_settings(settings, base),
-            spec=o.parse_spec(
-                architecture=architecture,
-                architecture_args=architecture_args,
-                input_size=input_size,
-                mean=mean,
-                std=std,
-                class_names=class_names,
-                augment=augment,
-            ),
+            config=o.parse_settings(settings, o.optional_mapping(config)),
+            spec=spec,
             seed=seed,
             device=device,
             report=report,
-            loading=o.parse_loading(trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s),
+            loading=loading,
             progress=default_progress(stop),
         )
     facts = evidence["results"]["facts"]
@@ -121,7 +112,10 @@ def purify(
 
 
 @app.command()
+@takes(model_spec, into="spec")
+@takes(loading_of, into="loading")
 def evaluate(
+    *,
     model: o.Model,
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
     clean: o.Clean = "",
@@ -129,17 +123,10 @@ def evaluate(
     reference: Annotated[str, typer.Option(help="The unpurified model: enables drops and DER.")] = "",
     probe: o.Probes = [],
     name: Annotated[str, typer.Option(help="What the evidence is called: evaluate.<name>.")] = "model",
-    architecture: o.Architecture = "",
-    architecture_args: o.ArchitectureArgs = "",
-    input_size: o.InputSize = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    class_names: o.ClassNames = "",
-    trusted_module: o.TrustedModule = [],
+    spec: dict[str, Any],
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
-    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    loading: Loading,
     as_json: o.AsJson = False,
 ) -> None:
     """Measure ACC, and for each probe ASR, RA and DER, with 95 % intervals."""
@@ -157,18 +144,10 @@ def evaluate(
             test=o.optional_path(test),
             reference=o.optional_path(reference),
             probes=o.read_probes(probe),
-            spec=o.parse_spec(
-                architecture=architecture,
-                architecture_args=architecture_args,
-                input_size=input_size,
-                mean=mean,
-                std=std,
-                class_names=class_names,
-                augment="",
-            ),
+            spec=spec,
             seed=seed,
             device=device,
-            loading=o.parse_loading(trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s),
+            loading=loading,
             progress=default_progress(stop),
         )
         write_evidence(out, evidence)
@@ -178,22 +157,18 @@ def evaluate(
 
 
 @app.command()
+@takes(model_spec, into="spec")
+@takes(loading_of, into="loading")
 def export(
+    *,
     model: o.Model,
     out: Out,
     clean: o.Clean = "",
     test: o.Test = "",
     probe: o.Probes = [],
-    architecture: o.Architecture = "",
-    architecture_args: o.ArchitectureArgs = "",
-    input_size: o.InputSize = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    class_names: o.ClassNames = "",
-    trusted_module: o.TrustedModule = [],
+    spec: dict[str, Any],
     seed: o.Seed = 0,
-    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
-    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    loading: Loading,
     as_json: o.AsJson = False,
 ) -> None:
     """Export to ONNX and prove that the file answers like the model."""
@@ -208,100 +183,41 @@ def export(
             clean=o.optional_path(clean),
             test=o.optional_path(test),
             probes=o.read_probes(probe),
-            spec=o.parse_spec(
-                architecture=architecture,
-                architecture_args=architecture_args,
-                input_size=input_size,
-                mean=mean,
-                std=std,
-                class_names=class_names,
-                augment="",
-            ),
+            spec=spec,
             seed=seed,
-            loading=o.parse_loading(trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s),
+            loading=loading,
             progress=default_progress(stop),
         )
     _finish(evidence, as_json, f"ONNX file and evidence in {out}")
 
 
 @app.command()
+@takes(run_request, into="request")
+@takes(pinned_loading, into="loading")
 def run(
+    *,
     model: Annotated[str, typer.Option(help="s3://bucket/key[?versionId=…], models:/name/3, or a path.")],
     clean: Annotated[str, typer.Option(help="Clean set: s3://… or a path, .parquet or .npz, or an image folder.")],
     out: Annotated[Path, typer.Option(help="Work folder: evidence, report, artifacts, and mlflow.db.")] = Path(
         "quarantine-run"
     ),
-    policy: Annotated[str, typer.Option(help="strict, standard, observe, or a policy file.")] = "standard",
-    methods: Annotated[
-        str, typer.Option(help="Purifiers in order of preference, comma-separated.")
-    ] = "tsbd,fine_tuning",
-    test: o.Test = "",
-    probe: o.Probes = [],
-    register: Annotated[str, typer.Option(help="Registered model that gets a new version.")] = "quarantined-model",
-    alias: Annotated[str, typer.Option(help="Alias that moves on allow.")] = "champion",
-    architecture: o.Architecture = "",
-    architecture_args: o.ArchitectureArgs = "",
-    input_size: o.InputSize = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    class_names: o.ClassNames = "",
-    augment: o.Augment = "",
-    trusted_module: o.TrustedModule = [],
-    config: Annotated[str, typer.Option(help="Settings by method, a YAML file.")] = "",
-    settings: Annotated[
-        list[str], typer.Option("--set", help="tsbd.n=0.15; repeatable.", metavar="METHOD.KEY=VALUE")
-    ] = [],
-    scan_settings: o.ScanSettings = [],
-    pool: o.PoolFile = "",
+    request: Request,
     signing_key: o.SigningKey = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    sha256: o.Sha256 = "",
-    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
-    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    loading: Loading,
     as_json: o.AsJson = False,
 ) -> None:
     """Run the whole pipeline on this machine: the same definition that runs on a cluster."""
-    from components._runtime.plan import Plan
-    from defense_core.config import from_mapping
     from pipelines.local import run_local
     from pipelines.summary import print_line, print_run
 
-    spec = o.parse_spec(
-        architecture=architecture,
-        architecture_args=architecture_args,
-        input_size=input_size,
-        mean=mean,
-        std=std,
-        class_names=class_names,
-        augment=augment,
-    )
-    loading = o.parse_loading(
-        trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s, sha256=sha256
-    )
-    plan = from_mapping(
-        Plan,
-        {
-            "model": model,
-            "clean": clean,
-            "policy": o.read_policy(policy),
-            "spec": spec,
-            "test": test,
-            "probes": o.read_probes(probe),
-            "methods": [name.strip() for name in methods.split(",")],
-            "configs": o.parse_settings(settings, read_mapping(Path(config)) if config else {}),
-            "pool": pool,
-            "scan": o.parse_settings(scan_settings, option="--scan-set"),
-            "seed": seed,
-            "device": device,
-            "loading": loading,
-        },
-    )
     result = run_local(
-        plan,
+        request.plan(model=model, clean=clean, seed=seed, device=device, loading=loading),
         out,
-        model_name=register,
-        alias=alias,
+        model_name=request.model_name,
+        alias=request.alias,
+        controls=request.controls,
         signing_key=signing_key,
         on_line=(lambda line: None) if as_json else print_line,
     )

@@ -1,4 +1,4 @@
-"""Compile the pipeline to KFP's intermediate representation: same sources, same bytes.
+"""Compile the pipelines to KFP's intermediate representation: same sources, same bytes.
 
 ``python -m pipelines.compile --out DIR`` writes it, ``--check`` compares it, as it is and for each shipped file of
 node pools, with the golden copies.
@@ -14,25 +14,41 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from defense_core.errors import EXIT_FAIL, EXIT_PASS
 from defense_core.files import write_atomic
 from pipelines.node_pools import POOLS, NodePools, read_node_pools
 
-FILE_NAME = "quarantine.yaml"
+FILE_NAME, PROMOTE_NAME = "quarantine.yaml", "promote.yaml"
 ADMISSION_NAME = "admission.yaml"
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "pipelines" / "golden"
 
 logger = logging.getLogger("quarantine")
 
 
-def compile_pipeline(pools: NodePools | None = None) -> bytes:
-    """The pipeline's YAML: with node pools, a second document says what the pods are given."""
+def pipeline_of(file: str) -> tuple[str, Any]:
+    """Name and definition of what is compiled into :data:`FILE_NAME` or :data:`PROMOTE_NAME`."""
+    from pipelines import promote, quarantine
+
+    return {
+        FILE_NAME: (quarantine.PIPELINE_NAME, quarantine.quarantine),
+        PROMOTE_NAME: (promote.PIPELINE_NAME, promote.promote),
+    }[file]
+
+
+def compile_pipeline(pools: NodePools | None = None, file: str = FILE_NAME) -> bytes:
+    """A pipeline's YAML: with node pools, a second document says what the pods are given.
+
+    Args:
+        file: :data:`FILE_NAME`, the pipeline, or :data:`PROMOTE_NAME`, the promote run.
+    """
     # kfp takes more than a second to import, and only this needs it.
     from kfp import compiler, dsl
 
     from pipelines.pods import compiled_for
-    from pipelines.quarantine import PIPELINE_NAME, quarantine
+
+    name, pipeline = pipeline_of(file)
 
     with (
         tempfile.TemporaryDirectory(prefix="quarantine-compile-") as folder,
@@ -40,18 +56,19 @@ def compile_pipeline(pools: NodePools | None = None) -> bytes:
         compiled_for(pools),
     ):
         warnings.simplefilter("ignore", category=FutureWarning)
-        path = Path(folder) / FILE_NAME
-        described = dsl.pipeline(name=PIPELINE_NAME, description=quarantine.component_spec.description)
-        compiler.Compiler().compile(described(quarantine.pipeline_func), str(path))
+        path = Path(folder) / file
+        described = dsl.pipeline(name=name, description=pipeline.component_spec.description)
+        compiler.Compiler().compile(described(pipeline.pipeline_func), str(path))
         return path.read_bytes()
 
 
 def compiled_files(pools: NodePools | None = None) -> Mapping[str, bytes]:
-    """What a cluster needs, by file name: the pipeline, and the admission policies where pools ask for them."""
+    """What a cluster needs, by file name: the pipelines, and the admission policies where pools ask for them."""
     from pipelines.admission import admission_policies
 
     policies = admission_policies(pools) if pools is not None else b""
-    return {FILE_NAME: compile_pipeline(pools), **({ADMISSION_NAME: policies} if policies else {})}
+    pipelines = {file: compile_pipeline(pools, file) for file in (FILE_NAME, PROMOTE_NAME)}
+    return {**pipelines, **({ADMISSION_NAME: policies} if policies else {})}
 
 
 def compile_to(folder: Path, pools: NodePools | None = None) -> list[Path]:
@@ -73,7 +90,7 @@ def drift(golden: Path = GOLDEN) -> list[str]:
     lines: list[str] = []
     for folder, pools in golden_pools().items():
         files = compiled_files(pools)
-        for name in (FILE_NAME, ADMISSION_NAME):
+        for name in (FILE_NAME, PROMOTE_NAME, ADMISSION_NAME):
             path = golden / folder / name
             before = path.read_text("utf-8").splitlines() if path.exists() else []
             after = files.get(name, b"").decode().splitlines()

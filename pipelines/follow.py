@@ -10,6 +10,7 @@ from components._runtime.outcome import NO_DECISION, RunOutcome, outcome_of
 from components._runtime.store import open_store
 from defense_core.errors import EXIT_PASS, EXIT_UNKNOWN, QuarantineError
 from pipelines.kfp_api import KfpClient
+from pipelines.kfp_errors import NotOnCluster
 from pipelines.kfp_records import Run
 
 
@@ -49,12 +50,13 @@ def follow(
 
     Raises:
         StillRunning: it has not ended in time; it goes on.
+        NotOnCluster: somebody removed it.
         KfpError: the endpoint cannot be asked any more; the run goes on.
     """
     started = time.monotonic()
     known: dict[str, str] = {}
     while True:
-        run = client.get_run(run_id)
+        run = _asked(client, run_id)
         lines = _changes(run, known)
         if lines:
             on_change(run, lines)
@@ -90,6 +92,19 @@ def outcome(run: Run, evidence: str) -> RunOutcome:
     if stopped and found.exit_code == EXIT_PASS:
         return RunOutcome(found.decision, "", stopped, EXIT_UNKNOWN)
     return found
+
+
+def _asked(client: KfpClient, run_id: str) -> Run:
+    try:
+        return client.get_run(run_id)
+    except NotOnCluster as error:
+        raise NotOnCluster(
+            f"run {run_id} was removed while it was followed",
+            expected="the run",
+            got=error.got,
+            hint="Where it was submitted twice at one moment, one of the two stayed: "
+            "look for it, or submit again with the same --name",
+        ) from error
 
 
 def _changes(run: Run, known: dict[str, str]) -> list[str]:

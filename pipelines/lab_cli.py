@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from components._runtime.plan import Loading
 from defense_core.verdict import Verdict
 from pipelines import options as o
+from pipelines.model_options import ESSENTIAL, loading_of, tuned_spec
+from pipelines.option_groups import takes
 from pipelines.yaml_files import read_mapping
 
 app = typer.Typer(
@@ -18,20 +21,16 @@ app = typer.Typer(
 
 
 @app.command()
+@takes(tuned_spec, into="spec", required=ESSENTIAL)
+@takes(loading_of, into="loading")
 def plant(
+    *,
     attack: Annotated[Path, typer.Option(help="Attack specification, YAML: kind, target and settings.")],
     train: Annotated[str, typer.Option(help="Training images: .parquet, .npz or an image folder.")],
     test: Annotated[str, typer.Option(help="Images that figures are measured on.")],
     out: Annotated[Path, typer.Option(help="Folder to create; nothing is left of it if the command fails.")],
-    architecture: o.Architecture,
-    input_size: o.InputSize,
-    mean: o.Mean,
-    std: o.Std,
+    spec: dict[str, Any],
     rate: Annotated[float, typer.Option(help="Poisoned samples as a share of the training set.")] = 0.1,
-    architecture_args: o.ArchitectureArgs = "",
-    class_names: o.ClassNames = "",
-    augment: o.Augment = "",
-    trusted_module: o.TrustedModule = [],
     settings: Annotated[
         list[str],
         typer.Option("--set", help="Training: epochs=30, lr=0.05, adaptive=sam…; repeatable.", metavar="KEY=VALUE"),
@@ -39,8 +38,7 @@ def plant(
     min_asr: Annotated[float, typer.Option("--min-asr", help="Smaller success of the attack is a failure.")] = 0.9,
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
-    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    loading: Loading,
     as_json: o.AsJson = False,
 ) -> None:
     """Train a backdoored model; --out gets bundle/, probe.yaml and result.json with ACC and ASR."""
@@ -57,20 +55,12 @@ def plant(
             Path(test),
             out,
             rate=rate,
-            spec=o.parse_spec(
-                architecture=architecture,
-                architecture_args=architecture_args,
-                input_size=input_size,
-                mean=mean,
-                std=std,
-                class_names=class_names,
-                augment=augment,
-            ),
+            spec=spec,
             training=o.parse_settings(settings),
             min_asr=min_asr,
             seed=seed,
             device=device,
-            loading=o.parse_loading(trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s),
+            loading=loading,
             progress=default_progress(stop),
         )
     verdict = Verdict(evidence["verdict"])

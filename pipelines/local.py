@@ -1,4 +1,4 @@
-"""Run the pipeline on this machine: the same definition as on a cluster, by kfp.local, in a work folder.
+"""Run a pipeline on this machine: the same definition as on a cluster, by kfp.local, in a work folder.
 
 What happened is read from the run's records, never from kfp's state.
 """
@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from components._runtime.environment import local_environment
-from components._runtime.evidence import REPORT_PAGE
+from components._runtime.evidence import PROMOTION, REPORT_PAGE
 from components._runtime.outcome import RunOutcome, outcome_of
 from components._runtime.plan import Plan, RunSettings, run_settings
+from components._runtime.resumption import Resumption
 from components._runtime.signing_keys import (
     CERTIFICATE_VARIABLE,
     KEY_VARIABLE,
@@ -57,6 +59,7 @@ class LocalRun:
         promotion: ``results`` of promote; ``None`` where it was not reached.
         signed: ``results`` of sign; ``None`` where it was not reached.
         release: the folder that was registered; ``None`` where there is none.
+        statement: of the promotion, signed; ``None`` where nothing was registered or there is no key.
         seconds: wall time.
     """
 
@@ -69,6 +72,7 @@ class LocalRun:
     promotion: Mapping[str, Any] | None
     signed: Mapping[str, Any] | None
     release: Path | None
+    statement: Path | None
     seconds: float
 
     @property
@@ -78,22 +82,24 @@ class LocalRun:
 
 
 def run_local(
-    plan: Plan,
+    asked: Plan | Resumption,
     work: Path,
     *,
     model_name: str,
     alias: str = "champion",
+    controls: str = "",
     name: str = "",
     signing_key: Path | None = None,
     on_line: Callable[[str], None] = lambda line: None,
 ) -> LocalRun:
-    """Run the pipeline; every failure of a step is in the result, and the report is written whatever failed.
+    """Run a pipeline; every failure of a step is in the result, and the report is written whatever failed.
 
     Args:
-        plan: what to do.
+        asked: what to do: a plan for the whole pipeline, or a request to resume a run that ended at its decision.
         work: folder for artifacts, evidence and log; kept. Runs in one folder share the MLflow file.
         model_name: the registered model.
         alias: what moves on allow.
+        controls: where positive controls are kept, a folder or ``s3://bucket/prefix``; empty: nowhere.
         name: of the execution; empty: the time.
         signing_key: private key that signs the release; ``None``: as ``QUARANTINE_SIGNING_KEY`` says.
         on_line: called with every message that a step logs; what kfp says is in the log only.
@@ -107,8 +113,10 @@ def run_local(
     started = time.monotonic()
     work = Path(work).absolute()
     name = name or datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S-%f")
-    asked = RunSettings(evidence=str(work / EVIDENCE_FOLDER), model_name=model_name, alias=alias, name=name)
-    settings = run_settings(asked.to_json())
+    wanted = RunSettings(
+        evidence=str(work / EVIDENCE_FOLDER), model_name=model_name, alias=alias, name=name, controls=_reached(controls)
+    )
+    settings = run_settings(wanted.to_json())
     variables = _with_key(signing_key)
     folder, root = work / EVIDENCE_FOLDER / name, work / "artifacts" / name
     if folder.exists() or root.exists():
@@ -116,16 +124,19 @@ def run_local(
             f"{work} holds a run called {name}", expected="a new name", hint="Name the run otherwise, or not at all"
         )
     request, log = root / "request.json", root / LOG_NAME
-    arguments = {**plan.arguments(), "run": settings.to_json()}
-    write_atomic(
-        request, json.dumps({"root": str(root), "workspace": str(root / "workspace"), "arguments": arguments}).encode()
-    )
+    told = {
+        "root": str(root),
+        "workspace": str(root / "workspace"),
+        "pipeline": "quarantine" if isinstance(asked, Plan) else "promote",
+        "arguments": {**asked.arguments(), "run": settings.to_json()},
+    }
+    write_atomic(request, json.dumps(told).encode())
     environment = local_environment(work, variables)
     store = open_store(settings.evidence, name)
     stopped = _run_worker(request, log, environment.variables, on_line)
     _finish_report(settings, store, folder, environment.variables, stopped)
     records = store.records()
-    page = folder / REPORT_PAGE
+    page, statement = folder / REPORT_PAGE, folder / PROMOTION
     signed = records.evidence.get("sign", {}).get("results")
     return LocalRun(
         name=name,
@@ -137,8 +148,14 @@ def run_local(
         promotion=records.evidence.get("promote", {}).get("results"),
         signed=signed,
         release=_release(root) if signed else None,
+        statement=statement if statement.is_file() else None,
         seconds=time.monotonic() - started,
     )
+
+
+def _reached(address: str) -> str:
+    """``address`` as the steps, which run in another folder, reach it."""
+    return str(Path(address).absolute()) if address and not urlsplit(address).scheme else address
 
 
 def _with_key(signing_key: Path | None) -> dict[str, str]:

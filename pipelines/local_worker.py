@@ -15,7 +15,7 @@ from kfp import local
 
 
 def main(request: Path) -> int:
-    """Run the pipeline with the request's ``arguments`` below its ``root``.
+    """Run the request's ``pipeline`` with its ``arguments`` below its ``root``.
 
     Returns:
         Always 0 once kfp has come back: it calls failed runs FINAL too, so the caller reads the
@@ -31,9 +31,11 @@ def main(request: Path) -> int:
         workspace_root=asked["workspace"],
         raise_on_error=False,
     )
+    from pipelines.promote import promote
     from pipelines.quarantine import quarantine
 
-    quarantine(**asked["arguments"])
+    pipelines = {"quarantine": quarantine, "promote": promote}
+    pipelines[asked["pipeline"]](**asked["arguments"])
     return 0
 
 

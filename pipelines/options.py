@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from components._runtime.plan import MAX_SEED, Loading
-from defense_core.config import from_mapping
+from components._runtime.plan import MAX_SEED
 from defense_core.errors import ConfigError
 from defense_core.limits import LoadLimits
 from pipelines.yaml_files import parse_yaml, read_mapping, read_yaml
@@ -83,55 +82,19 @@ Settings = Annotated[list[str], typer.Option("--set", help="One setting: n=0.15;
 PoolFile = Annotated[
     str, typer.Option("--pool", help="Calibration pool; default: the one that comes along for this kind of model.")
 ]
+Controls = Annotated[
+    str,
+    typer.Option(
+        "--controls",
+        help="Folder or s3://bucket/prefix that keeps positive controls: one of the same work is not made again.",
+    ),
+]
 ScanSettings = Annotated[
     list[str],
     typer.Option("--scan-set", help="Of the backdoor scan: fpr=0.01, budget_s=60; repeatable.", metavar="KEY=VALUE"),
 ]
 
 DEFAULT_LIMITS = LoadLimits()
-
-
-def parse_spec(
-    *,
-    architecture: str,
-    architecture_args: str,
-    input_size: str,
-    mean: str,
-    std: str,
-    class_names: str,
-    augment: str,
-) -> dict[str, Any]:
-    """What the model options say, as a partial :class:`~defense_core.bundle.ModelSpec` mapping; only
-    what was given is in it, so that a bundle's own description is not contradicted by defaults."""
-    spec: dict[str, Any] = {}
-    if architecture:
-        spec["architecture"] = architecture
-    if architecture_args:
-        arguments = parse_yaml(architecture_args, "--architecture-args")
-        if not isinstance(arguments, dict):
-            raise ConfigError(
-                "--architecture-args is malformed", expected="a JSON mapping", got=repr(architecture_args)
-            )
-        spec["architecture_args"] = arguments
-        if "num_classes" in arguments:
-            spec["num_classes"] = arguments["num_classes"]
-    if input_size:
-        spec["input_size"] = [int(value) for value in _numbers(input_size, "--input-size", whole=True)]
-    if mean:
-        spec["mean"] = _numbers(mean, "--mean")
-    if std:
-        spec["std"] = _numbers(std, "--std")
-    if class_names:
-        spec["class_names"] = [name.strip() for name in class_names.split(",")]
-    if augment:
-        spec["augment"] = augment
-    return spec
-
-
-def parse_loading(*, trusted_module: list[str], max_bytes: int, load_timeout_s: float, sha256: str = "") -> Loading:
-    """Limits and trust from the options. Raises ConfigError."""
-    limits = {"max_bytes": max_bytes, "timeout_s": load_timeout_s}
-    return from_mapping(Loading, {"sha256": sha256, "trusted_modules": list(trusted_module), "limits": limits})
 
 
 def parse_settings(
@@ -182,10 +145,24 @@ def beside(specification: Path, content: Mapping[str, Any]) -> Mapping[str, Any]
     return {**content, "path": str(specification.parent / named)} if isinstance(named, str) else content
 
 
-def read_policy(name: str) -> dict[str, Any]:
-    """A policy by the name of a shipped one (strict, standard, observe) or by its file."""
+def read_policy(name: str, beside: Path = Path()) -> dict[str, Any]:
+    """A policy by the name of a shipped one (strict, standard, observe) or by its file, relative to ``beside``.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
     shipped = POLICIES / f"{name}.yaml"
-    return read_mapping(shipped if "/" not in name and shipped.is_file() else Path(name))
+    if "/" not in name and shipped.is_file():
+        return read_mapping(shipped)
+    if not (beside / name).exists():
+        known = ", ".join(sorted(path.stem for path in POLICIES.glob("*.yaml")))
+        raise ConfigError(f"there is no policy {name}", expected=f"{known}, or a policy file", got=repr(name)[:160])
+    return read_mapping(beside / name)
+
+
+def optional_mapping(text: str) -> dict[str, Any]:
+    """A YAML file's mapping; empty for an option that was not given."""
+    return read_mapping(Path(text)) if text else {}
 
 
 def optional_path(text: str) -> Path | None:
@@ -193,22 +170,19 @@ def optional_path(text: str) -> Path | None:
     return Path(text) if text else None
 
 
-def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
-    try:
-        return [int(value) if whole else float(value) for value in text.split(",")]
-    except ValueError as error:
-        kind = "whole numbers" if whole else "numbers"
-        raise ConfigError(f"{option} is malformed", expected=f"{kind} separated by commas", got=repr(text)) from error
-
-
 def approvers(given: list[str]) -> dict[str, Any]:
     """Public keys by name, from ``NAME=PUBKEY``. Raises ConfigError."""
     from components._runtime.signing_keys import load_public_key
 
-    named: dict[str, Any] = {}
+    return {name: load_public_key(path) for name, path in approver_files(given).items()}
+
+
+def approver_files(given: list[str]) -> dict[str, Path]:
+    """Files of public keys by name, from ``NAME=PUBKEY``. Raises ConfigError."""
+    named: dict[str, Path] = {}
     for each in given:
         name, found, path = each.partition("=")
         if not found or not name.strip() or not path or name in named:
             raise ConfigError("--approver-key is malformed", expected="NAME=PUBKEY, each name once", got=repr(each))
-        named[name] = load_public_key(Path(path))
+        named[name] = Path(path)
     return named

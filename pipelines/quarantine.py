@@ -1,8 +1,9 @@
 # mypy: disable-error-code="untyped-decorator"
 """The pipeline, one definition for a laptop and a cluster.
 
-Fetch → scan, evaluate before → for each method: purify, evaluate → select → rescan, export → gate → sign → promote;
-report always. After a scan without findings the fetched model takes the methods' place, unless the policy forces them.
+Fetch → scan, evaluate before → for each method: purify, evaluate → select → rescan, export → gate → sign → promote →
+attest; report always. After a scan without findings the fetched model takes the methods' place, unless the policy
+forces them.
 
 Parameters are strings, JSON strings, one int and one list:
 see :meth:`components._runtime.plan.Plan.arguments`.
@@ -17,21 +18,13 @@ from components.evaluate_model.component import evaluate_model
 from components.export_onnx.component import export_onnx
 from components.fetch_model.component import fetch_model
 from components.gate_promotion.component import gate_promotion
-from components.promote_model.component import promote_model
 from components.purify_model.component import purify_model
 from components.report.component import report
 from components.scan_backdoor.component import scan_backdoor
 from components.select_model.component import select_model
-from components.sign_evidence.component import sign_evidence
-from pipelines.pods import configure
+from pipelines.tasks import publish, set_up
 
 PIPELINE_NAME = "model-quarantine"
-
-
-def _task(task: dsl.PipelineTask, component: str) -> dsl.PipelineTask:
-    # A cached task would leave no record in this run's store, and the registry would not be asked.
-    task.set_caching_options(False)
-    return configure(task, component)
 
 
 @dsl.pipeline(
@@ -51,6 +44,7 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
     configs: str = "{}",
     scan: str = "{}",
     loading: str = "{}",
+    licence: str = "",
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -69,14 +63,15 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
         configs: JSON, configuration by method.
         scan: JSON, settings of the backdoor scan.
         loading: JSON, limits, expected digest and trusted modules.
+        licence: SPDX expression that is declared for the model; empty: none is.
         seed: Seed of the splits and methods.
         device: auto, cpu or cuda.
     """
     records: dict[str, Any] = {"run": run, "execution": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
     shared: dict[str, Any] = {"loading": loading, "seed": seed, **records}
-    last = _task(report(**records), "report")
+    last = set_up(report(**records), "report")
     with dsl.ExitHandler(last, name="quarantine-steps"):
-        fetched = _task(
+        fetched = set_up(
             fetch_model(
                 model=model,
                 clean=clean,
@@ -88,16 +83,17 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
                 methods=methods,
                 configs=configs,
                 scan=scan,
+                licence=licence,
                 device=device,
                 **shared,
             ),
             "fetch_model",
         )
         bundle, data = fetched.outputs["bundle"], fetched.outputs["data"]
-        before = _task(
+        before = set_up(
             evaluate_model(bundle=bundle, data=data, name="before", device=device, **shared), "evaluate_model"
         )
-        scanned = _task(
+        scanned = set_up(
             scan_backdoor(
                 bundle=bundle,
                 data=data,
@@ -110,16 +106,16 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
             ),
             "scan_backdoor",
         )
-        control = _task(
+        control = set_up(
             control_model(bundle=bundle, data=data, scan=scan, policy=policy, device=device, **shared), "control_model"
         )
         # After a PASS the list is one name that stands for the model as it is: the graph is the same either way.
         with dsl.ParallelFor(scanned.outputs["Output"], name="methods") as method:
-            purified = _task(
+            purified = set_up(
                 purify_model(bundle=bundle, data=data, method=method, configs=configs, device=device, **shared),
                 "purify_model",
             )
-            evaluated = _task(
+            evaluated = set_up(
                 evaluate_model(
                     bundle=purified.outputs["purified"],
                     data=data,
@@ -130,12 +126,12 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
                 ),
                 "evaluate_model",
             )
-        selected = _task(
+        selected = set_up(
             select_model(candidates=dsl.Collected(purified.outputs["purified"]), methods=methods, **records),
             "select_model",
         )
         chosen = selected.outputs["selected"]
-        rescanned = _task(
+        rescanned = set_up(
             scan_backdoor(
                 bundle=chosen,
                 data=data,
@@ -150,8 +146,8 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
             ),
             "scan_backdoor",
         )
-        exported = _task(export_onnx(bundle=chosen, data=data, **shared), "export_onnx")
-        gate = _task(
+        exported = set_up(export_onnx(bundle=chosen, data=data, **shared), "export_onnx")
+        gate = set_up(
             gate_promotion(
                 fetched=fetched.outputs["evidence"],
                 before=before.outputs["evidence"],
@@ -167,8 +163,4 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
             ),
             "gate_promotion",
         )
-        signed = _task(
-            sign_evidence(bundle=chosen, onnx=exported.outputs["onnx"], decision=gate.outputs["decision"], **records),
-            "sign_evidence",
-        )
-        _task(promote_model(release=signed.outputs["release"], **records), "promote_model")
+        publish(chosen, exported.outputs["onnx"], gate.outputs["decision"], records)

@@ -7,25 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
+from components._runtime.plan import Loading
 from defense_core.verdict import Verdict
 from pipelines import options as o
-from pipelines.yaml_files import read_mapping
+from pipelines.model_options import loading_of, model_spec
+from pipelines.option_groups import takes
 
 app = typer.Typer()
 
 
 @app.command()
+@takes(model_spec, into="spec")
+@takes(loading_of, into="loading")
 def scan(
+    *,
     model: o.Model,
     out: Annotated[Path, typer.Option(help="Folder to create: scan.json, pictures, inverted triggers.")],
     clean: o.Clean = "",
-    architecture: o.Architecture = "",
-    architecture_args: o.ArchitectureArgs = "",
-    input_size: o.InputSize = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    class_names: o.ClassNames = "",
-    trusted_module: o.TrustedModule = [],
+    spec: dict[str, Any],
     fpr: Annotated[float, typer.Option(help="False positive rate of the whole scan.")] = 0.05,
     budget_s: Annotated[
         float, typer.Option("--budget-s", help="Seconds for the detectors; 0: as long as it takes.")
@@ -35,8 +34,7 @@ def scan(
     settings: o.Settings = [],
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
-    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    loading: Loading,
     as_json: o.AsJson = False,
 ) -> None:
     """Look for a backdoor: PASS (no evidence found), FAIL (found and confirmed) or UNKNOWN."""
@@ -44,27 +42,22 @@ def scan(
     from components.scan_backdoor.step import scan_model
     from defense_core.progress import default_progress
 
-    base = read_mapping(Path(config)) if config else {}
     with interruptible() as stop:
         evidence = scan_model(
             Path(model),
             out,
             clean=o.optional_path(clean),
             whole=True,
-            spec=o.parse_spec(
-                architecture=architecture,
-                architecture_args=architecture_args,
-                input_size=input_size,
-                mean=mean,
-                std=std,
-                class_names=class_names,
-                augment="",
-            ),
-            config={"fpr": fpr, "budget_s": budget_s, "settings": o.parse_settings(settings, base)},
+            spec=spec,
+            config={
+                "fpr": fpr,
+                "budget_s": budget_s,
+                "settings": o.parse_settings(settings, o.optional_mapping(config)),
+            },
             pool=o.optional_path(pool),
             seed=seed,
             device=device,
-            loading=o.parse_loading(trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s),
+            loading=loading,
             progress=default_progress(stop),
         )
     _print(evidence, out, as_json=as_json)
@@ -137,14 +130,13 @@ def calibrate(
     from defense_core.progress import default_progress
 
     specs = [
-        o.parse_spec(
+        model_spec(
             architecture=architecture,
             architecture_args=arguments,
             input_size=input_size,
             mean=mean,
             std=std,
             class_names=class_names,
-            augment="",
         )
         for arguments in architecture_args or [""]
     ]
@@ -157,7 +149,7 @@ def calibrate(
             count=references,
             given=reference,
             training=o.parse_settings(settings),
-            settings=read_mapping(Path(config)) if config else {},
+            settings=o.optional_mapping(config),
             seed=seed,
             device=device,
             progress=default_progress(stop),
@@ -166,28 +158,26 @@ def calibrate(
 
 
 @app.command()
+@takes(model_spec, into="spec")
+@takes(loading_of, into="loading")
 def control(
+    *,
     model: o.Model,
     clean: o.Clean,
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
-    architecture: o.Architecture = "",
-    architecture_args: o.ArchitectureArgs = "",
-    input_size: o.InputSize = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    class_names: o.ClassNames = "",
-    trusted_module: o.TrustedModule = [],
+    spec: dict[str, Any],
     pool: o.PoolFile = "",
     settings: Annotated[
         list[str], typer.Option("--set", help="Of the control: method=tsbd; repeatable.", metavar="KEY=VALUE")
     ] = [],
+    controls: o.Controls = "",
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
-    load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
+    loading: Loading,
     as_json: o.AsJson = False,
 ) -> None:
     """Plant a known backdoor into a copy of the model: would the scan find it, and purification remove it?"""
+    from components._runtime.control_store import control_store
     from components._runtime.evidence import write_evidence
     from components._runtime.step import interruptible
     from components.control_model.step import control_model
@@ -201,18 +191,11 @@ def control(
             Path(clean),
             config=o.parse_settings(settings),
             pool=o.optional_path(pool),
-            spec=o.parse_spec(
-                architecture=architecture,
-                architecture_args=architecture_args,
-                input_size=input_size,
-                mean=mean,
-                std=std,
-                class_names=class_names,
-                augment="",
-            ),
+            spec=spec,
             seed=seed,
             device=device,
-            loading=o.parse_loading(trusted_module=trusted_module, max_bytes=max_bytes, load_timeout_s=load_timeout_s),
+            loading=loading,
+            kept=control_store(controls),
             progress=default_progress(stop),
         )
         write_evidence(out, evidence)

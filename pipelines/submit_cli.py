@@ -1,7 +1,8 @@
-"""``quarantine submit``: run the pipeline on a cluster, and follow it to its end."""
+"""``quarantine submit`` and ``submit-promotion``: run a pipeline on a cluster, and follow it to its end."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Annotated, Any, Self
@@ -13,16 +14,34 @@ from pipelines import options as o
 from pipelines.cluster_options import ClusterJob, cluster_job, cluster_settings
 from pipelines.kfp_settings import KfpSettings
 from pipelines.option_groups import takes
+from pipelines.promotion_options import promotion_job
 
 app = typer.Typer()
 
 
-@app.command()
-@takes(cluster_settings, into="cluster")
-@takes(cluster_job, into="job")
-def submit(
-    cluster: KfpSettings,
-    job: ClusterJob,
+@dataclass(frozen=True)
+class Following:
+    """How a run is called, and how it is followed.
+
+    Attributes:
+        name: of the run; one name is one run.
+        experiment: created if need be.
+        wait: whether to follow it to its end.
+        poll_s: time between two looks.
+        timeout_s: longest time to follow; 0: to its end.
+        as_json: for machines.
+    """
+
+    name: str
+    experiment: str
+    wait: bool
+    poll_s: float
+    timeout_s: float
+    as_json: bool
+
+
+def following(
+    *,
     name: Annotated[
         str,
         typer.Option(help="Name of the run. One name is one run: asked again, it is followed. Default: the time."),
@@ -34,49 +53,85 @@ def submit(
         float, typer.Option("--timeout-s", help="Longest time to follow, seconds; 0: to its end.", min=0.0)
     ] = 0.0,
     as_json: o.AsJson = False,
-) -> None:
-    """Run the pipeline on a Kubeflow cluster.
-
-    Exit codes: 0 allowed or observed, 1 denied, 2 undecided or not readable from here, 3 bad input; that of the failed
-    step where one failed. With --no-wait, 0 means submitted.
-    """
-    from components._runtime.step import interruptible
-    from pipelines.follow import follow, outcome
-    from pipelines.kfp_api import connect
-    from pipelines.submit import Package, RunRequest, ensure_version, require_name, require_same, submit_run
+) -> Following:
+    """The options of every run on a cluster. Raises ConfigError for a name that cannot be one."""
+    from pipelines.submit import require_name
 
     name = name or datetime.now(UTC).strftime("quarantine-%Y%m%d-%H%M%S-%f")
     require_name(name, "--name")
     require_name(experiment, "--experiment")
+    return Following(name, experiment, wait, poll_s, timeout_s, as_json)
+
+
+@app.command()
+@takes(cluster_settings, into="cluster")
+@takes(cluster_job, into="job")
+@takes(following, into="how")
+def submit(cluster: KfpSettings, job: ClusterJob, how: Following) -> None:
+    """Run the pipeline on a Kubeflow cluster.
+
+    Exit codes: 0 allowed or observed, 1 denied, 2 undecided or not readable from here, 3 bad input.
+    A failed step gives its own exit code. With --no-wait, 0 means submitted.
+    """
+    run_on_cluster(cluster, job, how)
+
+
+@app.command(name="submit-promotion")
+@takes(cluster_settings, into="cluster")
+@takes(promotion_job, into="job")
+@takes(following, into="how")
+def submit_promotion(cluster: KfpSettings, job: ClusterJob, how: Following) -> None:
+    """Resume a run that ended at its decision, on a Kubeflow cluster.
+
+    Decides again with approvals, and promotes if allowed; nothing is scanned, purified or measured again.
+
+    Exit codes as those of submit.
+    """
+    run_on_cluster(cluster, job, how)
+
+
+def run_on_cluster(cluster: KfpSettings, job: ClusterJob, how: Following) -> None:
+    """Submit ``job``, follow it if asked to, print what it came to, and end with its exit code."""
+    from components._runtime.step import interruptible
+    from pipelines.follow import follow, outcome
+    from pipelines.kfp_api import connect
+    from pipelines.submit import Package, RunRequest, ensure_version, require_same, submit_run
+
     client = connect(cluster)
     version, uploaded = ensure_version(client, Package(job.package_name, job.package))
-    request = RunRequest(name, version, job.parameters, experiment, job.service_account)
+    request = RunRequest(how.name, version, job.parameters, how.experiment, job.service_account)
     submitted = submit_run(client, request)
     require_same(submitted)
     facts: dict[str, Any] = {
-        "run": name,
+        "run": how.name,
         "run_id": submitted.run_id,
         "created": submitted.created,
-        "experiment": experiment,
+        "experiment": how.experiment,
         "pipeline_version": version.name,
         "uploaded": uploaded,
         "evidence": f"{job.evidence.rstrip('/')}/{submitted.run_id}",
         "state": submitted.run.state,
     }
-    if not wait:
-        _finish({**facts, "exit_code": EXIT_PASS}, as_json)
-    with _Shown(quiet=as_json) as shown:
+    if not how.wait:
+        _finish({**facts, "exit_code": EXIT_PASS}, how.as_json)
+    with _Shown(quiet=how.as_json) as shown:
         try:
             with interruptible():
-                run = follow(client, submitted.run_id, on_change=shown.change, poll_s=poll_s, timeout_s=timeout_s)
+                run = follow(
+                    client,
+                    submitted.run_id,
+                    on_change=shown.change,
+                    poll_s=how.poll_s,
+                    timeout_s=how.timeout_s,
+                )
         except Cancelled as error:
             raise Cancelled(
-                error.what, hint=f"The run goes on; submit again with --name {name} to follow it again"
+                error.what, hint=f"The run goes on; submit again with --name {how.name} to follow it again"
             ) from error
     found = outcome(run, job.evidence)
     tasks = [{"name": task.name, "state": task.state, "error": task.error or None} for task in run.tasks]
     decided = {"decision": found.decision, "failed_step": found.failed_step or None, "why": found.why or None}
-    _finish({**facts, "state": run.state, "tasks": tasks, **decided, "exit_code": found.exit_code}, as_json)
+    _finish({**facts, "state": run.state, "tasks": tasks, **decided, "exit_code": found.exit_code}, how.as_json)
 
 
 class _Shown:

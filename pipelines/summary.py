@@ -76,8 +76,11 @@ def _print_release(run: LocalRun, public_key: Path | None) -> None:
         out.print(f"release:  {run.release}  (not signed: no --signing-key)", markup=False)
         return
     out.print(f"release:  {run.release}  (signed, key {run.signed['key_id'][:16]}…)", markup=False)
-    key = public_key or "PUBLIC_KEY"
-    out.print(f"verify:   quarantine verify {run.release} --public-key {key}", markup=False)
+    words = ["quarantine verify", str(run.release), "--public-key", str(public_key or "PUBLIC_KEY")]
+    if run.statement is not None and not (run.promotion and run.promotion["reused"]):
+        # A version that was there before holds the files of the run that made it.
+        words += ["--promotion", str(run.statement)]
+    out.print(f"verify:   {' '.join(words)}", markup=False)
 
 
 def _promotion_sentence(promotion: Mapping[str, Any]) -> str:
@@ -101,6 +104,7 @@ def _facts(run: LocalRun) -> dict[str, Any]:
         "promotion": run.promotion,
         "signed": run.signed,
         "release": str(run.release) if run.release is not None else None,
+        "statement": str(run.statement) if run.statement is not None else None,
         "seconds": round(run.seconds, 1),
     }
 

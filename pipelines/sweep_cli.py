@@ -95,7 +95,9 @@ def sweep(
     ] = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Find versions without a current decision and aliases without an allow; enqueue, and with --enforce move back.
+    """Find versions without a current decision and aliases without an allow.
+
+    With --queue such versions are enqueued for the hook's worker, with --enforce such aliases are moved back.
 
     Exit codes: 0 nothing found, 1 findings, 2 cannot be decided, 3 usage.
     """
@@ -137,9 +139,10 @@ def _scope(watch: str, policy: str, aliases: list[str], accepted: list[str]) -> 
 
     if bool(watch) == bool(policy):
         raise ConfigError(
-            "nothing says what is to be looked at",
-            expected="either --watch FILE or --policy POLICY",
-            got="both or none",
+            "what is to be looked at is not clear",
+            expected="either --watch FILE (or QUARANTINE_WATCH) or --policy POLICY",
+            got="both" if watch else "neither",
+            hint="See docs/operations.md",
         )
     if watch and aliases:
         raise ConfigError("--alias is for --policy", expected="the aliases of the watch file", got=", ".join(aliases))

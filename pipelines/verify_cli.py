@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from defense_core.errors import ConfigError
 from pipelines import options as o
+
+if TYPE_CHECKING:
+    from components._runtime.verification_files import Check
 
 app = typer.Typer()
 
@@ -26,6 +31,10 @@ def verify(
         str, typer.Option(help="strict, standard, observe, or a policy file: it must have decided by this one.")
     ] = "",
     approver_key: o.ApproverKeys = [],
+    promotion: Annotated[
+        str,
+        typer.Option(help="Statement of a folder's promotion, promotion.json; models:/ brings its own."),
+    ] = "",
     as_json: o.AsJson = False,
 ) -> None:
     """Check a release again: every file, signature and statement, and the decision itself."""
@@ -40,17 +49,34 @@ def verify(
     expected = parse_policy(o.read_policy(policy)) if policy else None
     approvers = o.approvers(approver_key)
     if release.startswith("models:"):
+        if promotion:
+            raise ConfigError(
+                "--promotion is for a folder", expected="one of the two", got=f"{promotion} and {release}"
+            )
         from components._runtime.journal import open_connection
         from components._runtime.verification_registry import verify_registered
 
         verified = verify_registered(open_connection(), release, trusted, policy=expected, approvers=approvers)
     else:
-        verified = verify_release(Path(release), trusted, policy=expected, approvers=approvers)
+        further = _promotion_check(promotion) if promotion else (lambda check: None)
+        verified = verify_release(Path(release), trusted, policy=expected, approvers=approvers, further=further)
     if as_json:
         print_json(verification_facts(verified))
     else:
         print_verification(verified)
     raise typer.Exit(verified.verdict.exit_code)
+
+
+def _promotion_check(promotion: str) -> Callable[[Check], None]:
+    from components._runtime.verification_promotion import check_promotion
+
+    try:
+        envelope = Path(promotion).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"--promotion {promotion} cannot be read", expected="a signed statement", got=error.strerror
+        ) from error
+    return lambda check: check_promotion(check, envelope, promotion)
 
 
 @app.command()

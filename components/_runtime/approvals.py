@@ -91,7 +91,7 @@ def open_approval(data: bytes, approvers: Mapping[str, SSlibKey], where: str) ->
 
 def read_approvals(paths: Sequence[Path], approvers: Mapping[str, SSlibKey]) -> list[SignedApproval]:
     """Open the files ``paths``. Raises as :func:`open_approval`, and ConfigError for one that cannot be read."""
-    return [open_approval(_read(path), approvers, str(path)) for path in paths]
+    return [open_approval(read_envelope(path), approvers, str(path)) for path in paths]
 
 
 def approval_files(folder: Path, stated: Iterable[Approval]) -> list[Path]:
@@ -105,7 +105,7 @@ def approval_files(folder: Path, stated: Iterable[Approval]) -> list[Path]:
     """
     folder = Path(folder) / FOLDER
     present = sorted(folder.iterdir()) if folder.is_dir() else []
-    by_digest = {sha256_bytes(_read(path)): path for path in present}
+    by_digest = {sha256_bytes(read_envelope(path)): path for path in present}
     found: list[Path] = []
     for approval in stated:
         path = by_digest.get(approval.envelope)
@@ -115,7 +115,7 @@ def approval_files(folder: Path, stated: Iterable[Approval]) -> list[Path]:
                 expected=approval.envelope,
                 got=", ".join(each.name for each in present) or "no file",
             )
-        data = _read(path)
+        data = read_envelope(path)
         said = _parsed(_unchecked_payload(data, str(path)), data, str(path))
         if said != approval:
             raise EvidenceMismatch(f"{path} says something else than the decision", expected=approval, got=said)
@@ -163,7 +163,8 @@ def _unchecked_payload(data: bytes, where: str) -> bytes:
         raise EvidenceMismatch(f"{where} is no DSSE envelope", expected="a payload", got=error) from error
 
 
-def _read(path: Path) -> bytes:
+def read_envelope(path: Path) -> bytes:
+    """The bytes of a signed file. Raises ConfigError for one that cannot be read, or is too large to be one."""
     try:
         with open(path, "rb") as stream:
             data = stream.read(MAX_BYTES + 1)

@@ -60,7 +60,7 @@ class StepCheckpoints:
             return NO_CHECKPOINTS
         from defense_core.stored_checkpoints import StoredCheckpoints
 
-        self._files = _files(self.root, key.removeprefix("sha256:"))
+        self._files = files_below(f"{self.root.rstrip('/')}/{FOLDER}/{key.removeprefix('sha256:')}")
         return StoredCheckpoints(self._files, key=key, interval_s=self.interval_s, secret=self.secret)
 
     def clear(self) -> None:
@@ -90,17 +90,17 @@ def step_checkpoints(root: str, environment: Mapping[str, str] | None = None) ->
     return StepCheckpoints(root, interval_s, given.get(SECRET_VARIABLE, "").encode())
 
 
-def _files(root: str, work: str) -> CheckpointFiles:
-    parts = urlsplit(root)
+def files_below(address: str) -> CheckpointFiles:
+    """The files of one piece of work in the folder or under the prefix ``address``. Raises ConfigError."""
+    parts = urlsplit(address)
     if parts.scheme != "s3":
         from defense_core.stored_checkpoints import CheckpointFolder
 
-        folder = Path(unquote(parts.path)) if parts.scheme == "file" else Path(root)
-        return CheckpointFolder(folder / FOLDER / work)
+        return CheckpointFolder(Path(unquote(parts.path)) if parts.scheme == "file" else Path(address))
     # boto3 is imported only where records lie in S3.
     from components._runtime.s3_connection import S3Settings, parse_s3_uri
 
-    prefix = parse_s3_uri(f"{root.rstrip('/')}/{FOLDER}/{work}/")
+    prefix = parse_s3_uri(f"{address}/")
     return _S3Files(prefix, S3Settings.from_environment())
 
 

@@ -24,7 +24,9 @@ DECISION, POLICY = "decision.json", "policy.json"
 """Files that lie beside the evidence in a decision's folder."""
 REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
 """The report, which lies beside the evidence in a run's store."""
-BESIDE = (DECISION, POLICY, REPORT_DATA)
+PROMOTION = "promotion.json"
+"""The signed statement of the promotion, which lies there too: it is made after the release."""
+BESIDE = (DECISION, POLICY, REPORT_DATA, PROMOTION)
 IMAGE_DIGEST_VARIABLE = "QUARANTINE_IMAGE_DIGEST"
 """Environment variable, set where the image runs: the image's own digest, ``sha256:<hex>``."""
 FAILED = ".failed.json"

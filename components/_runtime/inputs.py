@@ -11,6 +11,8 @@ from components._runtime.datasets import read_data
 from components._runtime.plan import REPORT_SHARE, Loading, parse_json
 from defense_core.config import from_mapping
 from defense_core.errors import ConfigError
+from defense_core.policy import parse_policy
+from defense_core.policy_types import Requirements
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ def for_method(data: str, loading: str, configs: str, method: str) -> MethodInpu
     if not isinstance(parsed, dict):
         raise ConfigError("configs is malformed", expected="configuration by method", got=type(parsed).__name__)
     return MethodInputs(found.clean, found.report_share(REPORT_SHARE), parsed.get(method, {}), _loading(loading))
+
+
+def requirements(policy: str) -> Requirements:
+    """What the policy, a JSON string, requires. Raises ConfigError or PolicyError."""
+    return parse_policy(parse_json(policy, "policy")).require
 
 
 def _loading(text: str) -> Loading:

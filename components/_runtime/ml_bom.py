@@ -175,6 +175,7 @@ def _model(evidence: Evidences, source: str) -> dict[str, Any]:
         "modelCard": model_card(evidence),
         "properties": _decision(evidence),
     }
+    model |= _licences(evidence)
     if version := text(at(evidence, "promote", "results", "version"), 40):
         model["version"] = version
     if identifies := chosen or fetched:
@@ -197,9 +198,16 @@ def _incoming(evidence: Evidences, source: str) -> dict[str, Any]:
             prop(f"quarantine:{key}", value) for key in ("uri", "bytes") if (value := text(at(fetch, key), 2000))
         ],
     }
+    found |= _licences(evidence)
     if version := text(at(fetch, "version_id"), 200):
         found["version"] = version
     return found
+
+
+def _licences(evidence: Evidences) -> dict[str, Any]:
+    """The licence of the model that came in, which what is made of it keeps; nothing where it is unknown."""
+    expression = text(at(evidence, "fetch", "results", "licence"), 500)
+    return {"licenses": [{"expression": expression, "acknowledgement": "declared"}]} if expression else {}
 
 
 def _files(evidence: Evidences) -> list[dict[str, Any]]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components._runtime import registry_tags as tag
 from components._runtime.decision_files import stated_circumstances
 from components._runtime.evidence import DECISION, read_evidence
 from components._runtime.mlflow_connection import MlflowConnection
-from components._runtime.registered_files import Manifest
+from components._runtime.registered_files import MAX_EVIDENCE_BYTES, Manifest, download_version
 from components._runtime.release import EVIDENCE_FOLDER, Identity, Release, evidence_digest
 from components._runtime.run_election import TrackedRun
 from defense_core.config import digest
@@ -40,6 +42,7 @@ class Order:
     tags: Mapping[str, str]
     description: str = ""
     renews_before: datetime | None = None
+    supersedes: str | None = None
 
 
 def version_tags(
@@ -140,7 +143,7 @@ def _find(connection: MlflowConnection, order: Order) -> ModelVersion | None:
     chosen = None
     for version in same_identity(connection, order):
         decision, reason = version.tags.get(tag.DECISION), version.tags.get(tag.REASON)
-        if grew_old(version, order):
+        if grew_old(version, order) or takes_its_place(connection, version, order):
             continue
         if decision == tag.PENDING:
             same = version.tags.get(tag.FILES_DIGEST) == order.tags[tag.FILES_DIGEST]
@@ -172,6 +175,17 @@ def grew_old(version: ModelVersion, order: Order) -> bool:
         return False  # somebody changed the tag; the version stays what it was
 
 
+def takes_its_place(connection: MlflowConnection, version: ModelVersion, order: Order) -> bool:
+    """Whether ``version`` was refused by exactly the decision that the order's own states to supersede."""
+    if order.supersedes is None or version.tags.get(tag.REASON) != tag.DENIED:
+        return False
+    with tempfile.TemporaryDirectory(prefix="quarantine-decision-") as folder:
+        manifest = download_version(
+            connection, version, Path(folder), max_bytes=MAX_EVIDENCE_BYTES, part=EVIDENCE_FOLDER
+        )
+    return manifest.get(f"{EVIDENCE_FOLDER}/{DECISION}") == order.supersedes
+
+
 def _same_bytes(version: ModelVersion, order: Order) -> bool:
     return all(version.tags.get(key) == order.tags[key] for key in (tag.ONNX_DIGEST, tag.BUNDLE_DIGEST))
 
@@ -193,7 +207,7 @@ def _require_agreement(version: ModelVersion, order: Order) -> None:
             f"{what} was decided otherwise",
             expected=" ".join(filter(None, expected)),
             got=" ".join(filter(None, found)) or "no decision",
-            hint="A decision is final; change the configuration or the policy for a new one",
+            hint="A decision is final; change the configuration or the policy, or supersede it: quarantine promote",
         )
     if not _same_bytes(version, order):
         raise RegistryConflict(

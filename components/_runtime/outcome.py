@@ -11,6 +11,8 @@ from components._runtime.store import Records
 from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, EXIT_USAGE
 
 NO_DECISION = "none"
+TO_ATTEST = "signature_required"
+"""In the results of promote: the step ``attest`` follows it."""
 _EXIT_CODES = {"allow": EXIT_PASS, "observe": EXIT_PASS, "deny": EXIT_FAIL, "unknown": EXIT_UNKNOWN}
 
 
@@ -59,13 +61,17 @@ def expected_steps(records: Records) -> list[str]:
     if f"purify.{UNTOUCHED}" in {*records.evidence, *records.failures}:
         methods = [UNTOUCHED]
     branches = [f"{step}.{method}" for method in methods for step in ("purify", "evaluate")]
-    return ["fetch", "evaluate.before", "scan", *branches, "select", "rescan", "export", "gate", "sign", "promote"]
+    before, after = ["fetch", "evaluate.before", "scan"], ["select", "rescan", "export", "gate", "sign", "promote"]
+    # Where the policy asks for none, the positive control leaves no record.
+    if _results(records, "fetch").get("positive_control") or "control" in {*records.evidence, *records.failures}:
+        before.append("control")
+    steps = [*before, *branches, *after]
+    # Runs of earlier releases ended with promote, which did not say yet what there is to attest.
+    return [*steps, "attest"] if TO_ATTEST in _results(records, "promote") else steps
 
 
 def _place(name: str, order: list[str]) -> tuple[int, str]:
-    # The positive control is run only where the policy asks for it, beside the methods.
-    after = "scan" if name == "control" else name
-    return (order.index(after) if after in order else len(order), name)
+    return (order.index(name) if name in order else len(order), name)
 
 
 def _results(records: Records, name: str) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from components._runtime.promotion import require_usable
 from components._runtime.release import Identity
+from components._runtime.spdx import require_spdx
 from defense_core import __version__
 from defense_core.config import digest, from_mapping, require, to_mapping
 from defense_core.errors import ConfigError, EvidenceMismatch
@@ -22,6 +23,7 @@ UNTOUCHED = UNPURIFIED
 """In place of a purifier's name: the scan found no evidence, and the fetched model goes on as it is."""
 REPORT_SHARE = 0.2
 """Share of the clean set that figures are quoted on where there is no test set."""
+_PLAIN = ("model", "clean", "test", "pool", "licence", "device", "seed", "methods")
 _NESTED = ("policy", "spec", "probes", "configs", "scan", "loading")
 
 
@@ -61,6 +63,7 @@ class Plan:
         methods: purifiers, in order of preference.
         configs: configuration per method; a missing one has its defaults.
         scan: settings of the backdoor scan, see :class:`defense_core.scan.judgement.ScanConfig`.
+        licence: SPDX expression that the operator declares for the model; empty: what the artifact says counts alone.
         seed: of the splits and of every method.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
@@ -75,6 +78,7 @@ class Plan:
     methods: tuple[str, ...] = ("tsbd", "fine_tuning")
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scan: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = ""
     seed: int = 0
     device: str = "auto"
     loading: Loading = field(default_factory=Loading)
@@ -86,6 +90,8 @@ class Plan:
         require(len(set(self.methods)) == len(self.methods), "methods", "each method once", self.methods)
         unused = sorted(set(self.configs) - set(self.methods))
         require(not unused, "configs", "methods of this run: " + ", ".join(self.methods), ", ".join(unused))
+        if self.licence:
+            require_spdx(self.licence)
         require(0 <= self.seed <= MAX_SEED, "seed", f"0 to {MAX_SEED}", self.seed)
         require(self.device.split(":")[0] in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
 
@@ -109,7 +115,7 @@ class Plan:
     def arguments(self) -> dict[str, Any]:
         """The plan as pipeline arguments: strings, JSON strings, one int and one list."""
         mapping = to_mapping(self)
-        strings = {name: mapping[name] for name in ("model", "clean", "test", "pool", "device", "seed", "methods")}
+        strings = {name: mapping[name] for name in _PLAIN}
         nested = {name: json.dumps(mapping[name], sort_keys=True) for name in _NESTED}
         return {**strings, **nested}
 
@@ -152,6 +158,8 @@ class RunSettings:
         evidence: root of the evidence store, a folder or ``s3://bucket/prefix``.
         model_name: the registered model that is created or extended.
         alias: what moves to the new version on allow.
+        controls: a folder or ``s3://bucket/prefix`` where positive controls are kept, so that one of the same work
+            is not made twice; empty: each is made.
         name: the execution; a folder of this name holds its evidence. Empty: the
             orchestrator's own name for the execution, for recurring runs.
     """
@@ -160,6 +168,7 @@ class RunSettings:
     model_name: str
     alias: str = "champion"
     name: str = ""
+    controls: str = ""
 
     def __post_init__(self) -> None:
         require(bool(self.evidence), "evidence", "a folder or s3://bucket/prefix", repr(self.evidence))

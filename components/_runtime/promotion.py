@@ -8,7 +8,7 @@ step   what is done                                  what a kill right after it 
 3      create the version, tagged ``pending``        a pending version; the next run takes it up
 4      download what the registry serves, hash it    the same
 5      tag the decision                              a decided version; the next run goes on
-6      set the alias, on PASS only                   a promoted version; the next run sets the tag
+6      tag whose alias it was; set it, on PASS only  a promoted version; the next run sets the tag
 7      tag that the alias was set                    done
 =====  ============================================  ==============================================
 
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components._runtime import registry_tags as tag
+from components._runtime.evidence import DECISION
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
 from components._runtime.model_signature import SIGNATURE
 from components._runtime.model_versions import (
@@ -36,11 +37,20 @@ from components._runtime.model_versions import (
     grew_old,
     quarantine,
     same_identity,
+    takes_its_place,
     version_tags,
 )
 from components._runtime.registered_files import Manifest, download_version, manifest_differences
-from components._runtime.release import Identity, Release, check_release, model_files, without_evidence
+from components._runtime.release import (
+    EVIDENCE_FOLDER,
+    Identity,
+    Release,
+    check_release,
+    model_files,
+    without_evidence,
+)
 from components._runtime.run_election import TrackedRun
+from components._runtime.version_alias import alias_before, alias_version, move_alias, wants_alias
 from defense_core.config import digest
 from defense_core.errors import ConfigError, RegistryConflict, SourceNotFound
 from defense_core.verdict import Verdict
@@ -63,9 +73,13 @@ class Promotion:
         alias: the alias that was asked for.
         alias_version: the version that has the alias now; ``None`` if none has.
         alias_moved: whether this call moved it.
+        alias_before: the version that had the alias before this one was given it; ``None`` if none had, or it was not.
         reused: whether an earlier run had created the version.
         identity: digest of the identity.
         evidence_digest: of the evidence in the version.
+        files_digest: over names and contents of all its files, as the registry serves them.
+        decision_digest: of the ``decision.json`` among them; ``None`` if there is none.
+        signed: whether they have a model signature.
         source: where the version's files are.
     """
 
@@ -76,9 +90,13 @@ class Promotion:
     alias: str
     alias_version: str | None
     alias_moved: bool
+    alias_before: str | None
     reused: bool
     identity: str
     evidence_digest: str
+    files_digest: str
+    decision_digest: str | None
+    signed: bool
     source: str
 
     @property
@@ -100,13 +118,14 @@ def promote(
     tags: Mapping[str, str] | None = None,
     description: str = "",
     renews_before: datetime | None = None,
+    supersedes: str | None = None,
 ) -> Promotion:
     """Register ``release`` as a version of ``name``; move ``alias`` to it only on PASS.
 
     A later call with the same identity finds the version: a decided one is returned as it is, a
-    pending one is completed. Only UNKNOWN, and a decision that grew old, may be followed by another
-    decision, which gets a version of its own, because the evidence is part of the version. An alias
-    is moved once for a version: repeating old work never takes it back from a newer version.
+    pending one is completed. Only UNKNOWN, a decision that grew old, and one that the new decision names
+    may be followed by another decision, which gets a version of its own, because the evidence is part of
+    the version. An alias is moved once for a version: repeating old work never takes it back from a newer version.
 
     Args:
         run: the run that keeps the files; :func:`components._runtime.tracking.open_run`.
@@ -115,6 +134,7 @@ def promote(
         tags: further tags of the version; names of this project's own are refused.
         description: Markdown for people, see :mod:`components._runtime.model_card`; set when the version is created.
         renews_before: decisions of the same work that were made before this time are too old to count.
+        supersedes: digest of the decision that this one takes the place of; a version that it refused is no conflict.
 
     Raises:
         ConfigError: reserved alias, unusable name or tag, malformed digest.
@@ -126,14 +146,16 @@ def promote(
     require_usable(name, alias, tags or {})
     manifest = check_release(release)
     tagged = version_tags(release, identity, policy, manifest, tags)
-    order = Order(release, name, run, identity, verdict, alias, manifest, tagged, description, renews_before)
+    order = Order(
+        release, name, run, identity, verdict, alias, manifest, tagged, description, renews_before, supersedes
+    )
     with mlflow_errors(f"register {name}", connection.settings):
         version, reused = find_or_create(connection, order)
     with mlflow_errors(f"promote models:/{name}/{version.version}", connection.settings):
-        _verify(connection, version, order)
+        served = _verify(connection, version, order)
         decided = _decide(connection, version, order)
-        moved = decided == tag.ALLOW and _move_alias(connection, version, order)
-        return _promotion(connection, version, order, reused=reused, moved=moved)
+        moved = decided == tag.ALLOW and move_alias(connection, version, order)
+        return _promotion(connection, version, order, served, reused=reused, moved=moved)
 
 
 def require_usable(name: str, alias: str, tags: Mapping[str, str]) -> None:
@@ -161,8 +183,8 @@ def require_usable(name: str, alias: str, tags: Mapping[str, str]) -> None:
 # -- what its bytes are ----------------------------------------------------------------
 
 
-def _verify(connection: MlflowConnection, version: ModelVersion, order: Order) -> None:
-    """Step 4: download what a consumer would get, hash it, and compare with the evidence.
+def _verify(connection: MlflowConnection, version: ModelVersion, order: Order) -> Manifest:
+    """Step 4: download what a consumer would get, hash it, compare with the evidence; the digest of every file.
 
     Raises:
         RegistryConflict: other bytes (the version is tagged so), or an older layout around the
@@ -189,13 +211,14 @@ def _verify(connection: MlflowConnection, version: ModelVersion, order: Order) -
             hint="Delete the version and run again",
         )
     layout = manifest_differences(without_evidence(order.manifest), without_evidence(got))
-    if layout and _wants_alias(version, order):
+    if layout and wants_alias(version, order):
         raise RegistryConflict(
             f"{what} holds the right model beside other files",
             expected="the files that this release of the project writes",
             got="; ".join(layout[:10]),
             hint="Delete the version and run again",
         )
+    return got
 
 
 def _registered(connection: MlflowConnection, version: ModelVersion) -> Manifest:
@@ -206,7 +229,7 @@ def _registered(connection: MlflowConnection, version: ModelVersion) -> Manifest
             return {}  # its files are gone: every one of them differs
 
 
-# -- decision and alias ----------------------------------------------------------------
+# -- decision ----------------------------------------------------------------------
 
 
 def _decide(connection: MlflowConnection, version: ModelVersion, order: Order) -> str:
@@ -236,36 +259,14 @@ def _supersede(connection: MlflowConnection, version: ModelVersion, order: Order
     for other in same_identity(connection, order):
         if other.version == version.version:
             continue
-        replaced = other.tags.get(tag.REASON) == tag.UNDECIDED or grew_old(other, order)
+        undecided = other.tags.get(tag.REASON) == tag.UNDECIDED
+        replaced = undecided or grew_old(other, order) or takes_its_place(connection, other, order)
         if replaced and tag.SUPERSEDED_BY not in other.tags:
             connection.client.set_model_version_tag(other.name, other.version, tag.SUPERSEDED_BY, str(version.version))
 
 
-def _move_alias(connection: MlflowConnection, version: ModelVersion, order: Order) -> bool:
-    """Steps 6 and 7; whether the alias moved."""
-    if not _wants_alias(version, order):
-        return False
-    moved = _alias_version(connection, order) != str(version.version)
-    if moved:
-        connection.client.set_registered_model_alias(version.name, order.alias, version.version)
-    connection.client.set_model_version_tag(
-        version.name, version.version, tag.ALIAS_PREFIX + order.alias, tag.ALIAS_SET
-    )
-    return moved
-
-
-def _wants_alias(version: ModelVersion, order: Order) -> bool:
-    """Only on PASS, and only once for a version: old work never takes the alias back."""
-    return order.verdict is Verdict.PASS and version.tags.get(tag.ALIAS_PREFIX + order.alias) != tag.ALIAS_SET
-
-
-def _alias_version(connection: MlflowConnection, order: Order) -> str | None:
-    found = connection.client.get_registered_model(order.name).aliases.get(order.alias)
-    return None if found is None else str(found)
-
-
 def _promotion(
-    connection: MlflowConnection, version: ModelVersion, order: Order, *, reused: bool, moved: bool
+    connection: MlflowConnection, version: ModelVersion, order: Order, served: Manifest, *, reused: bool, moved: bool
 ) -> Promotion:
     passed = order.verdict is Verdict.PASS
     return Promotion(
@@ -274,10 +275,14 @@ def _promotion(
         decision=tag.ALLOW if passed else tag.QUARANTINED,
         reason="" if passed else REASONS[order.verdict],
         alias=order.alias,
-        alias_version=_alias_version(connection, order),
+        alias_version=alias_version(connection, order.name, order.alias),
         alias_moved=moved,
+        alias_before=alias_before(connection, version, order.alias),
         reused=reused,
         identity=order.identity.digest,
         evidence_digest=str(version.tags.get(tag.EVIDENCE_DIGEST)),
+        files_digest=digest(dict(served)),
+        decision_digest=served.get(f"{EVIDENCE_FOLDER}/{DECISION}"),
+        signed=SIGNATURE in served,
         source=str(version.source),
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from components._runtime import registry_tags as tag
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
-from components._runtime.registered_files import Manifest, download_version
+from components._runtime.registered_files import MAX_EVIDENCE_BYTES, Manifest, download_version
 from components._runtime.release import EVIDENCE_FOLDER, evidence_digest
 from defense_core.errors import (
     AccessDenied,
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
     from components._runtime.signing_keys import TrustedSigner
-
-MAX_EVIDENCE_BYTES = 64 << 20
 
 UNREADABLE = (
     SourceNotFound,

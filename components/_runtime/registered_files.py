@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 REMOTE_SCHEMES = ("mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
 LOCAL_SCHEMES = ("", "file")
+MAX_EVIDENCE_BYTES = 64 << 20
 MAX_FILES = 10_000
 MAX_DEPTH = 16
 
@@ -130,14 +131,33 @@ def download_version(
     """
     what = f"models:/{version.name}/{version.version}"
     with mlflow_errors(f"download {what}", connection.settings):
-        repository = _repository(connection, version, what)
-        sizes = _listing(repository, what, part)
-        _require_size(what, sum(sizes.values()), max_bytes)
-        for path in sorted(sizes):
-            _download(repository, path, folder, what)
-        arrived = sum((folder / path).stat().st_size for path in sizes)
-        _require_size(what, arrived, max_bytes)
-        return folder_manifest(folder)
+        uri = _files_address(connection, version)
+        return download_files(connection, uri, folder, what, max_bytes=max_bytes, part=part)
+
+
+def download_files(
+    connection: MlflowConnection, uri: str, folder: Path, what: str, *, max_bytes: int, part: str = ""
+) -> Manifest:
+    """Download what lies below ``uri`` of an artifact store into the empty ``folder``; digests by name.
+
+    Args:
+        what: names it in messages.
+        part: only this folder below ``uri``; by default all of it.
+
+    Raises:
+        SourceNotFound, ArtifactTooLarge, UnsafeArtifact, RegistryConflict: as :func:`resolve_model_uri`.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    require_allowed_source(uri, connection.settings, what)
+    repository = get_artifact_repository(uri, tracking_uri=connection.settings.tracking_uri)
+    sizes = _listing(repository, what, part)
+    _require_size(what, sum(sizes.values()), max_bytes)
+    for path in sorted(sizes):
+        _download(repository, path, folder, what)
+    arrived = sum((folder / path).stat().st_size for path in sizes)
+    _require_size(what, arrived, max_bytes)
+    return folder_manifest(folder)
 
 
 def folder_manifest(folder: Path) -> dict[str, str]:
@@ -172,23 +192,20 @@ def _difference(expected: str | None, got: str | None) -> str:
     return "unexpected" if expected is None else "changed"
 
 
-def _repository(connection: MlflowConnection, version: ModelVersion, what: str) -> Any:
-    """The store that holds a version's files, at the root of the version.
+def _files_address(connection: MlflowConnection, version: ModelVersion) -> str:
+    """Where a version's files are in their artifact store.
 
     ``models:/`` and ``runs:/`` are resolved with this client: MLflow's own resolution of them asks
     whatever registry is globally configured.
     """
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    client, settings = connection.client, connection.settings
+    client = connection.client
     uri = str(client.get_model_version_download_uri(version.name, version.version))
     if uri.startswith("models:/m-"):
         uri = str(client.get_logged_model(uri.removeprefix("models:/")).artifact_location)
     elif uri.startswith("runs:/"):
         run_id, _, path = uri.removeprefix("runs:/").partition("/")
         uri = f"{client.get_run(run_id).info.artifact_uri}/{path}"
-    require_allowed_source(uri, settings, what)
-    return get_artifact_repository(uri, tracking_uri=settings.tracking_uri)
+    return uri
 
 
 def require_allowed_source(uri: str, settings: MlflowSettings, what: str) -> None:

@@ -23,8 +23,9 @@ tag                              value
 ``quarantine.evidence_digest``   over names and contents of ``evidence/``
 ``quarantine.files_digest``      over names and contents of the whole version
 ``quarantine.alias.<alias>``     ``set`` once this version was given that alias
-``quarantine.superseded_by``     on undecided versions, and on those whose decision grew too old: the
-                                 version that has the later decision
+``quarantine.before.<alias>``    the version that had that alias before, or ``none``
+``quarantine.superseded_by``     on versions that are undecided, whose decision grew too old, or was
+                                 superseded by name: the version that has the later decision
 ===============================  ================================================================
 """
 
@@ -44,6 +45,7 @@ BUNDLE_DIGEST = "quarantine.bundle_digest"
 EVIDENCE_DIGEST = "quarantine.evidence_digest"
 FILES_DIGEST = "quarantine.files_digest"
 ALIAS_PREFIX = "quarantine.alias."
+BEFORE_PREFIX = "quarantine.before."
 SUPERSEDED_BY = "quarantine.superseded_by"
 
 SINCE_SWEEP = (POLICY_DIGEST, DECIDED_AT, ORIGIN)
@@ -60,6 +62,7 @@ BYTES_DIFFER = "bytes_differ"
 ABANDONED = "abandoned"
 
 ALIAS_SET = "set"
+NO_VERSION = "none"
 
 MODEL_DESCRIPTION = (
     "Versions of this model passed through Model Quarantine. The description of each version is its model card; "

@@ -129,16 +129,20 @@ def load_signing_key(path: Path, certificate: Path | None = None) -> SigningKey:
 
 def load_public_key(path: Path) -> SSlibKey:
     """The public key that signatures are checked with. Raises ConfigError."""
+    return parse_public_key(_read(Path(path), "public key"), str(path))
+
+
+def parse_public_key(data: bytes, where: str) -> SSlibKey:
+    """A public key from PEM; ``where`` names it in messages. Raises ConfigError."""
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    data = _read(Path(path), "public key")
     if b"PRIVATE KEY-----" in data:
-        raise _unusable("public key", path, "a public key", "a private one, which verifiers must never be given")
+        raise _unusable("public key", where, "a public key", "a private one, which verifiers must never be given")
     try:
         public = load_pem_public_key(data)
     except (ValueError, TypeError) as error:
-        raise _unusable("public key", path, _KIND, "no public key") from error
-    return key_of(public, str(path))
+        raise _unusable("public key", where, _KIND, "no public key") from error
+    return key_of(public, where)
 
 
 def key_of(public: Any, where: str) -> SSlibKey:

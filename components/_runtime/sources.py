@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +21,7 @@ from defense_core.progress import Progress
 
 MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pt2")
 DESCRIPTION = "bundle.json"
+COMPANIONS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "README.md")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Acquired:
         version_id: the S3 version or registry version that was read; empty where there is none.
         sha256: digest of the file; of ``bundle.json`` for a folder, which lists all others.
         bytes: size.
+        companions: files beside the original that may state its licence; empty for S3, where nothing is listed.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Acquired:
     version_id: str
     sha256: str
     bytes: int
+    companions: tuple[Path, ...] = ()
 
 
 def acquire(uri: str, folder: Path, *, max_bytes: int, sha256: str = "", progress: Progress) -> Acquired:
@@ -97,7 +100,8 @@ def _from_registry(uri: str, folder: Path, max_bytes: int) -> Acquired:
     version = resolve_model_uri(
         connect(MlflowSettings.from_environment()), uri, folder / "version", max_bytes=max_bytes
     )
-    return _described(_model_within(version.path, uri), version.uri, version.version)
+    found = _described(_model_within(version.path, uri), version.uri, version.version)
+    return replace(found, companions=_companions(version.path))
 
 
 def _model_within(folder: Path, what: str) -> Path:
@@ -136,7 +140,13 @@ def _from_path(path: Path, folder: Path, max_bytes: int) -> Acquired:
             shutil.copyfile(path, target)
     except (OSError, shutil.Error) as error:
         raise StorageError(f"cannot copy {path}", expected="a readable file and free space", got=error) from error
-    return _described(target, path.absolute().as_uri(), "")
+    found = _described(target, path.absolute().as_uri(), "")
+    return replace(found, companions=_companions(path.parent)) if path.is_file() else found
+
+
+def _companions(folder: Path) -> tuple[Path, ...]:
+    found = (folder / name for name in COMPANIONS)
+    return tuple(path for path in found if path.is_file() and not path.is_symlink())
 
 
 def _described(path: Path, uri: str, version_id: str) -> Acquired:

@@ -32,6 +32,11 @@ PREDICATES = {
 }
 """Predicate type by step, in the order of the chain."""
 RELEASE = "release"
+PROMOTION_PREDICATE = "urn:model-quarantine:promotion:v1"
+"""Of the statement that is made after the release, and lies beside it."""
+LICENSED_FETCH_PREDICATE = "urn:model-quarantine:fetch:v2"
+"""Of fetch since it says what licence the model has; v1 stays what earlier evidence gives."""
+_KNOWN = {*PREDICATES.values(), PROMOTION_PREDICATE, LICENSED_FETCH_PREDICATE}
 _CIRCUMSTANCES = ("version", "torch", "device", "image", "seed", "started")
 
 
@@ -104,10 +109,10 @@ def release_statement(
         "name": RELEASE,
         "destination": {"model_name": destination.model_name, "alias": destination.alias},
         "outputs": dict(outputs),
-        **_circumstances(environment),
+        **circumstances(environment),
         "sequence": _place(earlier, len(earlier) + 1),
     }
-    return Statement(RELEASE, _payload(RELEASE, dict(outputs), predicate))
+    return Statement(RELEASE, statement_payload(PREDICATES[RELEASE], dict(outputs), predicate))
 
 
 def release_predicate_problem(
@@ -140,7 +145,7 @@ def parse_statement(payload: bytes, where: str) -> dict[str, Any]:
     """
     try:
         mapping: Any = json.loads(payload)
-        known = mapping["_type"] == STATEMENT_TYPE and mapping["predicateType"] in PREDICATES.values()
+        known = mapping["_type"] == STATEMENT_TYPE and mapping["predicateType"] in _KNOWN
         whole = isinstance(mapping["predicate"]["name"], str) and canonical_json(mapping) == payload
     except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise EvidenceMismatch(f"{where} holds no statement", expected="an in-toto statement", got=error) from error
@@ -185,13 +190,18 @@ def _step_statement(evidence: Mapping[str, Any], file_digest: str, place: Mappin
         "outputs": outputs,
         "config": inputs.get("config"),
         "clean_set": inputs.get("clean"),
-        **_circumstances(evidence.get("environment")),
+        **circumstances(evidence.get("environment")),
         "sequence": place,
     }
-    return Statement(name, _payload(name, {f"evidence/{name}.json": file_digest, **outputs}, predicate))
+    subjects = {f"evidence/{name}.json": file_digest, **outputs}
+    predicate_type = PREDICATES[name.partition(".")[0]]
+    if name == "fetch" and "licence" in evidence["results"]:
+        predicate_type, predicate["licence"] = LICENSED_FETCH_PREDICATE, evidence["results"]["licence"]
+    return Statement(name, statement_payload(predicate_type, subjects, predicate))
 
 
-def _circumstances(environment: Any) -> dict[str, Any]:
+def circumstances(environment: Any) -> dict[str, Any]:
+    """The predicate's ``code``, ``device``, ``image``, ``seed`` and ``started``, from an evidence's environment."""
     given = environment if isinstance(environment, Mapping) else {}
     # The seed is text too: readers of JSON that know only doubles would round a large one.
     found = {key: None if given.get(key) is None else str(given[key]) for key in _CIRCUMSTANCES}
@@ -203,7 +213,8 @@ def _place(earlier: Sequence[Statement], count: int) -> dict[str, Any]:
     return {"index": len(earlier), "count": count, "previous": earlier[-1].digest if earlier else None}
 
 
-def _payload(name: str, subjects: Mapping[str, str], predicate: Mapping[str, Any]) -> bytes:
+def statement_payload(predicate_type: str, subjects: Mapping[str, str], predicate: Mapping[str, Any]) -> bytes:
+    """The bytes of a statement; subjects that are no digests are left out. Raises EvidenceMismatch."""
     from google.protobuf import json_format
     from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
     from in_toto_attestation.v1.statement import Statement as InTotoStatement
@@ -214,10 +225,11 @@ def _payload(name: str, subjects: Mapping[str, str], predicate: Mapping[str, Any
         if DIGEST.fullmatch(digest)
     ]
     try:
-        statement = InTotoStatement(described, PREDICATES[name.partition(".")[0]], dict(predicate))
+        statement = InTotoStatement(described, predicate_type, dict(predicate))
         statement.validate()
     except (ValueError, TypeError) as error:
-        raise EvidenceMismatch(f"evidence {name} makes no statement", expected="digests and text", got=error) from error
+        what = f"evidence {predicate.get('name')} makes no statement"
+        raise EvidenceMismatch(what, expected="digests and text", got=error) from error
     # The library holds numbers as doubles; the predicate's own values are kept as they are.
     return canonical_json({**json_format.MessageToDict(statement.pb), "predicate": predicate})
 

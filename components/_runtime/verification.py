@@ -13,6 +13,7 @@ finding              holds where
 ``require.…``        what the policy demands to be signed is signed
 ``verify.policy``    it was decided by the policy that was expected (where one is named)
 ``verify.registry``  tags and aliases say what the signed files say (for ``models:/name/version``)
+``verify.promotion`` the promotion statement says what lies here and in the registry (where there is one)
 ===================  ==================================================================================
 
 Each finding that does not hold names the file and the difference. No clock is read.
@@ -33,7 +34,7 @@ from components._runtime.decision_files import replay_decision
 from components._runtime.evidence import DECISION, read_folder
 from components._runtime.model_signature import SIGNATURE
 from components._runtime.release import ATTESTATIONS, BUNDLE_FOLDER, EVIDENCE_FOLDER, ONNX_NAME
-from components._runtime.signing_keys import TrustedSigner, load_public_key
+from components._runtime.signing_keys import TrustedSigner
 from components._runtime.verification_approvals import approval_findings
 from components._runtime.verification_chain import chain_problems, read_statements
 from components._runtime.verification_files import Check, FileFinding, check_files
@@ -153,7 +154,7 @@ def _check_decision(check: Check) -> None:
 
 
 def _check_statements(check: Check) -> None:
-    key = _signers_key(check)
+    key = check.signers_key
     if key is None:
         return
     folder = check.folder / ATTESTATIONS
@@ -170,14 +171,6 @@ def _check_statements(check: Check) -> None:
     with check.part("verify.chain", "one chain", said, EVIDENCE_FOLDER):
         for problem in chain_problems(_evidence(check), check.hashed.get(f"evidence/{DECISION}", "no such file")):
             check.differ("verify.chain", problem.file, expected=problem.expected, got=problem.got, why=problem.sentence)
-
-
-def _signers_key(check: Check) -> SSlibKey | None:
-    """The key of the statements; unknown where only a certificate in ``model.sig`` would have said it."""
-    if check.signed is not None:
-        return check.signed.key
-    public = check.trusted.public_key
-    return load_public_key(public) if public is not None else None
 
 
 def _evidence(check: Check) -> Mapping[str, dict[str, Any]]:

@@ -20,7 +20,9 @@ from components._runtime.statements import (
     release_predicate_problem,
     step_statements,
 )
+from defense_core.config import canonical_json
 from defense_core.errors import EvidenceMismatch
+from defense_core.files import sha256_bytes
 
 if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 MAX_STATEMENT_BYTES = 16 << 20
 CHAINED = ("model", "reference", "onnx")
 """Inputs that must have come out of an earlier step; each of ``candidates`` too."""
+
+OWN_OF_A_REPEATED_SCAN = ("repeats", "residuals", "suspected_residuals", "residual_max")
+"""What a re-scan says for itself where it repeats the scan's results."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def chain_problems(evidence: Mapping[str, Mapping[str, Any]], decision: str) -> 
     Args:
         decision: digest of ``decision.json``, which the gate must name.
     """
-    return [*_chain(evidence), *_last_steps(evidence), *_decided(evidence, decision)]
+    return [*_chain(evidence), *_last_steps(evidence), *_repeated(evidence), *_decided(evidence, decision)]
 
 
 def _decided(evidence: Mapping[str, Mapping[str, Any]], decision: str) -> Iterator[Problem]:
@@ -139,6 +144,22 @@ def _last_steps(evidence: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
         got = _value(evidence, name, "inputs", key)
         if name in evidence and got != expected:
             yield _problem(f"evidence/{name}.json", key, str(expected), str(got), meaning)
+
+
+def _repeated(evidence: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """A re-scan that repeats the scan's words must repeat those of the scan that lies here."""
+    stated = _value(evidence, "rescan", "inputs", "scan")
+    if stated is None:
+        return
+    file, scan = "evidence/rescan.json", evidence.get("scan", {})
+    held = sha256_bytes(canonical_json(scan) + b"\n")
+    if stated != held:
+        yield _problem(file, "scan", held, str(stated), "the evidence of the scan")
+    facts, own = scan.get("results", {}), evidence["rescan"].get("results", {})
+    others = [key for key in sorted(facts) if key not in OWN_OF_A_REPEATED_SCAN and own.get(key) != facts[key]]
+    if others:
+        sentence = f"{file}: it repeats the scan's results, but for {', '.join(others)}."
+        yield Problem(file, "the results of evidence/scan.json", f"another {others[0]}", sentence)
 
 
 def _value(evidence: Mapping[str, Mapping[str, Any]], name: str, section: str, key: str) -> Any:

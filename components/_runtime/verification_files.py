@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from components._runtime.decision_files import DecisionFolder
 from components._runtime.evidence import POLICY
 from components._runtime.model_signature import SIGNATURE, SignedFiles, digests, measure, verify_folder
 from components._runtime.registered_files import manifest_differences
 from components._runtime.release import EVIDENCE_FOLDER
-from components._runtime.signing_keys import TrustedSigner
+from components._runtime.signing_keys import TrustedSigner, load_public_key
 from components._runtime.verification_chain import Statements
 from defense_core.errors import (
     ArtifactError,
@@ -28,6 +29,9 @@ from defense_core.errors import (
 )
 from defense_core.files import sha256_file
 from defense_core.verdict import Finding, Verdict
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import SSlibKey
 
 _DAMAGE = (EvidenceMismatch, EvidenceMissing, ArtifactError, SourceError, PolicyError, ConfigError)
 """What a damaged folder makes the parts raise; anything else says that the check could not be made."""
@@ -57,6 +61,13 @@ class Check:
     statements: Statements | None = None
     whole: bool = True
     bytes: int = 0
+
+    @property
+    def signers_key(self) -> SSlibKey | None:
+        """The key of the statements; ``None`` where only a certificate in ``model.sig`` would have said it."""
+        if self.signed is not None:
+            return self.signed.key
+        return load_public_key(self.trusted.public_key) if self.trusted.public_key is not None else None
 
     def hold(self, rule: str, bound: str, why: str, value: object = None) -> None:
         """Record that a check holds."""

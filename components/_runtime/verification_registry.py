@@ -13,10 +13,12 @@ from components._runtime.decided_files import identity_of_decision, release_of
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
 from components._runtime.model_versions import REASONS, version_tags
 from components._runtime.promotion import MAX_BYTES
+from components._runtime.promotion_files import kept_promotions
 from components._runtime.registered_files import RegisteredModel, resolve_model_uri
 from components._runtime.signing_keys import TrustedSigner
 from components._runtime.verification import Verification, signed_destination, verify_release
 from components._runtime.verification_files import Check, FileFinding
+from components._runtime.verification_promotion import check_promotion
 from defense_core.policy import Policy
 from defense_core.verdict import Verdict
 
@@ -35,7 +37,7 @@ def verify_registered(
     approvers: Mapping[str, SSlibKey] = MappingProxyType({}),
     max_bytes: int = MAX_BYTES,
 ) -> Verification:
-    """Download the version that ``uri`` names, verify it, and compare the registry's tags with it.
+    """Download the version that ``uri`` names, verify it, and compare it with the registry's tags and statements.
 
     Args:
         uri: ``models:/name/3`` or ``models:/name@alias``.
@@ -51,9 +53,13 @@ def verify_registered(
             aliases = connection.client.get_registered_model(registered.name).aliases
         own = sorted(str(alias) for alias, number in aliases.items() if str(number) == registered.version)
 
+        kept = kept_promotions(connection, registered)
+
         def compare(check: Check) -> None:
             _check_tags(check, registered)
             _check_destination(check, registered, own)
+            for file, envelope in kept.items():
+                check_promotion(check, envelope, file, registered)
 
         return verify_release(
             registered.path, trusted, policy=policy, approvers=approvers, what=registered.uri, further=compare

@@ -40,13 +40,13 @@ def control_model(
 
     with step_scope("control", run, execution) as scope:
         from components._runtime import inputs
-        from components._runtime.plan import parse_json
-        from defense_core.policy import parse_policy
 
-        if not parse_policy(parse_json(policy, "policy")).require.positive_control:
+        require = inputs.requirements(policy)
+        if not require.positive_control:
             # An output must be a file; an empty one is no evidence.
             Path(evidence.path).write_bytes(b"")
             return
+        from components._runtime.control_store import control_store
         from components.control_model import step
 
         given = inputs.for_scan(data.path, loading, scan)
@@ -59,6 +59,7 @@ def control_model(
             seed=seed,
             device=device,
             loading=given.loading,
+            kept=control_store(scope.settings.controls, max_age_days=require.max_evidence_age_days),
             progress=scope.progress,
         )
         scope.finish(done, evidence.path)

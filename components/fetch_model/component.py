@@ -20,6 +20,7 @@ def fetch_model(
     configs: str,
     scan: str,
     loading: str,
+    licence: str,
     seed: int,
     device: str,
     run: str,
@@ -42,6 +43,7 @@ def fetch_model(
         configs: JSON, configuration by method.
         scan: JSON, settings of the backdoor scan.
         loading: JSON, limits, expected digest and trusted modules.
+        licence: SPDX expression that is declared for the model; empty: none is.
         seed: Seed of the splits and methods.
         device: auto, cpu or cuda.
         run: JSON, where records go and what is promoted.
@@ -66,6 +68,7 @@ def fetch_model(
         "configs": configs,
         "scan": scan,
         "loading": loading,
+        "licence": licence,
         "seed": seed,
         "device": device,
     }

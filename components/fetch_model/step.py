@@ -11,14 +11,15 @@ import torch
 from components._runtime.calibration import pool_of_bundle
 from components._runtime.datasets import POOL, write_data
 from components._runtime.evidence import Clock, compose
+from components._runtime.licences import Licence, licence_of
 from components._runtime.loading import open_images, open_model
-from components._runtime.plan import Plan
+from components._runtime.plan import Loading, Plan
 from components._runtime.sources import Acquired, acquire
 from defense_core.artifact_scan import ArtifactScan, require_clean, scan_artifact
 from defense_core.attacks import Probe, probe_from_spec
 from defense_core.bundle import Bundle, Origin, bundle_of, save_bundle
 from defense_core.config import digest as config_digest
-from defense_core.config import from_mapping
+from defense_core.config import from_mapping, to_mapping
 from defense_core.data import CleanSet, DataLimits
 from defense_core.evaluate import evaluate
 from defense_core.files import atomic_directory
@@ -68,6 +69,7 @@ def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullP
         # Before anything of the stranger's is loaded, and on the private copy that is loaded afterwards.
         scan = scan_artifact(acquired.path, limits)
         require_clean(scan)
+        licence = licence_of(plan.licence, acquired.path, acquired.companions)
         origin = Origin(acquired.uri, acquired.version_id, acquired.sha256)
         opened = open_model(acquired.path, plan.spec, plan.loading)
         # A bundle that was purified before keeps nothing of its old origin: this run fetched it from here.
@@ -81,7 +83,7 @@ def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullP
             write_data(data_folder, clean, test, plan.probes)
             if pool is not None:
                 save_pool(pool, data_folder / POOL)
-    return _evidence(plan, policy, clock, acquired, scan, bundle, digest, clean, test, pool)
+    return _evidence(plan, policy, clock, acquired, scan, bundle, digest, clean, test, pool, licence)
 
 
 def check_plan(plan: Plan) -> Policy:
@@ -120,6 +122,20 @@ def _try_out(bundle: Bundle, clean: CleanSet, probes: list[Probe], progress: Pro
     evaluate(bundle.model, few, task=bundle.spec.task_object(), probes=probes, progress=progress)
 
 
+def _asked(plan: Plan) -> dict[str, Any]:
+    """Settings of the run as the operator gave them, for whoever does it again."""
+    loading, usual = to_mapping(plan.loading), to_mapping(Loading())
+    return {
+        "device": plan.device,
+        "licence": plan.licence,
+        "class_names": plan.spec.get("class_names", []),
+        "augment": plan.spec.get("augment"),
+        "configs": plan.configs,
+        "scan": plan.scan,
+        "loading": {name: value for name, value in loading.items() if value != usual[name]},
+    }
+
+
 def _folder(scratch: str, name: str) -> Path:
     folder = Path(scratch) / name
     folder.mkdir()
@@ -137,6 +153,7 @@ def _evidence(  # noqa: PLR0917
     clean: CleanSet,
     test: CleanSet | None,
     pool: Pool | None,
+    licence: Licence,
 ) -> dict[str, Any]:
     test_digest = test.digest if test is not None else None
     pool_digest = pool.digest if pool is not None else None
@@ -159,6 +176,9 @@ def _evidence(  # noqa: PLR0917
             "uri": acquired.uri,
             "version_id": acquired.version_id,
             "bytes": acquired.bytes,
+            "licence": licence.licence,
+            "licence_why": licence.why,
+            "licence_claims": list(licence.claims),
             "formats": sorted({file.kind for file in scan.files}),
             "artifact_scan": scan.to_mapping(max_files=MAX_LISTED_FILES),
             "identity": identity.digest,
@@ -175,6 +195,8 @@ def _evidence(  # noqa: PLR0917
             "methods": list(plan.methods),
             "probes": [str(spec.get("name", spec.get("kind"))) for spec in plan.probes],
             "policy": policy.name,
+            "positive_control": policy.require.positive_control,
+            "asked": _asked(plan),
         },
         seed=plan.seed,
     )

@@ -9,24 +9,33 @@ from components._runtime.image import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def gate_promotion(
-    fetched: dsl.Input[dsl.Artifact],
-    before: dsl.Input[dsl.Artifact],
-    scanned: dsl.Input[dsl.Artifact],
-    rescanned: dsl.Input[dsl.Artifact],
-    control: dsl.Input[dsl.Artifact],
-    purified: dsl.Input[list[dsl.Artifact]],
-    evaluated: dsl.Input[list[dsl.Artifact]],
-    selected: dsl.Input[dsl.Artifact],
-    exported: dsl.Input[dsl.Artifact],
-    policy: str,
     run: str,
     execution: str,
     decision: dsl.Output[dsl.Artifact],
     evidence: dsl.Output[dsl.Artifact],
+    fetched: dsl.Input[dsl.Artifact] = None,
+    before: dsl.Input[dsl.Artifact] = None,
+    scanned: dsl.Input[dsl.Artifact] = None,
+    rescanned: dsl.Input[dsl.Artifact] = None,
+    control: dsl.Input[dsl.Artifact] = None,
+    purified: dsl.Input[list[dsl.Artifact]] = None,
+    evaluated: dsl.Input[list[dsl.Artifact]] = None,
+    selected: dsl.Input[dsl.Artifact] = None,
+    exported: dsl.Input[dsl.Artifact] = None,
+    policy: str = "",
+    former: dsl.Input[dsl.Artifact] = None,
+    approvals: str = "[]",
+    approvers: str = "{}",
 ) -> None:
     """Decide by policy and evidence whether the model may be promoted.
 
+    A whole run gives the evidence of each step and the policy; a promote run gives the former decision instead.
+
     Args:
+        run: JSON, where records go and what is promoted.
+        execution: Name of the execution where run names none.
+        decision: Folder with the decision, the policy and all evidence that was judged.
+        evidence: The decision, one finding a rule.
         fetched: Evidence of fetch.
         before: Evidence of the evaluation of the fetched model.
         scanned: Evidence of the scan of the fetched model.
@@ -37,22 +46,25 @@ def gate_promotion(
         selected: Evidence of the choice.
         exported: Evidence of the export.
         policy: JSON, the policy.
-        run: JSON, where records go and what is promoted.
-        execution: Name of the execution where run names none.
-        decision: Folder with the decision, the policy and all evidence that was judged.
-        evidence: The decision, one finding a rule.
+        former: Folder of a decision that the new one takes the place of; brings its own evidence and policy.
+        approvals: JSON, texts of signed approvals.
+        approvers: JSON, public keys by the name of whose approvals count.
     """
     from pathlib import Path
 
     from components._runtime.step import step_scope
 
     with step_scope("gate", run, execution) as scope:
-        from components._runtime import evidence as files
-        from components._runtime import plan
+        from components._runtime import approval_texts
         from components.gate_promotion import step
 
-        given = [fetched, before, scanned, rescanned, control, *purified, *evaluated, selected, exported]
-        mappings = [files.read_evidence(path) for each in given if (path := Path(each.path)).stat().st_size]
-        named = {str(each["name"]): each for each in mappings}
-        done = step.gate_promotion(named, plan.parse_json(policy, "policy"), Path(decision.path))
+        single = [fetched, before, scanned, rescanned, control, selected, exported]
+        given = [each for each in (*single, *(purified or ()), *(evaluated or ())) if each is not None]
+        done = step.decide_given(
+            [Path(each.path) for each in given],
+            policy,
+            Path(decision.path),
+            former=Path(former.path) if former is not None else None,
+            approvals=approval_texts.parse_approvals(approvals, approvers).signed(),
+        )
         scope.finish(done, evidence.path)

@@ -8,11 +8,36 @@ from typing import Any
 
 from components._runtime.approvals import SignedApproval
 from components._runtime.decision_files import decision_bytes, replay_decision, write_decision
-from components._runtime.evidence import Clock, compose
+from components._runtime.evidence import POLICY, Clock, compose, read_evidence, read_folder
+from components._runtime.plan import parse_json
 from defense_core.config import to_mapping
 from defense_core.errors import EvidenceMismatch
 from defense_core.files import atomic_directory, sha256_bytes
 from defense_core.policy import decide, parse_policy
+
+
+def decide_given(
+    paths: Sequence[Path], policy: str, out: Path, *, former: Path | None, approvals: Sequence[SignedApproval]
+) -> dict[str, Any]:
+    """Decide on what a component was given: evidence files and a policy, or the folder of a former decision.
+
+    Args:
+        paths: evidence files; an empty one is of a step that the policy did not ask for.
+        policy: JSON.
+        out: folder that becomes the decision.
+        former: a decision that the new one takes the place of, on the same evidence and by the same policy.
+
+    Raises:
+        ConfigError: ``policy`` is no JSON.
+        as :func:`gate_promotion`.
+    """
+    if former is not None:
+        stated = parse_json((former / POLICY).read_text("utf-8"), POLICY)
+        return gate_promotion(read_folder(former), stated, out, approvals=approvals, supersedes=former)
+    found = [read_evidence(path) for path in paths if path.stat().st_size]
+    return gate_promotion(
+        {str(each["name"]): each for each in found}, parse_json(policy, "policy"), out, approvals=approvals
+    )
 
 
 def gate_promotion(

@@ -13,6 +13,7 @@ from components._runtime.evidence import Clock, compose
 from components._runtime.journal import parent_run
 from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.model_signature import SIGNATURE
+from components._runtime.outcome import TO_ATTEST
 from components._runtime.promotion import Promotion, promote
 from components._runtime.release import EVIDENCE_FOLDER, Release, check_release
 from defense_core.config import to_mapping
@@ -66,9 +67,11 @@ def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConn
             alias=alias,
             description=_card(replayed),
             renews_before=_oldest_that_counts(replayed),
+            supersedes=replayed.decision.supersedes,
         )
         results = {"registered": True, "outcome": replayed.decision.outcome, **to_mapping(done)}
         finding = Finding("promote.registered", Verdict.PASS, done.version, replayed.decision.outcome, _sentence(done))
+    results[TO_ATTEST] = replayed.requires_signature
     return compose(
         "promote",
         clock,

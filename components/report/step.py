@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from components._runtime import journal
-from components._runtime.evidence import REPORT_DATA, REPORT_PAGE
+from components._runtime.evidence import PROMOTION, REPORT_DATA, REPORT_PAGE
 from components._runtime.outcome import RunOutcome, outcome_of
-from components._runtime.plan import RunSettings
+from components._runtime.plan import RunSettings, identity_of
+from components._runtime.promotion_files import keep_promotion
 from components._runtime.store import EvidenceStore, Records
 from defense_core.files import write_atomic
 
@@ -46,6 +47,9 @@ def report_run(
     if page is not None:
         write_atomic(page, html)
     connection = journal.open_connection(environment)
+    if PROMOTION in store.shelf.names() and {"fetch", "promote"} <= set(records.evidence):
+        run = journal.parent_run(connection, identity_of(records.evidence["fetch"]))
+        keep_promotion(connection, run, records.evidence["promote"]["results"], store.shelf.get(PROMOTION))
     journal.end(connection, settings, records, {REPORT_PAGE: html, REPORT_DATA: data}, outcome)
     return outcome
 

@@ -9,23 +9,24 @@ from typing import Any
 
 from components._runtime.calibration import pool_of_bundle
 from components._runtime.evidence import Clock, compose, read_evidence, write_evidence
+from components._runtime.inputs import requirements
 from components._runtime.loading import open_images, open_model, open_splits, resolve_device, source_digest
-from components._runtime.plan import REPORT_SHARE, UNTOUCHED, Loading, parse_json
+from components._runtime.plan import REPORT_SHARE, UNTOUCHED, Loading
+from components.scan_backdoor.repeat import RESULT, Outcome, repeated
 from defense_core.bundle import Bundle
 from defense_core.config import digest, from_mapping, to_mapping
 from defense_core.data import CleanSet
 from defense_core.files import atomic_directory, write_atomic
-from defense_core.policy import parse_policy
 from defense_core.progress import NullProgress, Progress
 from defense_core.scan.base import InvertedTrigger, subject_of
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.pictures import Picture, class_pictures, trigger_picture
+from defense_core.scan.pool import Pool
 from defense_core.scan.report import ScanReport
 from defense_core.scan.residual import Residual, residuals
 from defense_core.scan.stored_triggers import kept_triggers, load_triggers, save_triggers
 from defense_core.verdict import Finding, Verdict
 
-RESULT = "scan.json"
 PICTURES = "pictures"
 PICTURED_TRIGGERS = 4
 MAX_EVIDENCE_PICTURES = 8
@@ -49,7 +50,7 @@ def scan_model(
     loading: Loading = Loading(),
     progress: Progress = NullProgress(),
 ) -> dict[str, Any]:
-    """Scan ``model``.
+    """Scan ``model``; where ``earlier`` is a scan of the same bytes with the same settings, repeat what it says.
 
     Args:
         model: a bundle folder, or a model file that ``spec`` describes.
@@ -76,36 +77,33 @@ def scan_model(
         bundle = open_model(model, spec, loading)
         images = _images(bundle, clean, whole=whole, seed=seed, report=report)
         chosen = pool_of_bundle(bundle, pool, digest(parsed.settings))
-        task = bundle.spec.task_object()
-        found = scan(bundle.model, images, parsed, pool=chosen, task=task, seed=seed, device=where, progress=progress)
+        inputs = {
+            "source": source_digest(bundle),
+            "model": bundle.digest,
+            "clean": None if images is None else images.digest,
+            "config": digest(parsed),
+            "pool": None if chosen is None else chosen.digest,
+        }
+        used: dict[str, Any] = {"task": bundle.spec.task_object(), "seed": seed, "device": where, "progress": progress}
+        outcome = None
+        if earlier is not None:
+            environment = clock.environment(device=where, seed=seed)
+            outcome = repeated(earlier, folder, name, inputs=inputs, environment=environment)
+        if outcome is None:
+            outcome = _searched(bundle, images, parsed, chosen, folder, name, **used)
         left: tuple[Residual, ...] = ()
         suspected: tuple[int, ...] = ()
         if earlier is not None and reference is not None and images is not None:
             before = open_model(reference, spec, loading)
-            given, purified = (
-                subject_of(each.model, None, task=task, seed=seed, device=where, progress=progress)
-                for each in (before, bundle)
-            )
-            left = residuals(given, purified, images, load_triggers(earlier))
-        triggers = kept_triggers(tuple(found.observations.values()), found.target_classes)
-        save_triggers(folder, triggers)
-        pictures = _pictures(found, triggers, images, bundle.spec.class_names)
-        (folder / PICTURES).mkdir()
-        for picture in pictures:
-            write_atomic(folder / PICTURES / f"{picture.name}.png", picture.png)
+            given, purified = (subject_of(each.model, None, **used) for each in (before, bundle))
+            left, suspected = residuals(given, purified, images, load_triggers(earlier)), _suspected(earlier)
         evidence = compose(
             name,
             clock,
-            inputs={
-                "source": source_digest(bundle),
-                "model": bundle.digest,
-                "clean": None if images is None else images.digest,
-                "config": digest(parsed),
-                "pool": found.pool or None,
-            },
-            results=_results(found, left, suspected, pictures),
-            verdict=found.verdict,
-            findings=_findings(name, found),
+            inputs={**inputs, "scan": outcome.scan} if outcome.scan else inputs,
+            results={**outcome.results, **_residual_results(left, suspected)},
+            verdict=outcome.verdict,
+            findings=outcome.findings,
             device=where,
             seed=seed,
         )
@@ -120,7 +118,7 @@ def methods_after(evidence: Mapping[str, Any], methods: Sequence[str], policy: s
     Raises:
         ConfigError, PolicyError: ``policy`` is malformed.
     """
-    forced = parse_policy(parse_json(policy, "policy")).require.purification
+    forced = requirements(policy).purification
     if evidence["verdict"] == Verdict.PASS.value and not forced:
         return [UNTOUCHED]
     return list(methods)
@@ -132,6 +130,20 @@ def _images(bundle: Bundle, clean: Path | None, *, whole: bool, seed: int, repor
     if whole:
         return open_images(clean, bundle, require_all_classes=False)
     return open_splits(clean, bundle, seed=seed, report=report).fit
+
+
+def _searched(  # noqa: PLR0917
+    bundle: Bundle, images: CleanSet | None, config: ScanConfig, pool: Pool | None, folder: Path, name: str, **used: Any
+) -> Outcome:
+    """Scan, and put the inverted triggers and the pictures into ``folder``."""
+    found = scan(bundle.model, images, config, pool=pool, **used)
+    triggers = kept_triggers(tuple(found.observations.values()), found.target_classes)
+    save_triggers(folder, triggers)
+    pictures = _pictures(found, triggers, images, bundle.spec.class_names)
+    (folder / PICTURES).mkdir()
+    for picture in pictures:
+        write_atomic(folder / PICTURES / f"{picture.name}.png", picture.png)
+    return Outcome(found.verdict, _results(found, pictures), tuple(_findings(name, found)))
 
 
 def _pictures(
@@ -158,19 +170,13 @@ def _suspected(earlier: Path) -> tuple[int, ...]:
     return tuple(int(label) for label in read_evidence(earlier / RESULT)["results"]["target_classes"])
 
 
-def _results(
-    found: ScanReport, left: tuple[Residual, ...], suspected: tuple[int, ...], pictures: Sequence[Picture]
-) -> dict[str, Any]:
-    # A trigger of a class that nobody suspects is the easiest change there is; clean models have one for each class.
-    of_suspects = [each for each in left if each.target in suspected]
+def _results(found: ScanReport, pictures: Sequence[Picture]) -> dict[str, Any]:
     shown = sorted(pictures, key=lambda each: not each.name.startswith("trigger"))[:MAX_EVIDENCE_PICTURES]
     return {
         **found.to_results(),
         "verdict": found.verdict.value,
         "suspects": list(found.target_classes),
-        "residuals": to_mapping(left),
-        "suspected_residuals": to_mapping(of_suspects),
-        "residual_max": max((each.after for each in of_suspects), default=None),
+        "repeats": None,
         "pictures": [
             {
                 "title": each.title,
@@ -180,6 +186,16 @@ def _results(
             }
             for each in shown
         ],
+    }
+
+
+def _residual_results(left: tuple[Residual, ...], suspected: tuple[int, ...]) -> dict[str, Any]:
+    # A trigger of a class that nobody suspects is the easiest change there is; clean models have one for each class.
+    of_suspects = [each for each in left if each.target in suspected]
+    return {
+        "residuals": to_mapping(left),
+        "suspected_residuals": to_mapping(of_suspects),
+        "residual_max": max((each.after for each in of_suspects), default=None),
     }
 
 

@@ -1,1 +1,1 @@
-"""Lay out the release and sign it: the only step that sees a key."""
+"""Lay out the release and sign it: it sees the key, and no registry."""

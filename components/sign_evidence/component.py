@@ -17,7 +17,7 @@ def sign_evidence(
     release: dsl.Output[dsl.Model],
     evidence: dsl.Output[dsl.Artifact],
 ) -> None:
-    """Lay out the version that is to be registered, and sign it. The only step that sees a key.
+    """Lay out the version that is to be registered, and sign it. Sees the key, and no registry.
 
     Args:
         bundle: The chosen model.

@@ -3,6 +3,7 @@
 One YAML file, read by the hook's worker and by the sweep::
 
     evidence: s3://quarantine/evidence        # where all runs keep their evidence
+    controls: s3://quarantine/controls        # where positive controls are kept; left out: each is made
     rules:                                    # the first rule that names the model counts
       - models: ["vision-*"]                  # names of registered models; * and ? as in a shell
         register: quarantined-vision          # the registered model that the runs write to
@@ -28,10 +29,10 @@ from components._runtime.promotion import require_usable
 from defense_core.config import from_mapping, require
 from defense_core.errors import ConfigError
 from defense_core.policy import parse_policy
+from pipelines.options import read_policy
 from pipelines.triggers.keys import RegisteredVersion, WorkKey, source_digest
 from pipelines.yaml_files import read_mapping
 
-POLICIES = Path(__file__).resolve().parent.parent / "policies"
 OWN_TAGS = (tag.DECISION, tag.IDENTITY, tag.SOURCE_DIGEST, tag.FILES_DIGEST)
 
 _ADDRESSABLE = re.compile(r"[^/@:]{1,250}")
@@ -70,10 +71,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Watch:
-    """All rules, and where evidence goes."""
+    """All rules, where evidence goes, and where positive controls are kept, if anywhere."""
 
     evidence: str
     rules: tuple[Rule, ...] = field(default=())
+    controls: str = ""
 
     def rule(self, model: str) -> Rule | None:
         """The first rule that names ``model``."""
@@ -117,7 +119,7 @@ class Watch:
 
     def settings_of(self, rule: Rule) -> RunSettings:
         """The same for every run of ``rule``."""
-        return RunSettings(self.evidence, rule.register, rule.alias)
+        return RunSettings(self.evidence, rule.register, rule.alias, controls=self.controls)
 
 
 def run_name(key: WorkKey, run_key: str) -> str:
@@ -143,13 +145,14 @@ def parse_watch(content: Mapping[str, Any], *, beside: Path) -> Watch:
     require(bool(rules), "watch.rules", "at least one rule", "none")
     for rule in rules:
         run_settings(RunSettings(file.evidence, rule.register, rule.alias, "any").to_json())
-    return Watch(file.evidence, rules)
+    return Watch(file.evidence, rules, file.controls)
 
 
 @dataclass(frozen=True)
 class _File:
     evidence: str
     rules: tuple[Mapping[str, Any], ...]
+    controls: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,6 @@ def _rule(content: Mapping[str, Any], where: str, beside: Path) -> Rule:
     if "model" in fields.plan:
         raise ConfigError(f"{where}.plan names a model", expected="no model: each run gets its own", got="model")
     policy = fields.plan.get("policy", "standard")
-    mapping = _policy(policy, beside) if isinstance(policy, str) else policy
+    mapping = read_policy(policy, beside) if isinstance(policy, str) else policy
     plan = from_mapping(Plan, {**fields.plan, "model": _ANY, "policy": mapping}, where=f"{where}.plan")
     return Rule(fields.models, plan, fields.register, fields.alias, parse_policy(mapping).digest)
-
-
-def _policy(name: str, beside: Path) -> dict[str, Any]:
-    shipped = POLICIES / f"{name}.yaml"
-    return read_mapping(shipped if "/" not in name and shipped.is_file() else beside / name)

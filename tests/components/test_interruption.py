@@ -13,25 +13,30 @@ from typing import Any
 
 import pytest
 
+import components.attest_promotion.step
 import components.evaluate_model.step
 import components.export_onnx.step
 import components.fetch_model.step
 import components.gate_promotion.step
 import components.promote_model.step
 import components.purify_model.step
+import components.reopen_release.step
 import components.report.step
 import components.select_model.step
 import components.sign_evidence.step
+from components._runtime.evidence import Clock, compose, write_evidence
 from components._runtime.mlflow_connection import MlflowSettings, connect
 from components._runtime.plan import RunSettings
 from components._runtime.step import interruptible, step_scope
 from components._runtime.store import open_store
+from components.attest_promotion.component import attest_promotion
 from components.evaluate_model.component import evaluate_model
 from components.export_onnx.component import export_onnx
 from components.fetch_model.component import fetch_model
 from components.gate_promotion.component import gate_promotion
 from components.promote_model.component import promote_model
 from components.purify_model.component import purify_model
+from components.reopen_release.component import reopen_release
 from components.report.component import report
 from components.select_model.component import select_model
 from components.sign_evidence.component import sign_evidence
@@ -44,8 +49,6 @@ def artifact(path: Path) -> Any:
 
 
 def evidence_of(chain: Chain, tmp_path: Path, name: str) -> Any:
-    from components._runtime.evidence import write_evidence
-
     write_evidence(tmp_path / "in" / name, chain.evidence[name])
     return artifact(tmp_path / "in" / name)
 
@@ -56,6 +59,9 @@ def call_of(step: str, chain: Chain, tmp_path: Path) -> tuple[Callable[..., None
     (tmp_path / "out").mkdir()
     no_control = tmp_path / "no-control"
     no_control.touch()
+    nothing_registered = tmp_path / "promoted"
+    promoted = {"registered": False, "signature_required": False}
+    write_evidence(nothing_registered, compose("promote", Clock.start(), inputs={}, results=promoted))
     given = {"data": artifact(chain["data"]), "loading": "{}", "seed": 0}
     arguments = chain.plan.arguments()
     named: dict[str, Any] = {
@@ -109,6 +115,12 @@ def call_of(step: str, chain: Chain, tmp_path: Path) -> tuple[Callable[..., None
             promote_model,
             {"release": artifact(tmp_path / "release")},
         ),
+        "attest": (attest_promotion, {"promoted": artifact(nothing_registered)}),
+        "reopen": (
+            reopen_release,
+            {"release": str(tmp_path / "release"), "approvers": "{}", "public_key": ""}
+            | {"bundle": out["one"], "onnx": out["two"], "decision": artifact(tmp_path / "out" / "three")},
+        ),
         "report": (report, {"status": None, "page": out["one"]}),
     }
     component, inputs = named[step]
@@ -127,6 +139,8 @@ MIDDLE = {
     "gate": (components.gate_promotion.step, "write_decision"),
     "sign": (components.sign_evidence.step, "stage"),
     "promote": (components.promote_model.step, "promote"),
+    "attest": (components.attest_promotion.step, "compose"),
+    "reopen": (components.reopen_release.step, "check_former"),
     "report": (components.report.step, "_rendered"),
 }
 

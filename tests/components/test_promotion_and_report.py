@@ -16,6 +16,7 @@ from components._runtime.plan import RunSettings, identity_of
 from components._runtime.statements import Destination
 from components._runtime.step import failure_record
 from components._runtime.store import open_store
+from components.attest_promotion.step import attest_promotion
 from components.gate_promotion.step import gate_promotion
 from components.promote_model.step import promote_model
 from components.report.step import report_run
@@ -143,7 +144,8 @@ def test_the_report_logs_every_number(
     store = open_store(settings.evidence, settings.name)
     gate = gate_promotion(chain.evidence, POLICY)
     done = promoted(chain, connection, "reported")
-    for evidence in (*chain.evidence.values(), gate, signed(chain, "reported"), done):
+    stated, _ = attest_promotion(done, None)
+    for evidence in (*chain.evidence.values(), gate, signed(chain, "reported"), done, stated):
         store.put(evidence)
     journal.begin(connection, chain.plan, settings, chain.evidence["fetch"])
     outcome = report_run(settings, store, tmp_path / "page.html", environment=environment)

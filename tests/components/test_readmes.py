@@ -11,6 +11,7 @@ import yaml
 from components.generate_readmes import HERE, component_names, outdated
 
 STEPS = [
+    "attest_promotion",
     "control_model",
     "evaluate_model",
     "export_onnx",
@@ -18,6 +19,7 @@ STEPS = [
     "gate_promotion",
     "promote_model",
     "purify_model",
+    "reopen_release",
     "report",
     "scan_backdoor",
     "select_model",

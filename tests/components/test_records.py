@@ -67,6 +67,16 @@ def test_a_step_that_was_killed_is_the_first_without_a_record() -> None:
     assert outcome_of(records, stopped="stopped by SIGINT.").why == "stopped by SIGINT."
 
 
+def test_a_control_that_was_killed_is_its_own_failure_not_the_gates(finished: Chain) -> None:
+    before = {name: each for name, each in finished.evidence.items() if name not in ("gate", "sign", "promote")}
+    asked = fetch_evidence(methods=["tsbd", "fine_tuning"], positive_control=True)
+    outcome = outcome_of(Records({**before, "fetch": asked}))
+    assert (outcome.decision, outcome.failed_step, outcome.exit_code) == ("none", "control", errors.EXIT_UNKNOWN)
+    assert "killed" in outcome.why
+    not_asked = fetch_evidence(methods=["tsbd", "fine_tuning"], positive_control=False)
+    assert outcome_of(Records({**before, "fetch": not_asked})).failed_step == "gate"
+
+
 @pytest.mark.parametrize(("decision", "code"), [("allow", 0), ("observe", 0), ("deny", 1), ("unknown", 2)])
 def test_the_exit_code_is_the_decisions(decision: str, code: int, finished: Chain) -> None:
     gate = {"results": {"outcome": decision}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from torch import nn
 from components._runtime import journal
 from components._runtime.bundle_files import bundle_digest
 from components._runtime.datasets import read_data
+from components._runtime.evidence import read_evidence, write_evidence
 from components._runtime.ml_bom_card import scan_sentences
 from components._runtime.outcome import expected_steps
 from components._runtime.plan import UNTOUCHED, Plan, plan_from_arguments
 from components._runtime.store import Records
+from components._runtime.verification_chain import chain_problems
 from components.control_model import step as control_step
 from components.control_model.step import control_model
 from components.evaluate_model.step import evaluate_candidate
@@ -27,9 +30,11 @@ from components.export_onnx.step import export_onnx
 from components.fetch_model.step import fetch_model
 from components.gate_promotion.step import gate_promotion
 from components.purify_model.step import purify_candidate
+from components.scan_backdoor import step
 from components.scan_backdoor.step import RESULT, methods_after, scan_model
 from components.select_model.step import select_model
 from defense_core import errors
+from defense_core.files import sha256_file
 from defense_core.scan.stored_triggers import load_triggers
 from tests.finished_chain import Chain
 from tests.small_model import PLAN_OPTIONS, POLICY, images
@@ -44,11 +49,18 @@ def scanned(finished: Chain, out: Path, **options: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def passed(finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A scan that found no evidence."""
-    folder = tmp_path_factory.mktemp("passed")
+def passing(finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pool.json, with which the model passes, and scan/, which found no evidence."""
+    folder = tmp_path_factory.mktemp("passing")
     make_pool(folder / "pool.json", shift=100.0)
-    return scanned(finished, folder / "scan", pool=folder / "pool.json")
+    scanned(finished, folder / "scan", pool=folder / "pool.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def passed(passing: Path) -> dict[str, Any]:
+    """A scan that found no evidence."""
+    return read_evidence(passing / "scan" / RESULT)
 
 
 # -- scan ------------------------------------------------------------------------------
@@ -94,8 +106,79 @@ def test_a_model_that_stands_out_never_passes(finished: Chain, tmp_path: Path) -
         config=SCAN, earlier=tmp_path / "scan", reference=finished["bundle"], device="cpu",
     )  # fmt: skip
     left = again["results"]["suspected_residuals"]
-    assert {each["target"] for each in left} <= set(evidence["results"]["suspects"])
-    assert again["results"]["residual_max"] == max((each["after"] for each in left), default=None)
+    suspects = evidence["results"]["suspects"]
+    assert left == [each for each in again["results"]["residuals"] if each["target"] in suspects]
+    assert again["results"]["residual_max"] == max(each["after"] for each in left)
+
+
+# -- the same bytes again ------------------------------------------------------------------
+
+
+def rescanned(finished: Chain, passing: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """The untouched model, after the scan in ``passing``."""
+    before: dict[str, Any] = {"earlier": passing / "scan", "reference": finished["bundle"]}
+    return scanned(finished, out, **{"name": "rescan", "pool": passing / "pool.json", **before, **options})
+
+
+def scanning(*_: Any, **__: Any) -> None:
+    raise AssertionError("the model is scanned")
+
+
+def test_the_same_bytes_are_not_scanned_again_and_it_is_said(
+    finished: Chain, passing: Path, passed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "scan", scanning)
+    evidence = rescanned(finished, passing, tmp_path / "out")
+    model = finished.evidence["fetch"]["outputs"]["model"]
+    assert evidence["results"]["repeats"] == f"same bytes as scanned: {model}"
+    assert evidence["inputs"] == {**passed["inputs"], "scan": sha256_file(passing / "scan" / RESULT)}
+    sentence, *others = evidence["findings"]
+    assert sentence["why"] == f"{passed['findings'][0]['why']} (same bytes as scanned: {model})"
+    assert [each["rule"] for each in others] == ["rescan.margin", "rescan.inversion"]
+    residuals = evidence["results"]["residuals"]
+    assert [each["before"] for each in residuals] == [each["after"] for each in residuals] != []
+    kept = {path.relative_to(passing / "scan") for path in (passing / "scan").rglob("*")}
+    assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} == kept
+    assert read_evidence(tmp_path / "out" / RESULT) == evidence
+
+
+def test_a_repeated_scan_says_what_scanning_again_would_say(
+    finished: Chain, passing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated = rescanned(finished, passing, tmp_path / "repeated")
+    monkeypatch.setattr(step, "repeated", lambda *_, **__: None)
+    made = rescanned(finished, passing, tmp_path / "made")
+    assert made["results"]["repeats"] is None
+    assert "scan" not in made["inputs"]
+    assert repeated["results"] == {**made["results"], "repeats": repeated["results"]["repeats"]}
+    assert repeated["verdict"] == made["verdict"]
+    facts = [[(each["rule"], each["verdict"], each["value"]) for each in of["findings"]] for of in (repeated, made)]
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": 1}, {"config": {**SCAN, "fpr": 0.4}}, {"report": 0.3}, {"pool": None}, {"clean": None}],
+    ids=lambda options: next(iter(options)),
+)
+def test_another_scan_of_the_same_bytes_is_made(
+    options: dict[str, Any], finished: Chain, passing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "scan", scanning)
+    with pytest.raises(AssertionError, match="is scanned"):
+        rescanned(finished, passing, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("name", ["version", "torch", "device", "image"])
+def test_a_scan_that_was_made_elsewhere_is_made_again(
+    name: str, finished: Chain, passing: Path, passed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(passing / "scan", tmp_path / "scan")
+    elsewhere = {**passed, "environment": {**passed["environment"], name: "another"}}
+    write_evidence(tmp_path / "scan" / RESULT, elsewhere)
+    monkeypatch.setattr(step, "scan", scanning)
+    with pytest.raises(AssertionError, match="is scanned"):
+        rescanned(finished, passing, tmp_path / "out", earlier=tmp_path / "scan")
 
 
 class Answering(nn.Module):
@@ -114,8 +197,6 @@ class Answering(nn.Module):
 def test_answers_that_are_no_numbers_are_unknown(
     name: str, finished: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from components.scan_backdoor import step
-
     opened = step.open_model
     monkeypatch.setattr(step, "open_model", lambda *given: replace(opened(*given), model=Answering(float("nan"), 4)))
     make_pool(tmp_path / "pool.json", shift=100.0)
@@ -206,7 +287,9 @@ def test_what_is_purified_with(verdict: str, forced: bool, expected: list[str]) 
 
 
 @pytest.fixture(scope="module")
-def unpurified(finished: Chain, passed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def unpurified(
+    finished: Chain, passing: Path, passed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Chain:
     """A run after a scan without findings, up to the gate."""
     chain = Chain(finished.plan, tmp_path_factory.mktemp("unpurified"), {})
     clean, bundle = finished["data"] / "clean.npz", finished["bundle"]
@@ -218,7 +301,7 @@ def unpurified(finished: Chain, passed: dict[str, Any], tmp_path_factory: pytest
         export_onnx(chain["selected"], chain["onnx"], clean=measured["clean"], test=measured["test"]),
     ]
     kept = {name: finished.evidence[name] for name in ("fetch", "evaluate.before")}
-    rescan = {**passed, "name": "rescan", "step": "rescan"}
+    rescan = rescanned(finished, passing, chain["rescanned"])
     chain.evidence.update({**kept, "scan": passed, "rescan": rescan, **{each["name"]: each for each in made}})
     return chain
 
@@ -258,14 +341,25 @@ def test_an_untouched_model_beside_a_purified_one_is_no_candidate(
 
 
 def test_an_untouched_model_that_was_changed_is_refused(unpurified: Chain, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(unpurified[UNTOUCHED], tmp_path / "changed")
     description = tmp_path / "changed" / "bundle.json"
     description.write_bytes(description.read_bytes() + b" ")
     with pytest.raises(errors.QuarantineError):
         select_model([tmp_path / "changed"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_repeated_scan_repeats_the_scan_beside_it(unpurified: Chain) -> None:
+    def problems(scan: dict[str, Any], rescan: dict[str, Any]) -> str:
+        found = chain_problems({**unpurified.evidence, "scan": scan, "rescan": rescan}, "")
+        return " ".join(each.sentence for each in found if each.file == "evidence/rescan.json")
+
+    scan, rescan = unpurified.evidence["scan"], unpurified.evidence["rescan"]
+    assert problems(scan, rescan) == ""
+    assert "not the evidence of the scan" in problems({**scan, "verdict": "FAIL"}, rescan)
+    better = {**rescan, "results": {**rescan["results"], "p_value": 0.9}}
+    assert "but for p_value" in problems(scan, better)
+    assert problems(scan, {**better, "inputs": scan["inputs"]}) == "", "a scan that was made says what it found"
 
 
 def test_a_run_without_purification_is_whole(unpurified: Chain) -> None:

@@ -14,7 +14,7 @@ from components._runtime.envelopes import unseal
 from components._runtime.evidence import IMAGE_DIGEST_VARIABLE, Clock
 from components._runtime.release import ATTESTATIONS, BOM_FOLDER
 from components._runtime.signing_keys import KEY_VARIABLE, KeyPair, load_public_key
-from components._runtime.statements import PREDICATES, chain_order, parse_statement
+from components._runtime.statements import LICENSED_FETCH_PREDICATE, PREDICATES, chain_order, parse_statement
 from components.promote_model.step import promote_model
 from defense_core import errors
 from defense_core.files import sha256_bytes, sha256_file
@@ -43,10 +43,11 @@ def test_there_is_a_statement_for_every_step_in_order(signed: Path, finished: Ch
     assert names[0] == "fetch"
     assert names[-2:] == ["gate", "release"]
     previous = None
+    expected_types = {**PREDICATES, "fetch": LICENSED_FETCH_PREDICATE}
     for index, each in enumerate(found):
         place = each["predicate"]["sequence"]
         assert (place["index"], place["count"], place["previous"]) == (index, len(found), previous)
-        assert each["predicateType"] == PREDICATES[names[index].partition(".")[0]]
+        assert each["predicateType"] == expected_types[names[index].partition(".")[0]]
         path = sorted((signed / ATTESTATIONS).iterdir())[index]
         previous = sha256_bytes(unseal(path.read_bytes(), load_public_key(keys.public), "s"))
 

@@ -1,13 +1,16 @@
-"""Fixtures for what talks to a cluster: a KFP API on loopback, and clients of it."""
+"""Fixtures for the command line, and for what talks to a cluster: a KFP API on loopback, and clients of it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from pipelines import cli
 from pipelines.kfp_api import KfpClient, connect
 from pipelines.kfp_settings import VARIABLES, KfpSettings
+from tests.pipelines.commands import Answer, Call
 from tests.pipelines.kfp_server.http_server import KfpServer
 
 
@@ -16,6 +19,24 @@ def _own_kfp_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the cluster that this machine has chosen."""
     for name in (*VARIABLES.values(), "KUBECONFIG"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def quarantine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run the entry point in this process."""
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+    def call(*words: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["quarantine", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        assert "Traceback" not in said.err
+        return Answer(ended.value.code, said.out, said.err)
+
+    return call
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,43 +27,12 @@ from components.select_model.step import select_model
 from defense_core import __version__
 from defense_core.bundle import load_bundle
 from defense_core.purify import METHODS
-from pipelines import cli
+from tests.pipelines.commands import Answer, Call
 from tests.small_model import DENYING, PLAN_OPTIONS, POLICY, make_inputs
 
 ROOT = Path(pipelines.__file__).parent.parent
 COMMANDS = ("purify", "evaluate", "export", "gate", "run", "demo", "compile", "methods", "report", "fleet")
 QUICK = ("--set", "epochs=1", "--set", "min_steps=0", "--set", "unlearn_epochs=1", "--set", "lr=1e-3", "--set", "n=0.1")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def quarantine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
-    """Run the entry point in this process."""
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-
-    def call(*words: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["quarantine", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        assert "Traceback" not in said.err
-        return Answer(ended.value.code, said.out, said.err)
-
-    return call
 
 
 @pytest.fixture(scope="session")
@@ -119,14 +86,14 @@ def with_option(words: list[str], option: str, value: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command(command: str, quarantine: Callable[..., Answer]) -> None:
+def test_help_of_every_command(command: str, quarantine: Call) -> None:
     answer = quarantine(command, "--help")
     assert answer.code == 0
     assert "Usage" in answer.out
     assert f" {command} " in answer.out
 
 
-def test_help_lists_every_command_and_the_exit_codes(quarantine: Callable[..., Answer]) -> None:
+def test_help_lists_every_command_and_the_exit_codes(quarantine: Call) -> None:
     answer = quarantine("--help")
     assert answer.code == 0
     for command in COMMANDS:
@@ -134,11 +101,11 @@ def test_help_lists_every_command_and_the_exit_codes(quarantine: Callable[..., A
     assert "0 pass, 1 fail, 2 unknown" in answer.out
 
 
-def test_version(quarantine: Callable[..., Answer]) -> None:
+def test_version(quarantine: Call) -> None:
     assert quarantine("--version") == Answer(0, f"{__version__}\n", "")
 
 
-def test_methods_are_listed(quarantine: Callable[..., Answer]) -> None:
+def test_methods_are_listed(quarantine: Call) -> None:
     answer = quarantine("methods", "--json")
     assert answer.code == 0
     assert answer.json.keys() == METHODS.keys()
@@ -147,16 +114,22 @@ def test_methods_are_listed(quarantine: Callable[..., Answer]) -> None:
     assert all(f"{name}: " in listed for name in METHODS)
 
 
-def test_compile_writes_the_pipeline(tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_compile_writes_the_pipeline(tmp_path: Path, quarantine: Call) -> None:
     answer = quarantine("compile", "--out", tmp_path)
     assert answer.code == 0
-    assert Path(answer.out.strip()).read_text().startswith("# PIPELINE DEFINITION")
+    written = [Path(line) for line in answer.out.splitlines()]
+    assert [path.name for path in written] == ["quarantine.yaml", "promote.yaml"]
+    assert all(path.read_text().startswith("# PIPELINE DEFINITION") for path in written)
 
 
-def test_compile_writes_what_node_pools_need(tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_compile_writes_what_node_pools_need(tmp_path: Path, quarantine: Call) -> None:
     answer = quarantine("compile", "--out", tmp_path / "out", "--node-pools", "eks")
     assert answer.code == 0
-    assert [Path(line).name for line in answer.out.splitlines()] == ["quarantine.yaml", "admission.yaml"]
+    assert [Path(line).name for line in answer.out.splitlines()] == [
+        "quarantine.yaml",
+        "promote.yaml",
+        "admission.yaml",
+    ]
     assert "nvidia.com/gpu" in (tmp_path / "out" / "quarantine.yaml").read_text()
     (tmp_path / "pools.yaml").write_text("format: 1\nsteps: {purify_model: {memory: 8Gi}}\n")
     refused = quarantine("compile", "--out", tmp_path / "other", "--node-pools", tmp_path / "pools.yaml")
@@ -169,7 +142,7 @@ def test_compile_writes_what_node_pools_need(tmp_path: Path, quarantine: Callabl
 
 
 @pytest.mark.parametrize("method", ["tsbd", "fine_tuning"])
-def test_purify(method: str, inputs: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_purify(method: str, inputs: Path, tmp_path: Path, quarantine: Call) -> None:
     out = tmp_path / "new" / "out"
     quick = QUICK if method == "tsbd" else ("--set", "epochs=1", "--set", "lr=1e-3")
     answer = quarantine(*purify_words(inputs, out, *quick, "--json", "--seed", "3", method=method))
@@ -184,7 +157,7 @@ def test_purify(method: str, inputs: Path, tmp_path: Path, quarantine: Callable[
     assert bundle.model(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
 
 
-def test_purify_again_gives_the_same_model(inputs: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_purify_again_gives_the_same_model(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
     for name in ("one", "two"):
         answer = quarantine(*purify_words(inputs, tmp_path / name, *QUICK))
         assert answer.code == 0
@@ -194,7 +167,7 @@ def test_purify_again_gives_the_same_model(inputs: Path, tmp_path: Path, quarant
         assert (one / file).read_bytes() == (two / file).read_bytes()
 
 
-def test_settings_go_on_top_of_the_config_file(inputs: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_settings_go_on_top_of_the_config_file(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
     (tmp_path / "config.yaml").write_text("epochs: 1\nlr: 5e-3\nweight_decay: 0\n")
     words = purify_words(inputs, tmp_path / "out", "--config", str(tmp_path / "config.yaml"), method="fine_tuning")
     answer = quarantine(*words, "--set", "lr=1e-3", "--json")
@@ -207,7 +180,7 @@ def test_purify_a_bundle_describes_itself(purified: Path, inputs: Path, tmp_path
     assert quarantine(*words, "--set", "epochs=1", "--set", "lr=1e-3", "--out", tmp_path / "out").code == 0
 
 
-def test_evaluate(purified: Path, inputs: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_evaluate(purified: Path, inputs: Path, tmp_path: Path, quarantine: Call) -> None:
     words = ["evaluate", "--model", purified, "--test", inputs / "test.npz", "--probe", inputs / "probe.yaml"]
     answer = quarantine(*words, "--name", "tsbd", "--reference", purified, "--out", tmp_path / "e.json", "--json")
     assert answer.code == 0
@@ -222,7 +195,7 @@ def test_evaluate(purified: Path, inputs: Path, tmp_path: Path, quarantine: Call
 
 
 def test_evaluate_what_cannot_be_measured_is_unknown(
-    purified: Path, inputs: Path, tmp_path: Path, quarantine: Callable[..., Answer]
+    purified: Path, inputs: Path, tmp_path: Path, quarantine: Call
 ) -> None:
     content = numpy.load(inputs / "test.npz")
     only_target = content["labels"] == 0
@@ -235,7 +208,7 @@ def test_evaluate_what_cannot_be_measured_is_unknown(
     assert "UNKNOWN" in answer.out
 
 
-def test_export(purified: Path, inputs: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_export(purified: Path, inputs: Path, tmp_path: Path, quarantine: Call) -> None:
     answer = quarantine("export", "--model", purified, "--test", inputs / "test.npz", "--out", tmp_path / "o", "--json")
     assert answer.code == 0
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["model.onnx", "result.json"]
@@ -271,9 +244,7 @@ def policy_file(path: Path, content: Any) -> Path:
 
 
 @pytest.mark.parametrize(("policy", "code", "outcome"), [(POLICY, 0, "allow"), (DENYING, 1, "deny")])
-def test_gate(
-    policy: Any, code: int, outcome: str, evidence: Path, tmp_path: Path, quarantine: Callable[..., Answer]
-) -> None:
+def test_gate(policy: Any, code: int, outcome: str, evidence: Path, tmp_path: Path, quarantine: Call) -> None:
     words = ["gate", "--policy", policy_file(tmp_path / "p.yaml", policy), "--evidence", evidence]
     answer = quarantine(*words, "--json", "--out", tmp_path / "decision")
     assert answer.code == code, answer
@@ -285,7 +256,7 @@ def test_gate(
     assert policy["rules"][0]["why"].split()[0] in shown.out
 
 
-def test_gate_decides_the_same_every_time(evidence: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_gate_decides_the_same_every_time(evidence: Path, tmp_path: Path, quarantine: Call) -> None:
     policy = policy_file(tmp_path / "p.yaml", POLICY)
     for name in ("one", "two"):
         words = ["gate", "--policy", policy, "--evidence", evidence, "--at", "2027-01-01T00:00:00Z"]
@@ -293,7 +264,7 @@ def test_gate_decides_the_same_every_time(evidence: Path, tmp_path: Path, quaran
     assert (tmp_path / "one" / "decision.json").read_bytes() == (tmp_path / "two" / "decision.json").read_bytes()
 
 
-def test_gate_without_evidence_is_unknown(tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_gate_without_evidence_is_unknown(tmp_path: Path, quarantine: Call) -> None:
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "absent"):
         answer = quarantine(
@@ -314,7 +285,7 @@ def test_gate_without_evidence_is_unknown(tmp_path: Path, quarantine: Callable[.
     ],
 )
 def test_gate_refuses_a_malformed_policy(
-    content: Any, words: str, evidence: Path, tmp_path: Path, quarantine: Callable[..., Answer]
+    content: Any, words: str, evidence: Path, tmp_path: Path, quarantine: Call
 ) -> None:
     policy = policy_file(tmp_path / "p.yaml", content)
     answer = quarantine("gate", "--policy", policy, "--evidence", evidence, "--out", tmp_path / "out")
@@ -331,7 +302,7 @@ def test_gate_refuses_a_policy_with_a_repeated_key(evidence: Path, tmp_path: Pat
     assert "repeated key promote" in answer.err
 
 
-def test_gate_refuses_damaged_evidence(evidence: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_gate_refuses_damaged_evidence(evidence: Path, tmp_path: Path, quarantine: Call) -> None:
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "fetch.json").write_text("{")
     answer = quarantine("gate", "--policy", "strict", "--evidence", tmp_path / "e")
@@ -384,7 +355,7 @@ def test_bad_options_are_a_sentence_and_leave_nothing(
     inputs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    quarantine: Callable[..., Answer],
+    quarantine: Call,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = with_option(purify_words(inputs, tmp_path / "out", "--device", "cpu"), option, value)
@@ -403,7 +374,7 @@ def test_bad_options_are_a_sentence_and_leave_nothing(
     "words",
     [[], ["nonsense"], ["purify"], ["purify", "--nonsense"], ["gate", "--policy"], ["purify", "surplus"], ["lab?"]],
 )
-def test_wrong_usage_is_told_with_exit_code_3(words: list[str], quarantine: Callable[..., Answer]) -> None:
+def test_wrong_usage_is_told_with_exit_code_3(words: list[str], quarantine: Call) -> None:
     answer = quarantine(*words)
     assert answer.code == 3
     assert "Usage" in answer.err + answer.out or "Error" in answer.err
@@ -413,7 +384,7 @@ def test_wrong_usage_is_told_with_exit_code_3(words: list[str], quarantine: Call
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])
-def test_nothing_to_look_at(command: str, purified: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_nothing_to_look_at(command: str, purified: Path, tmp_path: Path, quarantine: Call) -> None:
     answer = quarantine(command, "--model", purified, "--out", tmp_path / "out")
     assert answer.code == 3
     assert "expected a test set or a clean set, got neither" in answer.err
@@ -445,7 +416,7 @@ def test_bad_probes(
     assert [path.name for path in tmp_path.iterdir()] == ["probe.yaml"]
 
 
-def test_a_folder_in_use_is_left_as_it_is(inputs: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_a_folder_in_use_is_left_as_it_is(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     answer = quarantine(*purify_words(inputs, tmp_path / "out", *QUICK))
@@ -463,7 +434,7 @@ def test_divergence_is_unknown_and_leaves_nothing(inputs: Path, tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_not_finite(inputs: Path, tmp_path: Path, quarantine: Callable[..., Answer]) -> None:
+def test_weights_that_are_not_finite(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
     state = PLAN_OPTIONS.network().state_dict()
     state["linear.weight"][0, 0] = float("nan")
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")

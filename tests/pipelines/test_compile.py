@@ -70,7 +70,7 @@ def test_no_step_is_cached_and_each_asks_for_memory(compiled: dict[str, Any]) ->
         for name, task in dag["tasks"].items()
         if not name.startswith(("for-loop", "quarantine-steps", "exit-handler"))
     ]
-    assert len(tasks) == 13
+    assert len(tasks) == 14
     assert all(
         not task.get("cachingOptions")
         for task in tasks
@@ -78,6 +78,31 @@ def test_no_step_is_cached_and_each_asks_for_memory(compiled: dict[str, Any]) ->
     )
     purify = compiled["deploymentSpec"]["executors"]["exec-purify-model"]["container"]["resources"]
     assert purify["resourceMemoryLimit"] == metadata_of("purify_model")["resources"]["memory_limit"]
+
+
+def test_the_promote_run_measures_nothing_again() -> None:
+    document = yaml.safe_load(compiling.compile_pipeline(file=compiling.PROMOTE_NAME))
+    assert document["pipelineInfo"]["name"] == "model-quarantine-promote"
+    steps = {name.removeprefix("exec-") for name in document["deploymentSpec"]["executors"]}
+    assert steps == {
+        "reopen-release",
+        "gate-promotion",
+        "sign-evidence",
+        "promote-model",
+        "attest-promotion",
+        "report",
+    }
+    inputs = document["components"]["comp-exit-handler-1"]["dag"]["tasks"]["gate-promotion"]["inputs"]
+    assert set(inputs["artifacts"]) == {"former"}
+    assert {"approvals", "approvers"} <= set(inputs["parameters"])
+
+
+def test_the_gate_of_a_whole_run_is_given_the_evidence_of_every_step(compiled: dict[str, Any]) -> None:
+    dags = [part["dag"] for part in compiled["components"].values() if "dag" in part]
+    (gate,) = [dag["tasks"]["gate-promotion"] for dag in dags if "gate-promotion" in dag["tasks"]]
+    wanted = set(compiled["components"]["comp-gate-promotion"]["inputDefinitions"]["artifacts"]) - {"former"}
+    assert set(gate["inputs"]["artifacts"]) == wanted
+    assert "policy" in gate["inputs"]["parameters"]
 
 
 def test_the_report_is_an_exit_handler(compiled: dict[str, Any]) -> None:

@@ -147,10 +147,10 @@ def test_a_step_is_given_no_more_than_it_reaches(name: str, key: str, value: Any
     assert "rights among" in str(refused.value.expected)
 
 
-def test_only_one_step_reaches_the_registry_and_only_one_the_key() -> None:
+def test_no_step_reaches_both_the_registry_and_the_key() -> None:
     reach = {name: set(metadata_of(name)["reaches"]) for name in component_names()}
     assert [name for name in reach if "MLflow registry" in reach[name]] == ["promote_model"]
-    assert [name for name in reach if "signing key" in reach[name]] == ["sign_evidence"]
+    assert [name for name in reach if "signing key" in reach[name]] == ["attest_promotion", "sign_evidence"]
     assert reach["purify_model"] == {"evidence store"}
     # So that a default can hold it for all.
     assert all("evidence store" in each for each in reach.values())

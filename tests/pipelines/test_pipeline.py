@@ -19,7 +19,7 @@ from pipelines.local import LocalRun, run_local
 from tests.small_model import DENYING, PLAN_OPTIONS, make_inputs
 from tests.small_pool import RATE, make_pool
 
-STEPS = {"fetch", "scan", "select", "rescan", "export", "gate", "sign", "promote"} | {
+STEPS = {"fetch", "scan", "select", "rescan", "export", "gate", "sign", "promote", "attest"} | {
     f"{step}.{method}" for step in ("purify", "evaluate") for method in ("tsbd", "fine_tuning")
 }
 
@@ -59,7 +59,7 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("allow", "", EXIT_PASS), (
         ended.log.read_text()[-3000:]
     )
-    assert {path.stem for path in ended.evidence.glob("*.json")} == STEPS | {"evaluate.before", "report"}
+    assert {path.stem for path in ended.evidence.glob("*.json")} == STEPS | {"evaluate.before", "report", "promotion"}
     assert ended.report is not None
     assert "allow" in json.loads((ended.evidence / "report.json").read_text())["outcome"]
     assert ended.promotion is not None
@@ -78,17 +78,17 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     trusted = TrustedSigner(public_key=keys.public)
     assert ended.release is not None
     assert verify_release(ended.release, trusted).verdict is Verdict.PASS
-    assert (
-        verify_registered(MlflowConnection(settings, client), "models:/digits@champion", trusted).verdict
-        is Verdict.PASS
-    )
+    registered = verify_registered(MlflowConnection(settings, client), "models:/digits@champion", trusted)
+    assert registered.verdict is Verdict.PASS, registered.differences
+    assert "verify.promotion" in {finding.rule for finding in registered.findings}
+    assert ended.statement == ended.evidence / "promotion.json"
     secret = keys.private.read_text().splitlines()[1]
     assert not any(
         secret in path.read_text(errors="replace") for path in (tmp_path / "work").rglob("*") if path.is_file()
     )
     assert "promote: PASS" in said
     assert not any("KFP" in line for line in said)
-    sources = {json.loads(path.read_text())["inputs"]["source"] for path in ended.evidence.glob("[efgps]*.json")}
+    sources = {json.loads(path.read_text())["inputs"]["source"] for path in ended.evidence.glob("[efgs]*.json")}
     assert len(sources) == 1
     with pytest.raises(StorageError, match="first"):
         run_local(plan, tmp_path / "work", model_name="digits", name="first")
@@ -135,10 +135,11 @@ def test_a_model_without_findings_goes_on_as_it_is(tmp_path: Path) -> None:
     branches = {"purify.untouched", "evaluate.untouched"}
     assert {path.stem for path in ended.evidence.glob("*.json")} == branches | {
         each for each in STEPS if "." not in each
-    } | {"evaluate.before", "report"}
+    } | {"evaluate.before", "report", "promotion"}
     fetched = read(ended, "fetch")["outputs"]["model"]
     assert read(ended, "select")["outputs"]["model"] == read(ended, "rescan")["inputs"]["model"] == fetched
     assert read(ended, "scan")["inputs"]["pool"] == read(ended, "fetch")["inputs"]["pool"]
+    assert read(ended, "rescan")["results"]["repeats"] == f"same bytes as scanned: {fetched}"
     assert ended.report is not None
     assert "the model as it came in, not purified," in ended.report.read_text()
     assert ended.release is not None

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +11,12 @@ import yaml
 
 from components._runtime.evidence import write_evidence
 from components.gate_promotion.step import gate_promotion
-from pipelines import cli
 from pipelines.options import POLICIES
+from tests.pipelines.commands import Answer, Call
 from tests.unit.policy_records import AT, dated, later, policy_mapping, rule, with_score
 
 EXCEPTION = {"rule": "r", "owner": "Ada", "reason": "Known.", "expires": "2020-01-31"}
 BASE = policy_mapping(rule(), rule(id="other", value="images", min=0))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def quarantine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run the entry point in this process."""
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-
-    def call(*words: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["quarantine", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        assert "Traceback" not in said.err
-        return Answer(ended.value.code, said.out, said.err)
-
-    return call
 
 
 def policy_file(folder: Path, name: str = "p", **changes: Any) -> Path:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -15,42 +14,9 @@ import safetensors.torch
 import yaml
 
 from defense_core.scan.pool import load_pool
-from pipelines import cli
+from tests.pipelines.commands import Call
 from tests.small_model import PLAN_OPTIONS, images, make_inputs
 from tests.small_pool import RATE, make_pool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def quarantine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run the entry point in this process."""
-
-    def call(*words: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["quarantine", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        assert "Traceback" not in said.err
-        return Answer(ended.value.code, said.out, said.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +247,21 @@ def test_control_refuses_bad_options(
     assert answer.code == 3, answer
     assert said in " ".join(answer.err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_control_is_kept_where_the_option_says(
+    inputs: Path, tmp_path: Path, monkeypatch: Any, quarantine: Call
+) -> None:
+    from components.control_model import step
+
+    found = SimpleNamespace(p_value=0.01, fpr=0.05)
+    planted = SimpleNamespace(planted=True, detected=True, scan=found, sentence=lambda: "Found", to_results=dict)
+    monkeypatch.setattr(step, "positive_control", lambda *_, **__: planted)
+    words = control(inputs, tmp_path / "control.json", "--controls", tmp_path / "kept")
+    assert "kept since" not in quarantine(*words).out
+    again = quarantine(*words)
+    assert again.code == 0
+    assert "Found (kept since" in " ".join(again.out.split())
 
 
 # -- what a run is told --------------------------------------------------------------------

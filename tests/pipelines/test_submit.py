@@ -329,6 +329,15 @@ def test_a_short_outage_does_not_end_the_following(
         follow(kfp_client, run_id, poll_s=0.01)
 
 
+def test_a_run_that_is_removed_while_it_is_followed(
+    kfp: KfpServer, kfp_client: KfpClient, version: PipelineVersion
+) -> None:
+    kfp.cluster.modes.states = ("RUNNING",)
+    run_id = submit_run(kfp_client, request_of(version)).run_id
+    with pytest.raises(NotOnCluster, match=r"was removed while it was followed.*the same --name"):
+        follow(kfp_client, run_id, on_change=lambda run, lines: kfp_client.delete_run(run_id), poll_s=0.01)
+
+
 # -- what it came to -----------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from components._runtime.store import open_store
 from pipelines import cli, cluster_options
 from pipelines.kfp_settings import settings_from
 from pipelines.submit import Package
+from tests.pipelines.commands import Call
 from tests.pipelines.kfp_server.http_server import KfpServer
 from tests.pipelines.test_submit import evidence
 
@@ -37,29 +37,15 @@ JOB = (
     "tsbd.n=0.15",
 )
 
-Call = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def quarantine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kfp: KfpServer) -> Call:
-    """Run the entry point in this process, with the pipeline of the golden copy."""
+def quarantine(quarantine: Call, monkeypatch: pytest.MonkeyPatch, kfp: KfpServer) -> Call:
+    """Run the entry point in this process, against the cluster, with the pipeline of the golden copy."""
     monkeypatch.setenv("KFP_ENDPOINT", kfp.endpoint)
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     quick = {"retry_wait_s": 0.01, "retry_wait_max_s": 0.05}
     monkeypatch.setattr(cluster_options, "settings_from", lambda given: replace(settings_from(given), **quick))
     monkeypatch.setattr(cluster_options, "compiled", lambda pools, namespace: ("model-quarantine", GOLDEN, ""))
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["quarantine", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, said.out, said.err
-
-    return call
+    return quarantine
 
 
 @pytest.fixture
@@ -103,6 +89,26 @@ def test_submit_without_waiting(quarantine: Call, kfp: KfpServer) -> None:
     code, out, _ = quarantine(*words)
     again = json.loads(out)
     assert (code, again["created"], again["uploaded"], again["run_id"]) == (0, False, False, facts["run_id"])
+
+
+CONTROLS = ("--controls", "s3://records/controls")
+SCAN = ("--pool", "s3://data/pool.json", "--scan-set", "fpr=0.01", "--scan-set", "settings.patch.steps=40")
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [(("submit", "--no-wait"), "runs"), (("schedule", "set", "n", "--cron", "0 2 * * *"), "recurring_runs")],
+)
+def test_settings_of_the_scan_reach_the_cluster(
+    words: tuple[str, ...], kind: str, quarantine: Call, kfp: KfpServer
+) -> None:
+    answer = quarantine(*words, *JOB, *SCAN, *CONTROLS)
+    assert answer.code == 0, answer.err
+    (made,) = kfp.cluster.records[kind].values()
+    parameters = made["runtime_config"]["parameters"]
+    assert parameters["pool"] == "s3://data/pool.json"
+    assert json.loads(parameters["run"])["controls"] == "s3://records/controls"
+    assert json.loads(parameters["scan"]) == {"fpr": 0.01, "settings": {"patch": {"steps": 40}}}
 
 
 def test_submit_ends_with_the_decision(quarantine: Call, kfp: KfpServer) -> None:
@@ -165,6 +171,11 @@ def test_a_run_that_is_not_over_in_time(quarantine: Call, kfp: KfpServer) -> Non
         (("--evidence", "evidence"), "--evidence is not reachable from a cluster"),
         (("--policy", "nowhere.yaml"), "nowhere.yaml"),
         (("--set", "nft.n=1"), "configs"),
+        (("--set", "tsbd.nn=1"), "tsbd.nn"),
+        (("--pool", "pool.json"), "--pool is not reachable from a cluster"),
+        (("--controls", "kept"), "--controls is not reachable from a cluster"),
+        (("--scan-set", "fprr=0.01"), "scan.fprr"),
+        (("--scan-set", "fpr=2"), "fpr"),
         (("--name", "a\nb"), "--name"),
         (("--alias", "latest"), "alias"),
         (("--token-file", "/nowhere"), "token_file"),

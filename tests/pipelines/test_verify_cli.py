@@ -65,6 +65,8 @@ def test_a_difference_is_a_sentence(release: Path) -> None:
         ((GOLDEN / "release", "--certificate-chain", GOLDEN / "signing.pub"), "certificates in PEM"),
         ((GOLDEN / "release", *KEY, "--policy", GOLDEN / "nowhere.yaml"), "nowhere.yaml"),
         (("models:/a:b", *KEY), "models:/"),
+        (("models:/a/1", *KEY, "--promotion", GOLDEN / "expected.json"), "--promotion is for a folder"),
+        ((GOLDEN / "release", *KEY, "--promotion", GOLDEN / "nowhere.json"), "cannot be read"),
     ],
 )
 def test_usage_errors(words: tuple[object, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +74,14 @@ def test_usage_errors(words: tuple[object, ...], says: str, tmp_path: Path, monk
     answer = quarantine("verify", *words)
     assert answer.returncode == 3
     assert says in answer.stderr
+
+
+def test_a_file_that_is_no_promotion_statement() -> None:
+    answer = quarantine("verify", GOLDEN / "release", *KEY, "--promotion", GOLDEN / "expected.json", "--json")
+    assert answer.returncode == 1
+    (difference,) = [each for each in json.loads(answer.stdout)["findings"] if each["verdict"] == "FAIL"]
+    assert (difference["rule"], difference["file"]) == ("verify.promotion", str(GOLDEN / "expected.json"))
+    assert "no DSSE envelope" in difference["why"]
 
 
 def test_another_policy_than_demanded() -> None:

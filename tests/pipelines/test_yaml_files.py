@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from defense_core.errors import EXIT_USAGE, ConfigError
-from pipelines.options import parse_settings, parse_spec, read_policy, read_probes
+from pipelines.model_options import tuned_spec
+from pipelines.options import parse_settings, read_policy, read_probes
 from pipelines.yaml_files import MAX_BYTES, parse_yaml, read_mapping, read_yaml
 
 
@@ -131,16 +132,11 @@ def test_malformed_settings(setting: str) -> None:
         parse_settings([setting], {"a": 3})
 
 
-def spec_of(**given: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(
-        ("architecture", "architecture_args", "input_size", "mean", "std", "class_names", "augment"), ""
-    )
-    return parse_spec(**{**nothing, **given})
-
-
 def test_model_options_say_only_what_was_given() -> None:
-    assert spec_of() == {}
-    assert spec_of(architecture_args='{"width": 8, "num_classes": 4}', input_size="3, 32, 32", class_names="a, b") == {
+    assert tuned_spec() == {}
+    assert tuned_spec(
+        architecture_args='{"width": 8, "num_classes": 4}', input_size="3, 32, 32", class_names="a, b"
+    ) == {
         "architecture_args": {"width": 8, "num_classes": 4},
         "num_classes": 4,
         "input_size": [3, 32, 32],
@@ -161,7 +157,7 @@ def test_model_options_say_only_what_was_given() -> None:
 )
 def test_malformed_model_options_are_named(option: str, value: str) -> None:
     with pytest.raises(ConfigError, match="--" + option.replace("_", "-")):
-        spec_of(**{option: value})
+        tuned_spec(**{option: value})
 
 
 def test_probe_files_hold_one_or_many(tmp_path: Path) -> None:
@@ -182,5 +178,5 @@ def test_shipped_policies_go_by_name_and_others_by_path(tmp_path: Path) -> None:
     }
     (tmp_path / "mine.yaml").write_text("{name: mine}")
     assert read_policy(str(tmp_path / "mine.yaml")) == {"name": "mine"}
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="there is no policy lenient: expected observe, standard, strict"):
         read_policy("lenient")

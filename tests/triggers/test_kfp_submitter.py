@@ -52,6 +52,15 @@ def test_one_name_is_one_run(server, package):
     assert (report["created"], report["violations"]) == (2, [])
 
 
+def test_settings_of_the_scan_reach_the_run(server, package):
+    wanted = order()
+    plan = replace(wanted.plan, pool="s3://data/pool.json", scan={"fpr": 0.01})
+    submitter(server, package).submit(replace(wanted, plan=plan))
+    (run,) = server.cluster.records["runs"].values()
+    parameters = run["runtime_config"]["parameters"]
+    assert (parameters["pool"], parameters["scan"]) == ("s3://data/pool.json", '{"fpr": 0.01}')
+
+
 def test_run_that_was_there_with_other_settings_is_taken_and_said(server, package):
     log = io.StringIO()
     first = submitter(server, package).submit(order())

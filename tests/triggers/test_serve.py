@@ -193,6 +193,27 @@ def test_unusable_settings_are_refused_at_the_start(tmp_path, options, environme
     assert "canary" not in str(found.exception)
 
 
+@pytest.mark.parametrize("field", ["clean", "test", "pool"])
+def test_a_file_of_this_machine_in_the_watch_file_is_refused_at_the_start(tmp_path, field):
+    from typer.testing import CliRunner
+
+    from pipelines.hooks_cli import app
+
+    rules = [WATCH["rules"][0], {**WATCH["rules"][1], "plan": {**WATCH["rules"][1]["plan"], field: "here.npz"}}]
+    (tmp_path / "watch.yaml").write_text(json.dumps({**WATCH, "rules": rules}))
+    words = [
+        "work",
+        "--watch",
+        str(tmp_path / "watch.yaml"),
+        "--queue",
+        "sqlite://",
+        "--endpoint",
+        "http://127.0.0.1:9",
+    ]
+    found = CliRunner().invoke(app, words)
+    assert f"watch.rules[1]: {field} is not reachable from a cluster" in str(found.exception)
+
+
 def test_hook_and_worker_need_nothing_that_only_steps_import():
     program = """
 import sys

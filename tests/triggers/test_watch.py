@@ -41,6 +41,22 @@ def test_run_is_of_the_version_and_goes_where_the_rule_says():
     )  # fmt: skip
 
 
+def test_a_plan_takes_what_a_run_takes():
+    scan = {"fpr": 0.01, "budget_s": 300}
+    rules = parse_watch(
+        changed(plan={"clean": "s3://d/c.npz", "pool": "s3://d/pool.json", "scan": scan, "methods": ["fip"]}),
+        beside=Path(),
+    )
+    plan = rules.plan(rules.key(entry("vision-a", "7")))
+    assert (plan.pool, plan.scan, plan.methods) == ("s3://d/pool.json", scan, ("fip",))
+
+
+def test_controls_are_kept_where_the_file_says():
+    rules = parse_watch({**WATCH, "controls": "s3://quarantine/controls"}, beside=Path())
+    assert rules.settings_of(rules.rules[0]).controls == "s3://quarantine/controls"
+    assert watch().settings_of(watch().rules[0]).controls == ""
+
+
 @pytest.mark.parametrize(("name", "reason"), [("a@b", "unaddressable"), ("x" * 251, "unaddressable")])
 def test_version_that_no_address_can_name_is_left_alone(name, reason):
     assert watch().key(entry(name)) == reason

@@ -171,6 +171,39 @@ def test_commands_can_be_pasted() -> None:
     assert any(line.startswith("quarantine gate --policy") or "quarantine gate" in line for line in lines)
 
 
+def test_commands_name_what_was_not_the_default() -> None:
+    evidence = whole_run()
+    evidence["fetch"]["inputs"]["pool"] = "sha256:" + "a" * 64
+    evidence["fetch"]["results"]["asked"] = {
+        "device": "cuda",
+        "licence": "MIT",
+        "augment": "none",
+        "class_names": ["a", "b"],
+        "configs": {"tsbd": {"n": 0.15}},
+        "scan": {"budget_s": 60, "settings": {"patch": {"steps": 40}}},
+        "loading": {"trusted_modules": ["own.nets"], "limits": {"max_bytes": 7, "timeout_s": 120.0}},
+    }
+    evidence["gate"]["results"]["approvals"] = [{"identity": "ada"}]
+    lines = [" ".join(each.line.replace("\\\n", " ").split()) for each in build_report(evidence).commands]
+    for words in (
+        "--pool POOL",
+        "--scan-set budget_s=60 --scan-set settings.patch.steps=40",
+        "--set tsbd.n=0.15",
+        "--licence MIT --class-names a,b --augment none --device cuda --trusted-module own.nets --max-bytes 7",
+    ):
+        assert words in lines[0]
+    assert "--load-timeout-s" not in lines[0]
+    assert "--approval APPROVAL.json --approver-key ada=ada.pub" in " ".join(lines)
+
+
+def test_commands_leave_out_what_was_the_default() -> None:
+    evidence = whole_run()
+    usual = {"device": "auto", "licence": "", "augment": None, "configs": {}, "scan": {}, "loading": {}}
+    evidence["fetch"]["results"]["asked"] = usual
+    line = build_report(evidence).commands[0].line
+    assert not [each for each in ("--pool", "--scan-set", "--set", "--licence", "--device") if each in line.split()]
+
+
 # -- whatever is there -----------------------------------------------------------------
 
 

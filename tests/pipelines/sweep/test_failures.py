@@ -197,8 +197,9 @@ def test_exit_codes_and_json(connection: MlflowConnection, tmp_path: Path, drift
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing says what"),
-        (["--policy", "standard", "--watch", "w.yaml"], "nothing says what"),
+        ([], "got neither"),
+        (["--policy", "standard", "--watch", "w.yaml"], "got both"),
+        (["--policy", "standrad"], "expected observe, standard, strict, or a policy file"),
         (["--policy", "standard", "--alias", "v1"], "reserved by MLflow"),
         (["--policy", "standard", "--enforce"], "--journal FILE or --memory FILE"),
         (["--policy", "standard", "--queue", "mysql://host/db"], "queue's address is not usable"),

@@ -1,0 +1,109 @@
+"""The licence of a model: what the operator declares and what the artifact says of itself, as one SPDX expression.
+
+What is beside a model is a claim, not proof. Claims that differ, and texts that are no SPDX expression, leave the
+licence unknown, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from components._runtime.spdx import spdx
+from defense_core.artifact_scan.kinds import SAFETENSORS, kind_of
+from defense_core.files import sha256_bytes
+from defense_core.model_spec import WEIGHTS
+from defense_core.safetensors_file import read_metadata
+
+DECLARED = "the operator"
+MAX_BYTES = 1 << 20
+"""Of a file beside the model; what comes after is not read."""
+_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([^\n*>]{1,200}?)[ \t]*(?:\*/|-->)?[ \t]*$", re.MULTILINE)
+_FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
+_FIELD = re.compile(r"^licen[sc]e:[ \t]*(.{0,200}?)[ \t]*$", re.MULTILINE)
+_METADATA = ("license", "licence")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One place that states a licence.
+
+    Attributes:
+        where: ``the operator``, the name of a file beside the model, or ``safetensors metadata``.
+        stated: its text.
+        licence: that as an SPDX expression; ``None``: it is none.
+        sha256: digest of what was read of the file beside the model; ``None`` where it is no such file.
+    """
+
+    where: str
+    stated: str
+    licence: str | None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What all claims come to.
+
+    Attributes:
+        licence: SPDX expression; ``None``: unknown.
+        why: why it is unknown; empty where it is known.
+        claims: every place that states one.
+    """
+
+    licence: str | None
+    why: str
+    claims: tuple[Claim, ...]
+
+
+def licence_of(declared: str, artifact: Path, companions: Sequence[Path] = ()) -> Licence:
+    """Bring together what is declared and what is found.
+
+    Args:
+        declared: by the operator; empty: nothing.
+        artifact: the fetched file, or the folder of a bundle, after the artifact scan found it clean.
+        companions: files beside it that may state one; a README does so in its front matter, others by an SPDX tag.
+    """
+    claims = [Claim(DECLARED, declared, spdx(declared))] if declared else []
+    claims += _carried(artifact)
+    claims += [claim for path in companions for claim in _beside(path)]
+    named = sorted({claim.licence for claim in claims if claim.licence is not None})
+    unreadable = [claim for claim in claims if claim.licence is None]
+    if not claims:
+        why = "nothing states a licence"
+    elif unreadable:
+        why = f"{unreadable[0].where} says {unreadable[0].stated!r}, which is no SPDX expression"
+    elif len(named) > 1:
+        why = "; ".join(f"{claim.where} says {claim.licence}" for claim in claims)
+    else:
+        return Licence(named[0], "", tuple(claims))
+    return Licence(None, why, tuple(claims))
+
+
+def _carried(artifact: Path) -> Iterator[Claim]:
+    path = artifact / WEIGHTS if artifact.is_dir() else artifact
+    if not path.is_file() or kind_of(path).name != SAFETENSORS:
+        return
+    metadata = read_metadata(path)
+    for key in _METADATA:
+        if key in metadata:
+            yield _claim("safetensors metadata", metadata[key])
+
+
+def _beside(path: Path) -> Iterator[Claim]:
+    with open(path, "rb") as stream:
+        data = stream.read(MAX_BYTES)
+    content = data.decode("utf-8", "replace").replace("\r\n", "\n")
+    if path.name == "README.md":
+        front = _FRONT_MATTER.match(content)
+        stated = _FIELD.findall(front[1]) if front else []
+    else:
+        stated = _TAG.findall(content)
+    for each in dict.fromkeys(stated):
+        yield _claim(path.name, each.strip("\"'"), sha256_bytes(data))
+
+
+def _claim(where: str, stated: str, sha256: str | None = None) -> Claim:
+    return Claim(where, stated[:200], spdx(stated), sha256)

@@ -1,0 +1,1 @@
+"""State, signed, what was promoted to where."""

@@ -1,0 +1,1 @@
+"""Take up a run that ended at its decision, from its release."""
