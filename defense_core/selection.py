@@ -17,17 +17,20 @@ from typing import Any
 
 from defense_core.config import from_mapping, to_mapping
 
+MAX_EXPECTED_DROP = 0.05
+"""Permitted expected drop of accuracy on the select split. The estimate counts every answer that departs from the given
+model's as a loss and credits no mistake that is mended: of methods that learn labels it is two points too high."""
 MAX_DROP = 0.03
-"""Permitted expected drop of accuracy on the select split; of the cautious accuracy where no drop was estimated."""
+"""Permitted drop of the cautious accuracy, where no drop was estimated."""
 TIE = 0.05
 """Shares of perturbed images within this are tied."""
 
 RULE = (
     "Among the methods that ended well, the control left out: those that are expected to lose at most "
-    f"{MAX_DROP:g} of accuracy on the select split, by the given model's calibrated probabilities (all, where none "
-    "is). Of these, the least success of the universal perturbation that was found on the given model for the "
-    f"suspected class; within {TIE:g}, the smallest expected drop; then the order in which the methods were given. The "
-    "suspected class is the one whose perturbation lost most, averaged over the candidates."
+    f"{MAX_EXPECTED_DROP:g} of accuracy on the select split, by the given model's calibrated probabilities (all, "
+    "where none is). Of these, the least success of the universal perturbation that was found on the given model for "
+    f"the suspected class; within {TIE:g}, the smallest expected drop; then the order in which the methods were given. "
+    "The suspected class is the one whose perturbation lost most, averaged over the candidates."
 )
 
 
@@ -140,7 +143,7 @@ def _holds(signals: Signals | None) -> bool:
     if signals is None:
         return False
     if signals.expected_drop is not None:
-        return signals.expected_drop <= MAX_DROP
+        return signals.expected_drop <= MAX_EXPECTED_DROP
     drop = signals.correct_before / signals.images - signals.cautious_accuracy
     return drop <= permitted_drop(MAX_DROP, signals.images)
 

@@ -41,6 +41,8 @@ class DistilConfig(TSBDConfig):
         distil_lr: rate of the distillation, which takes twice the passes of ``epochs``.
         lr: rate of the repair that follows; ``None``: the largest of ``lr_grid`` by the same bound, or no repair.
         max_drop: permitted drop, in [0, 1].
+        n_grid, stage1_keep, m, variant, scope, unlearn_lr, unlearn_depth, unlearn_epochs, lr_grid, epochs, min_steps,
+            batch_size, weight_decay, r, alpha, normalisation, precision: as TSBD's.
     """
 
     n_factors: tuple[float, ...] = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)

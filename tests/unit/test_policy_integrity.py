@@ -289,7 +289,10 @@ def test_evidence_of_no_known_name_is_an_error(name):
         decide(policy(), {**run(), name: record(name, {}, {}, {})})
 
 
-STEPS = "step fetch | scan | control | purify | evaluate | rescan | select | export | gate | sign | promote | report"
+STEPS = (
+    "step fetch | scan | control | purify | evaluate | rescan | select | export | gate | sign | promote | attest "
+    "| report | reopen"
+)
 HEX = "as sha256:<64 hex digits>"
 
 

@@ -60,7 +60,7 @@ def test_an_estimated_drop_counts_in_place_of_the_labels() -> None:
     """The labels of a few hundred images exclude the first and prefer the second; the estimates say otherwise."""
     best = candidate("best", correct=168, cautious_accuracy=0.82, reached=(0.05, 0.4, 0.5), expected_drop=0.012)
     other = candidate("other", correct=184, reached=(0.09, 0.4, 0.5), expected_drop=0.02)
-    costly = candidate("costly", correct=186, reached=(0.0, 0.0, 0.0), expected_drop=0.031)
+    costly = candidate("costly", correct=186, reached=(0.0, 0.0, 0.0), expected_drop=0.051)
     for order in ([best, other, costly], [costly, other, best]):
         chosen = choose(order)
         assert chosen is not None
