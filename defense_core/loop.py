@@ -299,6 +299,13 @@ def in_batches(order: Tensor, size: int) -> list[Tensor]:
     return batches
 
 
+def epochs_for(images: int, epochs: int, min_steps: int, batch_size: int) -> int:
+    """``epochs``, or as many more as ``min_steps`` optimiser steps take; 0 stays 0."""
+    if epochs == 0:
+        return 0
+    return max(epochs, math.ceil(min_steps / len(in_batches(torch.arange(images), batch_size))))
+
+
 def learning_rates(tuning: Tuning, steps_per_epoch: int) -> Iterator[float]:
     """The rate of each step, in order."""
     total = max(1, tuning.epochs * steps_per_epoch)
@@ -310,6 +317,31 @@ def learning_rates(tuning: Tuning, steps_per_epoch: int) -> Iterator[float]:
             yield tuning.lr * min((done + 1) / rise, (total - done) / (total - rise), 1.0)
         else:
             yield tuning.lr
+
+
+@torch.no_grad()
+def outputs_of(
+    model: nn.Module,
+    data: CleanSet,
+    *,
+    task: Task,
+    device: torch.device | str,
+    batch_size: int = 512,
+    precision: Precision = "fp32",
+) -> Iterator[Tensor]:
+    """The outputs in eval mode, batch by batch, on the device; the model's modes are restored.
+
+    Raises:
+        MethodDiverged: the model returned NaN or Inf.
+    """
+    context = autocast(model, precision, device)
+    with evaluating(model):
+        for images, _ in data.batches(batch_size):
+            with context():
+                outputs = model(channels_last(task.inputs(images.to(device))))
+            if not torch.isfinite(outputs).all():
+                raise MethodDiverged("the model's outputs are not finite", expected="finite logits", got="NaN or Inf")
+            yield outputs
 
 
 @torch.no_grad()
@@ -327,16 +359,8 @@ def predictions(
     Raises:
         MethodDiverged: the model returned NaN or Inf.
     """
-    context = autocast(model, precision, device)
-    answers = []
-    with evaluating(model):
-        for images, _ in data.batches(batch_size):
-            with context():
-                outputs = model(channels_last(task.inputs(images.to(device))))
-            if not torch.isfinite(outputs).all():
-                raise MethodDiverged("the model's outputs are not finite", expected="finite logits", got="NaN or Inf")
-            answers.append(task.predict(outputs).cpu())
-    return torch.cat(answers)
+    batches = outputs_of(model, data, task=task, device=device, batch_size=batch_size, precision=precision)
+    return torch.cat([task.predict(outputs).cpu() for outputs in batches])
 
 
 def accuracy(

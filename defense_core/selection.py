@@ -133,10 +133,12 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
         return None
     least = min(_residual(each) for each in accurate)
     tied = [each for each in accurate if _residual(each) <= least + TIE]
-    # min() keeps the first of equals, which is the one that was given first.
-    if all(_drop(each) < 1 for each in tied):
-        return min(tied, key=_drop)
-    return min(tied, key=lambda each: -each.signals.accuracy if each.signals is not None else 1.0)
+    # min() and max() keep the first of equals, which is the one that was given first.
+    drops = [each.signals.expected_drop for each in tied if each.signals is not None]
+    known = [drop for drop in drops if drop is not None]
+    if len(known) == len(tied):
+        return tied[known.index(min(known))]
+    return max(tied, key=lambda each: each.signals.accuracy if each.signals is not None else -1.0)
 
 
 def _holds(signals: Signals | None) -> bool:
@@ -146,11 +148,6 @@ def _holds(signals: Signals | None) -> bool:
         return signals.expected_drop <= MAX_EXPECTED_DROP
     drop = signals.correct_before / signals.images - signals.cautious_accuracy
     return drop <= permitted_drop(MAX_DROP, signals.images)
-
-
-def _drop(candidate: Candidate) -> float:
-    known = candidate.signals.expected_drop if candidate.signals is not None else None
-    return 1.0 if known is None else known
 
 
 def _residual(candidate: Candidate) -> float:

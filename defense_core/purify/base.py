@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import MethodDiverged
 from defense_core.layers import evaluating
-from defense_core.loop import HistoryRow, autocast, channels_last
+from defense_core.loop import HistoryRow, autocast, channels_last, outputs_of
 from defense_core.progress import Progress
 from defense_core.selection import permitted_drop
 from defense_core.task import Task
@@ -157,14 +157,12 @@ def calibrating_temperature(model: nn.Module, data: CleanSet, *, task: Task, dev
 
     Returns:
         Of ``TEMPERATURES``, the one of smallest cross-entropy.
+
+    Raises:
+        MethodDiverged: the model returned NaN or Inf.
     """
-    context = autocast(model, "auto", device)
-    parts = []
-    with evaluating(model):
-        for images, _ in data.batches(512):
-            with context():
-                parts.append(model(channels_last(task.inputs(images.to(device)))).float().cpu())
-    logits, labels = torch.cat(parts), data.labels.cpu()
+    batches = outputs_of(model, data, task=task, device=device, precision="auto")
+    logits, labels = torch.cat([outputs.float().cpu() for outputs in batches]), data.labels.cpu()
     losses = [float(nn.functional.cross_entropy(logits / each, labels)) for each in TEMPERATURES]
     return TEMPERATURES[losses.index(min(losses))]
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import Splits
-from defense_core.loop import HistoryRow, Tuning, finished, tune, working_copy
+from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import VIEWS, Method, Purified, chooser, expected_drop, strongest_within
 from defense_core.purify.stage_one import stage_one
-from defense_core.purify.tsbd import TSBDConfig, passes_of, repair
+from defense_core.purify.tsbd import TSBDConfig, repair
 from defense_core.task import Task
 
 LONGER = 2
@@ -83,11 +83,11 @@ def purify(
     def change(network: nn.Module) -> float:
         return -expected_drop(first.model, network, chooser(clean), **shared)
 
-    def distilled(factor: float) -> tuple[float, tuple[nn.Module, list[HistoryRow], list[Tensor]]]:
+    def distilled(factor: float) -> tuple[float, tuple[float, nn.Module, list[HistoryRow], list[Tensor]]]:
         ratio = min(first.n * factor, 1.0)
         student, masks = first.zeroed(ratio)
         tuning = Tuning(
-            LONGER * passes_of(config, len(clean.fit)),
+            LONGER * epochs_for(len(clean.fit), config.epochs, config.min_steps, config.batch_size),
             config.batch_size,
             config.distil_lr,
             weight_decay=config.weight_decay,
@@ -104,11 +104,12 @@ def purify(
             fixed_statistics=True,
             **shared,
         )
-        return change(student), (student, rows, masks)
+        reached = change(student)
+        return reached, (reached, student, rows, masks)
 
     def repaired(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
         if not lr:
-            return change(student), (student, [])
+            return reached, (student, [])
         network = working_copy(student, device)
         rows = repair(network, clean.fit, config, lr=lr, **shared)
         return change(network), (network, rows)
@@ -118,7 +119,7 @@ def purify(
     )
     # Images that the distillation has seen would permit anything.
     free = config.n is None and config.epochs and len(clean.select)
-    factor, (student, rows, masks), n_trials = within(config.n_factors if free else (1.0,), distilled)
+    factor, (reached, student, rows, masks), n_trials = within(config.n_factors if free else (1.0,), distilled)
     rates = (config.lr,) if config.lr is not None else (0.0, *config.lr_grid) if config.epochs else (0.0,)
     lr, (final, more), lr_trials = within(rates, repaired)
     facts: dict[str, Any] = {

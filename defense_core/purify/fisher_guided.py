@@ -20,7 +20,7 @@ from defense_core.loop import (
     Precision,
     Step,
     Tuning,
-    batch_indices,
+    epochs_for,
     plain_step,
     predictions,
     tune,
@@ -234,13 +234,6 @@ def finite_trace(diagonal: Mapping[str, Tensor]) -> float:
     if not math.isfinite(trace):
         raise MethodDiverged("the Fisher trace is not finite", expected="finite weights, inputs and losses", got=trace)
     return trace
-
-
-def epochs_for(images: int, epochs: int, min_steps: int, batch_size: int) -> int:
-    """``epochs``, or as many more as ``min_steps`` optimiser steps take; 0 stays 0."""
-    if epochs == 0:
-        return 0
-    return max(epochs, math.ceil(min_steps / len(batch_indices(images, batch_size, torch.Generator()))))
 
 
 def regularised_step(

@@ -32,8 +32,8 @@ from defense_core.loop import (
     Precision,
     Tuning,
     accuracy,
-    batch_indices,
     channels_last,
+    epochs_for,
     finished,
     tune,
     working_copy,
@@ -314,8 +314,7 @@ def _train_masks(
         for mask, floor in zip(masks, floors, strict=True):
             mask.values.clamp_(floor, config.ceiling)
 
-    steps_per_epoch = len(batch_indices(len(data), config.batch_size, torch.Generator()))
-    epochs = max(config.epochs, math.ceil(config.min_steps / steps_per_epoch)) if config.epochs else 0
+    epochs = epochs_for(len(data), config.epochs, config.min_steps, config.batch_size)
     history = tune(
         masked,
         data,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +13,7 @@ from defense_core.config import require
 from defense_core.course import Course, Kept, random_state
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
-from defense_core.loop import HistoryRow, Precision, batch_indices, in_batches
+from defense_core.loop import HistoryRow, Precision, epochs_for, in_batches
 from defense_core.progress import Progress
 from defense_core.purify.unlearning import require_closing
 from defense_core.task import Task
@@ -107,8 +106,8 @@ class Run:
     @property
     def epochs(self) -> int:
         """Passes over the fit split."""
-        steps = len(batch_indices(len(self.data), self.config.batch_size, torch.Generator()))
-        return max(self.config.epochs, math.ceil(self.config.min_steps / steps)) if self.config.epochs else 0
+        config = self.config
+        return epochs_for(len(self.data), config.epochs, config.min_steps, config.batch_size)
 
 
 def require_finite(losses: Tensor) -> None:

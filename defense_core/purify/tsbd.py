@@ -5,15 +5,12 @@ moved (neuron weight change, NWC), and zeroes the most-moved sub-weights of the 
 units of the original. Stage 2 repairs the rest by activeness-aware fine-tuning, which
 penalises the gradient norm.
 
-Two things are ours. The ascent stops halfway to chance: the ranking is as good there as at
-chance, at a fraction of the cost, and chance depends on the number of classes. And the
-neuron ratio ``n`` and the repair rate have a rule that reads the *select* split only; the
-reference code has none. ``docs/methods.md`` gives the measurements behind both.
+What is ours in the first stage, :mod:`defense_core.purify.stage_one` says. In the second, the
+repair rate has a rule that reads the *select* split only; the reference code has none.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,9 +22,9 @@ from defense_core.data import CleanSet, Splits
 from defense_core.loop import (
     HistoryRow,
     Tuning,
+    epochs_for,
     finished,
     gradient_norm_step,
-    in_batches,
     tune,
     working_copy,
 )
@@ -144,7 +141,7 @@ def repair(
     progress: Progress,
 ) -> list[HistoryRow]:
     """Stage 2, in place: activeness-aware fine-tuning. Zeroed weights train freely."""
-    epochs = passes_of(config, len(data))
+    epochs = epochs_for(len(data), config.epochs, config.min_steps, config.batch_size)
     return tune(
         model,
         data,
@@ -163,12 +160,6 @@ def repair(
         name=f"repair lr={lr:g}",
         step=gradient_norm_step(radius=config.r, alpha=config.alpha, normalisation=config.normalisation),
     )
-
-
-def passes_of(config: TSBDConfig, images: int) -> int:
-    """``epochs``, or as many as ``min_steps`` take."""
-    steps_per_epoch = len(in_batches(torch.arange(images), config.batch_size))
-    return max(config.epochs, math.ceil(config.min_steps / steps_per_epoch)) if config.epochs else 0
 
 
 METHOD = Method(

@@ -8,7 +8,6 @@ shaped, the ranking fails (``docs/methods-nft-ngf.md``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, Protocol
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.layers import UnitLayer, unit_layers
-from defense_core.loop import Precision, Tuning, batch_indices, tune, working_copy
+from defense_core.loop import Precision, Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import chooser, strongest_within
 from defense_core.purify.zeroing import set_weights, weight_changes, zero, zero_masks
@@ -56,8 +55,7 @@ def unlearning_changes(
         Cancelled: a stop was requested.
     """
     moved = working_copy(model, device)
-    each = len(batch_indices(len(data), batch_size, torch.Generator()))
-    epochs = max(epochs, math.ceil(min_steps / each))
+    epochs = epochs_for(len(data), epochs, min_steps, batch_size)
     tune(
         moved,
         data,

@@ -136,7 +136,7 @@ def test_a_given_n_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_repair_follows_only_where_it_is_free(
     drops: list[float], lr: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = purify([0.0, *drops], monkeypatch, n_factors=(1.0,), lr_grid=(0.01, 0.02))
+    facts = purify(drops, monkeypatch, n_factors=(1.0,), lr_grid=(0.01, 0.02))
     assert facts["lr"] == lr
     assert len(facts["lr_trials"]) == len(drops)
 
