@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.memory import peak_mb, reset_peak
 from benchmarks.results import FOLDER, read_rows, write_results
@@ -29,10 +30,11 @@ from defense_core.attacks.victim import VictimTraining
 from defense_core.data import CleanSet, Splits, split_clean_set
 from defense_core.errors import MethodDiverged
 from defense_core.evaluate import evaluate
+from defense_core.evaluate.metrics import der
 from defense_core.progress import Progress, default_progress
 from defense_core.purify import METHODS, purify
 from defense_core.selection import Candidate, Signals, choose
-from defense_core.universal import select_signals
+from defense_core.universal import Perturbations, select_signals, universal_perturbations
 
 ATTACKS: dict[str, tuple[Mapping[str, Any], float]] = {
     "badnets": ({"kind": "badnets", "target": 0, "size": 3}, 0.1),
@@ -167,9 +169,38 @@ def clean_splits(subject: Victim, setting: Setting, seed: int) -> Splits:
     return split_clean_set(held_out.subset(torch.arange(count)), seed=seed, select=0.2, report=0.0)
 
 
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A victim, the clean images that the defence gets, and what every method's row shares.
+
+    Attributes:
+        before: the victim's own figures.
+        perturbations: found on the victim, for the signals of the choice.
+    """
+
+    subject: Victim
+    clean: Splits
+    before: Mapping[str, float]
+    perturbations: Perturbations
+
+    @classmethod
+    def of(cls, subject: Victim, clean: Splits, test: CleanSet, *, device: str, progress: Progress) -> Case:
+        """Measure what the rows share."""
+        perturbations = universal_perturbations(
+            subject.model, clean.fit, task=subject.task, device=device, progress=progress
+        )
+        return cls(subject, clean, _measured(subject.model, subject, test, device=device), perturbations)
+
+
+def _measured(model: nn.Module, subject: Victim, test: CleanSet, *, device: str) -> dict[str, float]:
+    assert subject.probe is not None
+    found = evaluate(model, test, task=subject.task, probes=(subject.probe,), device=device).to_results()
+    probe = found["probes"][0]
+    return {"acc": found["acc"]["value"], "asr": probe["asr"]["value"], "ra": probe["ra"]["value"]}
+
+
 def figures(
-    subject: Victim,
-    clean: Splits,
+    case: Case,
     test: CleanSet,
     method: str,
     *,
@@ -183,7 +214,7 @@ def figures(
     Args:
         settings: what differs from the method's defaults.
     """
-    assert subject.probe is not None
+    subject, clean, before = case.subject, case.clean, case.before
     reset_peak(device)
     started = time.perf_counter()
     try:
@@ -194,24 +225,22 @@ def figures(
     except MethodDiverged as error:
         return {"diverged": str(error), "seconds": round(time.perf_counter() - started, 1)}
     seconds, peak = time.perf_counter() - started, peak_mb(device)
-    signals = select_signals(subject.model, result.model, clean, task=subject.task, device=device, progress=progress)
-    measured = evaluate(
-        result.model, test, task=subject.task, probes=(subject.probe,), reference=subject.model, device=device
-    ).to_results()
-    probe = measured["probes"][0]
+    row = {}
+    if _selectable(method):
+        row["select"] = select_signals(
+            subject.model, result.model, clean, task=subject.task, device=device, progress=progress,
+            perturbations=case.perturbations,
+        ).to_mapping()  # fmt: skip
+    after = _measured(result.model, subject, test, device=device)
     return {
-        "acc_before": measured["acc_before"]["value"],
-        "acc_after": measured["acc"]["value"],
-        "asr_before": probe["asr_before"]["value"],
-        "asr_after": probe["asr"]["value"],
-        "ra_before": probe["ra_before"]["value"],
-        "ra_after": probe["ra"]["value"],
-        "der": probe["der"],
+        **{f"{name}_before": value for name, value in before.items()},
+        **{f"{name}_after": value for name, value in after.items()},
+        "der": der(before["acc"] - after["acc"], before["asr"] - after["asr"]),
         "seconds": round(seconds, 2),
         "peak_mb": round(peak),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "chosen": {name: result.facts[name] for name in CHOSEN if name in result.facts},
-        "select": signals.to_mapping(),
+        **row,
     }
 
 
@@ -235,8 +264,11 @@ def _group(row: Mapping[str, Any]) -> str:
 
 
 def _may_be_selected(row: Mapping[str, Any]) -> bool:
-    method = METHODS[row["method"]]
-    return not method.control and not method.baseline and "diverged" not in row
+    return _selectable(row["method"]) and "diverged" not in row
+
+
+def _selectable(method: str) -> bool:
+    return not METHODS[method].control and not METHODS[method].baseline
 
 
 def _candidate(row: Mapping[str, Any]) -> Candidate:
@@ -264,6 +296,7 @@ def run(
     known = {key_of(row): row for row in read_rows(name, folder=folder)}
     everything = {key_of(job): (setting, job) for setting, job in jobs(settings)}
     train, test = load_cifar10(data)
+    cases: dict[str, Case] = {}
     for key, (setting, job) in everything.items():
         if key in known or not wanted(job):
             continue
@@ -275,9 +308,11 @@ def run(
             attack=spec, images=setting.images, rate=rate, architecture=setting.architecture,
             architecture_args=setting.architecture_args, training=training,
         )  # fmt: skip
-        subject = victim(recipe, train, test, device=device, progress=progress)
-        clean = clean_splits(subject, setting, job["seed"])
-        measured = figures(subject, clean, test, job["method"], seed=job["seed"], device=device, progress=progress)
+        if (group := _group(job)) not in cases:
+            subject = victim(recipe, train, test, device=device, progress=progress)
+            clean = clean_splits(subject, setting, job["seed"])
+            cases = {group: Case.of(subject, clean, test, device=device, progress=progress)}
+        measured = figures(cases[group], test, job["method"], seed=job["seed"], device=device, progress=progress)
         known[key] = {**job, **measured}
         logging.info("%s", {name: value for name, value in known[key].items() if name != "select"})
         # Another process may have measured other rows meanwhile.

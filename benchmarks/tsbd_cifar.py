@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.purification import ATTACKS, DEVELOPMENT, NARROW, Setting, clean_splits, figures
+from benchmarks.purification import ATTACKS, DEVELOPMENT, NARROW, Case, Setting, clean_splits, figures
 from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import Recipe, load_cifar10, victim
 from defense_core import config
@@ -64,11 +64,13 @@ def main() -> None:
             recipe = Recipe(attack=spec, rate=rate, seed=job["victim_seed"])
             subject = victim(recipe, train, test, device=options.device, progress=default_progress())
             settings = ABLATIONS[job["ablation"]] if options.ablation else {}
+            clean = clean_splits(subject, SETTING, job["seed"])
+            case = Case.of(subject, clean, test, device=options.device, progress=default_progress())
             measured = figures(
-                subject, clean_splits(subject, SETTING, job["seed"]), test, job["method"], seed=job["seed"],
-                device=options.device, progress=default_progress(), settings=settings,
+                case, test, job["method"], seed=job["seed"], device=options.device, progress=default_progress(),
+                settings=settings,
             )  # fmt: skip
-            del measured["select"]
+            measured.pop("select", None)
             known[key_of(job)] = {**job, **measured}
             logging.info("%s", known[key_of(job)])
             done = [known[key_of(each)] for each in jobs if key_of(each) in known]

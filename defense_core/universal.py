@@ -141,18 +141,23 @@ def select_signals(
     task: Task,
     device: torch.device | str,
     progress: Progress,
+    perturbations: Perturbations | None = None,
 ) -> Signals:
     """Ask a purified model.
 
     The perturbations are found on the *fit* images and tried on the *select* images (on the *fit* images too where
     nothing could be set aside); they depend on the given model and the clean set alone.
+
+    Args:
+        perturbations: those of ``given`` and ``clean.fit`` where they are known already.
     """
     asked = chooser(clean)
     right = [
         predictions(model, asked, task=task, device=device, precision="auto") == asked.labels.cpu()
         for model in (given, purified)
     ]
-    perturbations = universal_perturbations(given, clean.fit, task=task, device=device, progress=progress)
+    if perturbations is None:
+        perturbations = universal_perturbations(given, clean.fit, task=task, device=device, progress=progress)
     source, candidate = (working_copy(model, device).eval() for model in (given, purified))
     drop = expected_drop(
         source,

@@ -1,7 +1,7 @@
 """Fast FIP (Karim et al., arXiv 2409.00863, section on efficient purification).
 
 FIP's objective over the shifts of the singular values of convolution and linear weights alone:
-``CE(delta) + eta_F Tr F(delta) + (eta_r / 2) sum_i Fbar_ii delta_i^2``, ``W = U diag(relu(s + delta)) V^T``.
+``D(delta) + eta_F Tr F(delta) + (eta_r / 2) sum_i Fbar_ii delta_i^2``, ``W = U diag(relu(s + delta)) V^T``.
 A network has a few thousand shifts, whose per-sample gradients are exact and cheap
 (:mod:`defense_core.singular`), so neither ``Tr F`` nor ``Fbar`` is estimated. The shifts are
 folded back into ordinary weights at the end.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,10 @@ from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.fisher_guided import (
     FisherGuidedConfig,
+    Objective,
     TraceTerm,
     measured_samples,
     minimise,
-    starting_point,
 )
 from defense_core.singular import ShiftLayer, fold, parametrise, ruled_layers, shift_gradients, shift_layers
 from defense_core.task import Task
@@ -37,12 +38,11 @@ from defense_core.task import Task
 class FastFIPConfig(FisherGuidedConfig):
     """Settings of Fast FIP. Symbols are the paper's.
 
-    Shifts move along fixed directions only, and want larger rates than weights. A search for the
-    rate would cost more than everything else, so one rate is the default.
+    Shifts move along fixed directions only, and want larger rates than weights.
 
     Attributes:
         norms: whether BatchNorm scales and offsets train too.
-        start, eta_f, trace_share, eta_r, retain, trace_every, trace_batch, retain_images: see
+        start, n_factors, taught_lr, eta_f, trace_share, eta_r, retain, trace_every, trace_batch, retain_images: see
             :class:`~defense_core.purify.fisher_guided.FisherGuidedConfig`.
         lr, lr_grid, max_drop, epochs, min_steps, batch_size, weight_decay: see there.
         max_trace_norm, precision: see there.
@@ -51,8 +51,8 @@ class FastFIPConfig(FisherGuidedConfig):
     norms: bool = True
     trace_every: int = 5
     retain_images: int = 128
-    lr: float | None = 0.1
-    lr_grid: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    taught_lr: float = 0.02
+    lr_grid: tuple[float, ...] = (0.1, 0.5)
     weight_decay: float = 0.0
     max_trace_norm: float = 1.0
 
@@ -67,50 +67,50 @@ def purify(
     device: torch.device | str,
     progress: Progress,
 ) -> Purified:
-    """Tune the shifts, BatchNorm in training mode for the cross-entropy, in eval mode for the Fisher.
+    """Tune the shifts. The Fisher terms are taken with BatchNorm in eval mode.
 
     Returns:
-        The purified model, an ordinary one. ``facts`` holds ``lr``, its trials, ``eta_f``,
-        ``eta_r``, the accuracy on the *select* split before, the trace at the starting point
-        (``trace_before``), what was zeroed for it, the numbers trained (``trained``), of them those
-        with an exact trace (``exact``), and the singular values that ended at zero (``removed``).
+        The purified model, an ordinary one. ``facts`` holds what :func:`defense_core.purify.fip.purify` says, with the
+        trace of what is trained, the numbers trained (``trained``), of them those with an exact trace (``exact``),
+        and the singular values that ended at zero (``removed``).
 
     Raises:
         MethodDiverged: a loss or weight became NaN or Inf.
         Cancelled: a stop was requested.
     """
-    start, begun = starting_point(model, clean, config, task=task, seed=seed, device=device, progress=progress)
-    purified = working_copy(start, device)
-    layers = shift_layers(start)
-    parametrise(start, layers)
-    trained = train_only_shifts(start, layers, norms=config.norms)
     inputs, targets = measured_samples(clean.fit, config, task=task, seed=seed, device=device)
-    with progress.phase("fisher") as phase:
-        ruled = ruled_layers(start, layers, inputs[:8], targets[:8], losses=task.losses)
-        phase.advance()
-        fisher = diagonal(start, ruled, trained, inputs, targets, task=task, after_chunk=phase.advance)
+
+    def objective(start: nn.Module) -> Objective:
+        ordinary = working_copy(start, device)
+        layers = shift_layers(start)
+        parametrise(start, layers)
+        trained = train_only_shifts(start, layers, norms=config.norms)
+        with progress.phase("fisher") as phase:
+            ruled = ruled_layers(start, layers, inputs[:8], targets[:8], losses=task.losses)
+            phase.advance()
+            fisher = diagonal(start, ruled, trained, inputs, targets, task=task, after_chunk=phase.advance)
+
+        def folded() -> tuple[nn.Module, dict[str, Any]]:
+            fold(start, layers, ordinary)
+            return ordinary, {
+                "trained": sum(value.numel() for value in fisher.values()),
+                "exact": sum(fisher[layer.shift_name].numel() for layer in ruled),
+                "removed": removed_values(start, layers),
+            }
+
+        return Objective(
+            start,
+            fisher,
+            term=lambda generator: exact_trace_term(
+                clean.fit, ruled, config, task=task, generator=generator, device=device
+            ),
+            folded=folded,
+        )
+
     tuned, history, facts = minimise(
-        model,
-        start,
-        clean,
-        config,
-        fisher=fisher,
-        term=lambda generator: exact_trace_term(
-            clean.fit, ruled, config, task=task, generator=generator, device=device
-        ),
-        task=task,
-        seed=seed,
-        device=device,
-        progress=progress,
-        name="fast fip",
+        model, clean, config, objective, task=task, seed=seed, device=device, progress=progress, name="fast fip"
     )
-    fold(tuned, layers, purified)
-    counts = {
-        "trained": sum(value.numel() for value in fisher.values()),
-        "exact": sum(fisher[layer.shift_name].numel() for layer in ruled),
-        "removed": removed_values(tuned, layers),
-    }
-    return Purified(finished(purified, "fast_fip"), tuple(history), begun | facts | counts)
+    return Purified(finished(tuned, "fast_fip"), tuple(history), facts)
 
 
 def train_only_shifts(model: nn.Module, layers: Sequence[ShiftLayer], *, norms: bool) -> list[str]:
@@ -202,6 +202,7 @@ METHOD = Method(
     name="fast_fip",
     config=FastFIPConfig,
     function=purify,
-    summary="zero as TSBD does, then FIP over shifts of singular values, with exact Fisher terms (Fast FIP)",
+    summary="as fip, over shifts of singular values alone, with exact Fisher terms (Fast FIP)",
     zero_steps={"epochs": 0},
+    baseline=True,
 )

@@ -1,10 +1,10 @@
 """FIP, Fisher-information-guided purification (Karim et al., arXiv 2409.00863).
 
-Minimises ``CE(theta) + eta_F Tr F(theta) + (eta_r / 2) sum_i Fbar_ii (theta_i - thetabar_i)^2`` over
+Minimises ``D(theta) + eta_F Tr F(theta) + (eta_r / 2) sum_i Fbar_ii (theta_i - thetabar_i)^2`` over
 every parameter. ``Tr F``, the mean squared norm of per-sample gradients, pulls the weights out of
 the sharp minimum that a backdoor sits in; the last term keeps what the clean task relies on,
 ``thetabar`` and ``Fbar`` being the weights and the Fisher diagonal at the starting point, on the
-clean set. By default that point is not the given model: see
+clean set. By default that point is not the given model, and the data term ``D`` not the paper's cross-entropy: see
 :class:`~defense_core.purify.fisher_guided.FisherGuidedConfig`.
 
 The released code computes other quantities under these names; ``docs/methods-fip.md`` lists them.
@@ -27,10 +27,10 @@ from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.fisher_guided import (
     FisherGuidedConfig,
+    Objective,
     TraceTerm,
     measured_samples,
     minimise,
-    starting_point,
 )
 from defense_core.task import Task
 
@@ -43,7 +43,7 @@ class FIPConfig(FisherGuidedConfig):
         fisher: whose labels the trace takes: the given ones (``empirical``), or labels drawn
             from the model's own prediction (``true``).
         trace_draws: random-sign estimates averaged each time.
-        start, eta_f, trace_share, eta_r, retain, trace_every, trace_batch, retain_images: see
+        start, n_factors, taught_lr, eta_f, trace_share, eta_r, retain, trace_every, trace_batch, retain_images: see
             :class:`~defense_core.purify.fisher_guided.FisherGuidedConfig`.
         lr, lr_grid, max_drop, epochs, min_steps, batch_size, weight_decay: see there.
         max_trace_norm, precision: see there.
@@ -68,34 +68,33 @@ def purify(
     device: torch.device | str,
     progress: Progress,
 ) -> Purified:
-    """Tune every parameter, BatchNorm in training mode for the cross-entropy, in eval mode for the Fisher.
+    """Tune every parameter. The Fisher terms are taken with BatchNorm in eval mode.
 
     Returns:
-        The purified model. ``facts`` holds ``lr``, its trials, ``eta_f``, ``eta_r``, the accuracy on the *select*
-        split before, the exact trace at the starting point (``trace_before``), and what was zeroed for it.
+        The purified model. ``facts`` holds ``lr``, ``n`` and the trials behind them, ``eta_f``, ``eta_r``, the accuracy
+        on the *select* split before, the exact trace at the starting point (``trace_before``), and what was zeroed for
+        it.
 
     Raises:
         MethodDiverged: a loss or weight became NaN or Inf.
         Cancelled: a stop was requested.
     """
-    start, begun = starting_point(model, clean, config, task=task, seed=seed, device=device, progress=progress)
     inputs, targets = measured_samples(clean.fit, config, task=task, seed=seed, device=device)
-    with progress.phase("fisher") as phase:
-        fisher = fisher_diagonal(start, inputs, targets, losses=task.losses, after_chunk=phase.advance)
+
+    def objective(start: nn.Module) -> Objective:
+        with progress.phase("fisher") as phase:
+            fisher = fisher_diagonal(start, inputs, targets, losses=task.losses, after_chunk=phase.advance)
+        return Objective(
+            start,
+            fisher,
+            term=lambda generator: trace_term(clean.fit, config, task=task, generator=generator, device=device),
+            folded=lambda: (start, {}),
+        )
+
     tuned, history, facts = minimise(
-        model,
-        start,
-        clean,
-        config,
-        fisher=fisher,
-        term=lambda generator: trace_term(clean.fit, config, task=task, generator=generator, device=device),
-        task=task,
-        seed=seed,
-        device=device,
-        progress=progress,
-        name="fip",
+        model, clean, config, objective, task=task, seed=seed, device=device, progress=progress, name="fip"
     )
-    return Purified(finished(tuned, "fip"), tuple(history), begun | facts)
+    return Purified(finished(tuned, "fip"), tuple(history), facts)
 
 
 def trace_term(
@@ -133,6 +132,6 @@ METHOD = Method(
     name="fip",
     config=FIPConfig,
     function=purify,
-    summary="zero as TSBD does, then tune under a Fisher-trace penalty and a Fisher-weighted anchor (FIP)",
+    summary="zero as TSBD does, learn the given model's answers back under a Fisher trace and anchor (FIP)",
     zero_steps={"epochs": 0},
 )

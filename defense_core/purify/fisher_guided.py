@@ -1,11 +1,11 @@
-"""What FIP and Fast FIP share: settings, the point they start from, the objective, the search for the rate."""
+"""What FIP and Fast FIP share: settings, the point they start from, the objective, the search for its strength."""
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,15 +20,15 @@ from defense_core.loop import (
     Precision,
     Step,
     Tuning,
+    accuracy,
     epochs_for,
     plain_step,
-    predictions,
     tune,
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify import tsbd
-from defense_core.purify.base import cautious_accuracy, chooser, strongest_within
+from defense_core.purify.base import VIEWS, chooser, expected_drop, strongest_within
+from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
 Start = Literal["zeroed", "given"]
@@ -38,12 +38,21 @@ Penalty = Callable[[nn.Module], None]
 
 @dataclass(frozen=True)
 class FisherGuidedConfig:
-    """Settings of the objective ``CE + eta_F Tr F + (eta_r / 2) sum_i Fbar_ii (theta_i - thetabar_i)^2``.
+    """Settings of the objective ``D + eta_F Tr F + (eta_r / 2) sum_i Fbar_ii (theta_i - thetabar_i)^2``.
+
+    It is minimised twice: first with the given model's answers to mixed clean images in the data term ``D``, under the
+    BatchNorm statistics as they are, which brings accuracy back and leaves the backdoor behind (see
+    :mod:`defense_core.purify.distil`); then, where accuracy is left to spend, with the labels and BatchNorm in
+    training mode, which is the paper's.
 
     Attributes:
         start: where the descent begins. ``zeroed``: what clean unlearning moves most is set to
             zero first, which is stage 1 of TSBD at its own settings; ``given``: the model as it
-            is, as in the paper. ``thetabar`` and ``Fbar`` are those of the starting point.
+            is, as in the paper. ``thetabar`` and ``Fbar`` are those of each descent's own beginning.
+        n_factors: candidates by which the neuron ratio that stage 1 permits is multiplied, 1 or more: the
+            strongest by :func:`~defense_core.purify.base.strongest_within` on the
+            :func:`~defense_core.purify.base.expected_drop` after the first descent.
+        taught_lr: rate of the first descent; 0: there is none, as in the paper.
         eta_f: weight of the Fisher trace, or ``None`` for ``trace_share / Tr F(thetabar)``, at
             which the term starts at ``trace_share`` nats whatever the network's scale.
         trace_share: see ``eta_f``.
@@ -53,33 +62,34 @@ class FisherGuidedConfig:
         trace_every: the trace is taken every so many steps, and weighted by as many.
         trace_batch: samples that it is taken on.
         retain_images: samples behind ``Fbar``, at most.
-        lr: learning rate, or ``None`` to choose it from ``lr_grid`` by
-            :func:`~defense_core.purify.base.strongest_within` on the
-            :func:`~defense_core.purify.base.cautious_accuracy`.
+        lr: rate of the second descent, or ``None`` for the largest of ``lr_grid`` by the same rule; no such descent
+            where the first one leaves room for none.
         lr_grid: candidates.
-        max_drop: permitted drop of that accuracy on the *select* split, in [0, 1].
-        epochs: passes over the fit split.
+        max_drop: permitted drop of accuracy, estimated on the *select* split, in [0, 1].
+        epochs: passes over the fit split, of each descent.
         min_steps: at least so many steps are taken: more passes on small sets. Nothing is
             done at all where ``epochs`` is 0.
         batch_size: samples per step.
         weight_decay: L2 penalty.
         max_trace_norm: the gradient of the trace term is clipped to this L2 norm; that of the
-            cross-entropy is left alone, so that a few steep samples cannot drown it.
-        precision: of the cross-entropy, see :class:`defense_core.loop.Tuning`; the Fisher terms
+            data term is left alone, so that a few steep samples cannot drown it.
+        precision: of the data term, see :class:`defense_core.loop.Tuning`; the Fisher terms
             are always full precision.
     """
 
     start: Start = "zeroed"
+    n_factors: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5)
+    taught_lr: float = 0.002
     eta_f: float | None = None
     trace_share: float = 0.1
     eta_r: float | None = None
     retain: float = 2.0
-    trace_every: int = 2
+    trace_every: int = 4
     trace_batch: int = 32
     retain_images: int = 500
     lr: float | None = None
-    lr_grid: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-    max_drop: float = 0.01
+    lr_grid: tuple[float, ...] = (0.01, 0.05, 0.2)
+    max_drop: float = 0.03
     epochs: int = 10
     min_steps: int = 70
     batch_size: int = 128
@@ -89,6 +99,9 @@ class FisherGuidedConfig:
 
     def __post_init__(self) -> None:
         require(self.start in ("zeroed", "given"), "start", "zeroed or given", self.start)
+        factors_fit = bool(self.n_factors) and min(self.n_factors) >= 1
+        require(factors_fit, "n_factors", "numbers of 1 or more", self.n_factors)
+        require(self.taught_lr >= 0, "taught_lr", "0 or more", self.taught_lr)
         require(self.eta_f is None or self.eta_f >= 0, "eta_f", "0 or more, or null", self.eta_f)
         require(self.trace_share >= 0, "trace_share", "0 or more", self.trace_share)
         require(self.eta_r is None or self.eta_r >= 0, "eta_r", "0 or more, or null", self.eta_r)
@@ -106,23 +119,21 @@ class FisherGuidedConfig:
         require(self.max_trace_norm > 0, "max_trace_norm", "a positive norm", self.max_trace_norm)
 
 
-def starting_point(
-    model: nn.Module,
-    clean: Splits,
-    config: FisherGuidedConfig,
-    *,
-    task: Task,
-    seed: int,
-    device: torch.device | str,
-    progress: Progress,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy of ``model`` on ``device``, zeroed first where ``config.start`` says so, and facts about it."""
-    if config.start == "given" or config.epochs == 0:
-        return working_copy(model, device), {}
-    zeroing = tsbd.TSBDConfig(epochs=0, lr=1.0, batch_size=config.batch_size, precision=config.precision)
-    zeroed = tsbd.purify(model, clean, zeroing, task=task, seed=seed, device=device, progress=progress)
-    facts = {key: zeroed.facts[key] for key in ("n", "n_trials", "accuracy_after_stage1", "zeroed")}
-    return working_copy(zeroed.model, device), facts
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """The objective at one starting point.
+
+    Attributes:
+        network: the starting point, whose parameters that require a gradient are trained in place.
+        fisher: ``Fbar`` there, by parameter name.
+        term: makes the trace term from the generator that it draws from.
+        folded: the tuned network as an ordinary one, and facts about it.
+    """
+
+    network: nn.Module
+    fisher: Mapping[str, Tensor]
+    term: Callable[[torch.Generator], TraceTerm]
+    folded: Callable[[], tuple[nn.Module, dict[str, Any]]]
 
 
 def measured_samples(
@@ -135,47 +146,43 @@ def measured_samples(
 
 
 def minimise(
-    original: nn.Module,
-    start: nn.Module,
+    model: nn.Module,
     clean: Splits,
     config: FisherGuidedConfig,
+    objective: Callable[[nn.Module], Objective],
     *,
-    fisher: Mapping[str, Tensor],
-    term: Callable[[torch.Generator], TraceTerm],
     task: Task,
     seed: int,
     device: torch.device | str,
     progress: Progress,
     name: str,
 ) -> tuple[nn.Module, list[HistoryRow], dict[str, Any]]:
-    """Minimise the objective from ``start``, at the rate that the rule takes.
+    """Minimise the objective, by the given model's answers and by labels, at the strengths that the rule takes.
 
     Args:
-        original: the unpurified model, whose accuracy is the reference.
-        start: the starting point; what requires a gradient is trained, on copies.
-        fisher: ``Fbar`` at ``start`` by parameter name.
-        term: makes the trace term, anew for each rate, from the generator that it draws from.
+        model: the unpurified model.
+        objective: the objective at a starting point, a copy of its own.
 
     Returns:
-        The tuned copy, its history, and the facts ``lr``, ``lr_trials``, ``accuracy_before``,
-        ``eta_f``, ``eta_r`` and ``trace_before``.
+        The tuned network, its history, and the facts ``lr`` (0: nothing was learnt from labels), ``lr_trials`` and
+        ``factor_trials``, whose ``accuracy`` is the expected change, ``accuracy_before``, of the last descent
+        ``eta_f``, ``eta_r``, ``trace_before`` and what the folding told, and where the start is zeroed ``n``,
+        ``n_trials`` and what was zeroed.
     """
+    shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
+    given = working_copy(model, device).eval()
+    first = None
+    if config.start == "zeroed" and config.epochs:
+        zeroing = StageOneConfig(batch_size=config.batch_size, precision=config.precision)
+        first = stage_one(model, clean, zeroing, **shared)
 
-    def correct(network: nn.Module) -> Tensor:
-        answers = predictions(network, chooser(clean), task=task, device=device, precision=config.precision)
-        return answers == chooser(clean).labels.cpu()
-
-    trace = finite_trace(fisher)
-    eta_f = config.trace_share / max(trace, 1e-12) if config.eta_f is None else config.eta_f
-    eta_r = config.retain * task.num_classes / len(clean.fit) if config.eta_r is None else config.eta_r
-    anchors = {key: value.detach().clone() for key, value in start.named_parameters() if key in fisher}
-    before = correct(working_copy(original, device))
-    reference = float(before.float().mean())
-
-    def attempt(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
-        tuned = copy.deepcopy(start)
-        generator = torch.Generator().manual_seed(seed)
-        taken = torch.zeros((), dtype=torch.int64)
+    def descended(start: nn.Module, lr: float, phase: str, *, taught: bool) -> _Descent:
+        aim = objective(start)
+        trace = finite_trace(aim.fisher)
+        eta_f = config.trace_share / max(trace, 1e-12) if config.eta_f is None else config.eta_f
+        eta_r = config.retain * task.num_classes / len(clean.fit) if config.eta_r is None else config.eta_r
+        anchors = {key: value.detach().clone() for key, value in aim.network.named_parameters() if key in aim.fisher}
+        generator, taken = torch.Generator().manual_seed(seed), torch.zeros((), dtype=torch.int64)
         tuning = Tuning(
             epochs_for(len(clean.fit), config.epochs, config.min_steps, config.batch_size),
             config.batch_size,
@@ -185,43 +192,67 @@ def minimise(
             precision=config.precision,
         )
         rows = tune(
-            tuned,
+            aim.network,
             clean.fit,
-            task=task,
             tuning=tuning,
-            seed=seed,
-            device=device,
-            progress=progress,
-            name=f"{name} lr={lr:g}",
+            name=f"{name} {phase}",
+            mixup=1.0 if taught else 0.0,
+            teacher=given if taught else None,
+            fixed_statistics=taught,
             step=regularised_step(
                 eta_f,
-                term(generator),
+                aim.term(generator),
                 every=config.trace_every,
                 max_norm=config.max_trace_norm,
-                retain=retainer(anchors, fisher, eta_r=eta_r, lr=lr),
+                retain=retainer(anchors, aim.fisher, eta_r=eta_r, lr=lr),
                 taken=taken,
             ),
             kept={"generator": generator, "taken": taken},
+            **shared,
         )
-        return cautious_accuracy(before, correct(tuned)), (tuned, rows)
+        network, more = aim.folded()
+        change = -expected_drop(given, network, chooser(clean), **shared)
+        return _Descent(network, change, rows, {"eta_f": eta_f, "eta_r": eta_r, "trace_before": trace, **more})
 
-    rates = config.lr_grid if config.lr is None else (config.lr,)
-    lr, (tuned, history), trials = strongest_within(
-        rates if config.epochs else (min(rates),),  # without steps every rate gives the same model
-        attempt,
-        reference=reference,
-        max_drop=config.max_drop,
-        images=len(before),
+    def begun(factor: float) -> tuple[float, _Descent]:
+        start, found = working_copy(given, device), dict[str, Any]()
+        if first is not None:
+            start, masks = first.zeroed(min(first.n * factor, 1.0))
+            found = {"n": min(first.n * factor, 1.0), "n_trials": first.trials, **first.counts(masks)}
+        if not config.taught_lr or not config.epochs:
+            return 0.0, _Descent(start, 0.0, [], found)
+        made = descended(start, config.taught_lr, f"factor={factor:g}", taught=True)
+        return made.change, replace(made, facts=found | made.facts)
+
+    def ended(lr: float) -> tuple[float, _Descent]:
+        if not lr:
+            return beginning.change, beginning
+        made = descended(working_copy(beginning.network, device), lr, f"lr={lr:g}", taught=False)
+        return made.change, replace(made, rows=beginning.rows + made.rows, facts=beginning.facts | made.facts)
+
+    within = functools.partial(
+        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * len(chooser(clean))
     )
-    facts: dict[str, Any] = {
-        "lr": lr,
-        "lr_trials": trials,
-        "accuracy_before": reference,
-        "eta_f": eta_f,
-        "eta_r": eta_r,
-        "trace_before": trace,
-    }
-    return tuned, history, facts
+    # With nothing zeroed or learnt every candidate is the same; and where nothing was set aside, images that the
+    # descent has seen would permit anything.
+    free = first is not None and config.taught_lr and len(clean.select)
+    _, beginning, factor_trials = within(config.n_factors if free else (min(config.n_factors),), begun)
+    rates = config.lr_grid if config.lr is None else (config.lr,)
+    if config.taught_lr and config.lr is None:
+        rates = (0.0, *rates)
+    # Without steps every rate gives the same model.
+    lr, ending, lr_trials = within(rates if config.epochs else (min(rates),), ended)
+    before = accuracy(given, chooser(clean), task=task, device=device, precision=config.precision)
+    facts = {"lr": lr, "lr_trials": lr_trials, "factor_trials": factor_trials, "accuracy_before": before}
+    return ending.network, ending.rows, facts | ending.facts
+
+
+@dataclass(frozen=True, eq=False)
+class _Descent:
+    network: nn.Module
+    change: float
+    rows: list[HistoryRow]
+    facts: dict[str, Any]
 
 
 def finite_trace(diagonal: Mapping[str, Tensor]) -> float:
@@ -239,11 +270,11 @@ def finite_trace(diagonal: Mapping[str, Tensor]) -> float:
 def regularised_step(
     eta_f: float, term: TraceTerm, *, every: int, max_norm: float, retain: Penalty, taken: Tensor
 ) -> Step:
-    """Gradient of the whole objective: the batch's cross-entropy as the loop runs it, the trace
+    """Gradient of the whole objective: the batch's data term as the loop runs it, the trace
     on its own samples every ``every`` steps, weighted by as many and clipped to ``max_norm``,
     and the retainer.
 
-    The loss that is reported is the cross-entropy. ``taken``, an int64 scalar, counts the steps in place.
+    The loss that is reported is the data term. ``taken``, an int64 scalar, counts the steps in place.
     """
 
     def step(model: nn.Module, loss_of: LossOf) -> Tensor:

@@ -3,19 +3,19 @@
 Weights stay; multiplicative masks in [mu(l), 1] are trained on MixUp batches of the clean set
 and folded into the weights at the end. ``mu(l) = alpha * exp(-beta * l)`` protects early layers.
 
-Three things are ours, and ``docs/methods-nft-ngf.md`` has the measurements behind them. The paper
+Four things are ours, and ``docs/methods-nft-ngf.md`` has the measurements behind them. The paper
 masks BatchNorm scales; here masks stand on every kernel of the hidden convolutions too, since in
 a pre-activation or narrow network no scale reaches the units that carry the trigger. The paper
 starts every mask at 1; here the kernels that a short clean unlearning moves most start at the
-lower clamp, and MixUp tuning opens what clean images need. And a weak pull towards 0,
-``sparsity * ||m||_1``, keeps shut what they do not need. ``sites="norm", ratio=0, sparsity=0``
-is the paper's method.
+lower clamp, and MixUp tuning opens what clean images need. A weak pull towards 0,
+``sparsity * ||m||_1``, keeps shut what they do not need. And before the labels the masks learn the given model's
+answers (:mod:`defense_core.purify.distil`). ``taught_lr=0, sites="norm", ratio=0, sparsity=0`` is the paper's method.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import MethodDiverged
-from defense_core.layers import running_statistics, unit_layers
+from defense_core.layers import UnitLayer, running_statistics, unit_layers
 from defense_core.loop import (
     HistoryRow,
     LossOf,
@@ -39,7 +39,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, strongest_within
+from defense_core.purify.base import VIEWS, Method, Purified, chooser, expected_drop, strongest_within
 from defense_core.purify.masks import (
     Granularity,
     MaskSite,
@@ -49,7 +49,7 @@ from defense_core.purify.masks import (
     mask_sites,
 )
 from defense_core.purify.statistics import renew_statistics
-from defense_core.purify.unlearning import close_most_moved, require_closing
+from defense_core.purify.unlearning import close_most_moved, closed_weights, require_closing
 from defense_core.task import Task
 
 PAPER_DEPTH = 19
@@ -66,10 +66,16 @@ class NFTConfig:
         sites: where masks stand; see :func:`defense_core.purify.masks.mask_sites`. ``"norm"``
             is the paper's choice.
         granularity: of the masks on hidden layers; see there.
+        taught_lr: learning rate of a first training of the masks, on the given model's answers to mixed clean images,
+            under the BatchNorm statistics as they are; 0: there is none, as in the paper.
+        factors: candidates by which the ``ratio`` that closing permits is multiplied for it, 1 or more: the strongest
+            by :func:`~defense_core.purify.base.strongest_within` on the
+            :func:`~defense_core.purify.base.expected_drop`.
         sparsity: weight of the pull of every mask towards 0, or ``None`` to choose it from
-            ``sparsity_grid`` by :func:`~defense_core.purify.base.strongest_within`.
-        sparsity_grid: candidates; each is one training of the masks.
-        max_drop: permitted drop of accuracy on the *select* split, in [0, 1].
+            ``sparsity_grid`` by the same rule for the training by labels, which is left out where the first one
+            leaves room for none.
+        sparsity_grid: candidates; the first training takes the smallest.
+        max_drop: permitted drop of accuracy, estimated on the *select* split, in [0, 1].
         ratio: share of the hidden units whose most-moved kernels start at the lower clamp, or
             ``None`` to choose the largest of ``ratio_grid`` that keeps ``start_keep`` of the
             accuracy on the *select* split before the masks are tuned. 0 starts all at 1.
@@ -85,19 +91,21 @@ class NFTConfig:
         depth: ``l`` runs evenly from 1 at the first masked layer to this at the last, so that
             the schedule means the same in shallow and deep networks.
         mixup: parameter of MixUp's Beta distribution; 0 mixes nothing.
-        statistics: BatchNorm while tuning: leave the ``running`` statistics and normalise by
+        statistics: BatchNorm while tuning by labels: leave the ``running`` statistics and normalise by
             them, or normalise by the ``batch`` and measure them afresh at the end.
-        lr: learning rate of the masks.
+        lr: learning rate of the masks in the training by labels.
         momentum: of SGD.
         epochs: passes over the fit split.
-        min_steps: at least so many steps: more passes on small sets. Nothing is trained where
-            ``epochs`` is 0.
+        min_steps: at least so many steps by labels, and half as many before: more passes on small sets. Nothing is
+            trained where ``epochs`` is 0.
         batch_size: samples per step.
         precision: see :class:`defense_core.loop.Tuning`.
     """
 
     sites: Sites = "all"
     granularity: Granularity = "kernel"
+    taught_lr: float = 0.2
+    factors: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5)
     sparsity: float | None = None
     sparsity_grid: tuple[float, ...] = (5e-4, 3e-3)
     max_drop: float = 0.03
@@ -121,6 +129,8 @@ class NFTConfig:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
+        require(self.taught_lr >= 0, "taught_lr", "0 or more", self.taught_lr)
+        require(bool(self.factors) and min(self.factors) >= 1, "factors", "numbers of 1 or more", self.factors)
         require(self.sparsity is None or self.sparsity >= 0, "sparsity", "0 or more, or null", self.sparsity)
         grid_fits = bool(self.sparsity_grid) and min(self.sparsity_grid) >= 0
         require(grid_fits, "sparsity_grid", "weights of 0 or more", self.sparsity_grid)
@@ -169,61 +179,59 @@ def purify(
         MethodDiverged: a loss, mask or weight became NaN or Inf.
         Cancelled: a stop was requested.
     """
-    original = working_copy(model, device)
+    shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
+    original = working_copy(model, device).eval()
     sample = channels_last(task.inputs(clean.fit.images[:2].to(device)))
     sites = mask_sites(original, sample, sites=config.sites, granularity=config.granularity)
     floors = depth_schedule(len(sites), alpha=config.alpha, beta=config.beta, depth=config.depth)
-    per_class = len(clean.fit) / task.num_classes
+    pull_open = config.eta * task.num_classes / max(len(clean.fit), task.num_classes)
+    closing = _closing(original, clean, config, **shared) if config.ratio != 0 and config.epochs else None
 
-    def select_accuracy(network: nn.Module) -> float:
-        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
-
-    reference = select_accuracy(original)
-    starts, chosen = _starts(
-        original,
-        clean,
-        config,
-        sites,
-        floors,
-        select_accuracy=select_accuracy,
-        reference=reference,
-        task=task,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
-
-    def attempt(sparsity: float) -> tuple[float, _Outcome]:
-        made = _train_masks(
-            original,
-            clean.fit,
-            config,
-            sites,
-            floors,
-            starts=starts,
-            pull=sparsity - config.eta / max(per_class, 1.0),
-            follow=config.statistics == "batch",
-            task=task,
-            seed=seed,
-            device=device,
-            progress=progress,
+    def trained(starts: list[Tensor], sparsity: float, *, taught: bool) -> _Outcome:
+        pull = sparsity - pull_open
+        return _train_masks(
+            original, clean.fit, config, sites, floors, starts=starts, pull=pull, taught=taught, **shared
         )
-        return select_accuracy(made.model), made
 
-    candidates = (config.sparsity,) if config.sparsity is not None else config.sparsity_grid
-    sparsity, made, trials = strongest_within(
-        candidates if config.epochs else (min(candidates),),
-        attempt,
-        reference=reference,
-        max_drop=config.max_drop,
-        images=len(chooser(clean)),
+    def change(made: _Outcome) -> float:
+        return -expected_drop(original, made.model, chooser(clean), **shared)
+
+    weakest = min(config.sparsity_grid) if config.sparsity is None else config.sparsity
+
+    def begun(factor: float) -> tuple[float, tuple[float, _Outcome, float]]:
+        starts, ratio = [torch.ones(site.shape, device=device) for site in sites], 0.0
+        if closing is not None:
+            ratio = min(closing.ratio * factor, 1.0)
+            _close(starts, sites, floors, closing.at(ratio))
+        if not config.taught_lr:
+            return 0.0, (0.0, _Outcome(original, [], starts), ratio)
+        made = trained(starts, weakest, taught=True)
+        return (reached := change(made)), (reached, made, ratio)
+
+    def ended(sparsity: float) -> tuple[float, _Outcome]:
+        if config.taught_lr and config.sparsity is None and not sparsity:
+            return reached, beginning
+        made = trained(beginning.values, sparsity, taught=False)
+        return change(made), _Outcome(made.model, beginning.history + made.history, made.values)
+
+    within = functools.partial(
+        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * len(chooser(clean))
     )
+    # With nothing closed or learnt every candidate is the same; and where nothing was set aside, images that the masks
+    # have seen would permit anything.
+    free = closing is not None and config.taught_lr and len(clean.select)
+    _, (reached, beginning, ratio), factor_trials = within(config.factors if free else (min(config.factors),), begun)
+    strengths = config.sparsity_grid if config.sparsity is None else (config.sparsity,)
+    if config.taught_lr and config.sparsity is None:
+        strengths = (0.0, *strengths)
+    sparsity, made, trials = within(strengths if config.epochs else (min(strengths),), ended)
     closed = [float((v <= floor).float().mean()) for v, floor in zip(made.values, floors, strict=True)]
     facts: dict[str, Any] = {
-        **chosen,
+        "ratio": ratio,
+        "ratio_trials": closing.trials if closing is not None else [],
+        "factor_trials": factor_trials,
         "sparsity": sparsity,
         "sparsity_trials": trials,
-        "statistics": config.statistics,
         "floors": {site.name: floor for site, floor in zip(sites, floors, strict=True)},
         "means": {site.name: float(value.mean()) for site, value in zip(sites, made.values, strict=True)},
         "closed": {site.name: share for site, share in zip(sites, closed, strict=True)},
@@ -231,46 +239,58 @@ def purify(
     return Purified(finished(made.model, "nft"), tuple(made.history), facts)
 
 
-def _starts(
+@dataclass(frozen=True, eq=False)
+class _Closing:
+    """What a short unlearning told, and the share of units that the *select* split permits to close."""
+
+    ratio: float
+    trials: list[dict[str, float | None]]
+    changes: list[Tensor]
+    layers: list[UnitLayer]
+
+    def at(self, ratio: float) -> dict[str, Tensor]:
+        """Kernels that close at ``ratio``, bool (units, input channels), by the weight's name."""
+        closed = closed_weights(self.layers, self.changes, ratio=ratio, granularity="kernel")
+        return {layer.name: part for layer, part in zip(self.layers, closed, strict=True)}
+
+
+def _closing(
     original: nn.Module,
     clean: Splits,
     config: NFTConfig,
-    sites: list[MaskSite],
-    floors: list[float],
     *,
-    select_accuracy: Callable[[nn.Module], float],
-    reference: float,
     task: Task,
     seed: int,
     device: torch.device | str,
     progress: Progress,
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """Where each mask starts, of its site's shape, and the facts ``ratio`` and ``ratio_trials``."""
-    starts = [torch.ones(site.shape, device=device) for site in sites]
-    if config.ratio == 0 or not config.epochs:
-        return starts, {"ratio": 0.0, "ratio_trials": []}
+) -> _Closing:
+    def select_accuracy(network: nn.Module) -> float:
+        return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
 
     pruned = working_copy(original, device)
-    ratio, closed, trials = close_most_moved(
+    ratio, _, trials, changes = close_most_moved(
         pruned,
         clean,
         config,
         granularity="kernel",
         select_accuracy=select_accuracy,
-        reference=reference,
+        reference=select_accuracy(original),
         task=task,
         seed=seed,
         device=device,
         progress=progress,
     )
-    by_name = {layer.name: part for layer, part in zip(unit_layers(pruned), closed, strict=True)}
+    return _Closing(ratio, trials, changes, unit_layers(original))
+
+
+def _close(starts: list[Tensor], sites: list[MaskSite], floors: list[float], closed: dict[str, Tensor]) -> None:
+    """Start closed kernels' masks at the lower clamp, in place."""
     for start, site, floor in zip(starts, sites, floors, strict=True):
-        part = by_name.get(site.name)
+        part = closed.get(site.name)
         if part is not None:
             # A mask of whole units closes in proportion to the kernels that do.
             share = part.float() if start.dim() > 1 else part.float().mean(1)
             start.lerp_(torch.full_like(start, floor), share)
-    return starts, {"ratio": ratio, "ratio_trials": trials}
 
 
 def depth_schedule(count: int, *, alpha: float, beta: float, depth: float = PAPER_DEPTH) -> list[float]:
@@ -288,7 +308,7 @@ def _train_masks(
     *,
     starts: list[Tensor],
     pull: float,
-    follow: bool,
+    taught: bool,
     task: Task,
     seed: int,
     device: torch.device | str,
@@ -298,6 +318,7 @@ def _train_masks(
 
     The two pulls are one: on [0, 1], ``||1 - m||_1`` is a constant minus ``||m||_1``.
     """
+    follow = config.statistics == "batch" and not taught
     masked = working_copy(original, device)
     masks = attach_masks(masked, sites, starts)
     farthest = torch.zeros((), device=device)
@@ -314,7 +335,8 @@ def _train_masks(
         for mask, floor in zip(masks, floors, strict=True):
             mask.values.clamp_(floor, config.ceiling)
 
-    epochs = epochs_for(len(data), config.epochs, config.min_steps, config.batch_size)
+    min_steps = config.min_steps // 2 if taught else config.min_steps
+    epochs = epochs_for(len(data), config.epochs, min_steps, config.batch_size)
     history = tune(
         masked,
         data,
@@ -322,7 +344,7 @@ def _train_masks(
         tuning=Tuning(
             epochs,
             config.batch_size,
-            config.lr,
+            config.taught_lr if taught else config.lr,
             momentum=config.momentum,
             schedule="cosine",
             precision=config.precision,
@@ -330,9 +352,11 @@ def _train_masks(
         seed=seed,
         device=device,
         progress=progress,
-        name="masks",
+        name="taught masks" if taught else "masks",
         step=step,
         mixup=config.mixup,
+        teacher=original if taught else None,
+        fixed_statistics=taught,
         after_step=clamp,
         kept={"farthest": farthest},
     )

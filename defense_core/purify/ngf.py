@@ -74,7 +74,7 @@ def _close_units(model: nn.Module, clean: Splits, run: Run) -> dict[str, Any]:
     def select_accuracy(network: nn.Module) -> float:
         return accuracy(network, chooser(clean), task=run.task, device=run.device, precision=config.precision)
 
-    ratio, _, trials = close_most_moved(
+    ratio, _, trials, _ = close_most_moved(
         model,
         clean,
         config,

@@ -130,14 +130,14 @@ def close_most_moved(
     seed: int,
     device: torch.device | str,
     progress: Progress,
-) -> tuple[float, list[Tensor], list[dict[str, float | None]]]:
+) -> tuple[float, list[Tensor], list[dict[str, float | None]], list[Tensor]]:
     """Rank ``model``'s units by a short clean unlearning and close, in place, as many as accuracy permits.
 
     Args:
         reference: ``select_accuracy(model)``.
 
     Returns:
-        As :func:`choose_ratio`.
+        As :func:`choose_ratio`, and the ranking: :func:`unlearning_changes`.
 
     Raises:
         MethodDiverged: the loss became NaN or Inf.
@@ -155,7 +155,7 @@ def close_most_moved(
         device=device,
         progress=progress,
     )
-    return choose_ratio(
+    chosen = choose_ratio(
         model,
         changes,
         config.ratio_grid if config.ratio is None else (config.ratio,),
@@ -166,6 +166,7 @@ def close_most_moved(
         images=len(chooser(clean)),
         progress=progress,
     )
+    return *chosen, changes
 
 
 def choose_ratio(
