@@ -16,7 +16,16 @@ NOT_MEASURED = "–"
 MAX_TEXT = 600
 """Longest text that is taken over from evidence; an error message can be of any length."""
 
-_LABELS = {"before": "Before", "tsbd": "TSBD", "fine_tuning": "Fine-tuning", "nft": "NFT", "ngf": "NGF", "fip": "FIP"}
+_LABELS = {
+    "before": "Before",
+    "tsbd": "TSBD",
+    "distil": "Distillation",
+    "fine_tuning": "Fine-tuning",
+    "nft": "NFT",
+    "ngf": "NGF",
+    "fip": "FIP",
+    "fast_fip": "Fast FIP",
+}
 _LABELS |= {"fast_fip": "Fast FIP", UNPURIFIED: "As it came in"}
 
 

@@ -219,7 +219,7 @@ def purify(
     )
     # With nothing closed or learnt every candidate is the same; and where nothing was set aside, images that the masks
     # have seen would permit anything.
-    free = closing is not None and config.taught_lr and len(clean.select)
+    free = closing is not None and config.ratio is None and config.taught_lr and len(clean.select)
     _, (reached, beginning, ratio), factor_trials = within(config.factors if free else (min(config.factors),), begun)
     strengths = config.sparsity_grid if config.sparsity is None else (config.sparsity,)
     if config.taught_lr and config.sparsity is None:

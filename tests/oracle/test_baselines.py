@@ -42,7 +42,7 @@ def run(name: str, **settings: object) -> tuple[nn.Module, nn.Module, dict[str, 
 
 def test_baselines_are_marked() -> None:
     marked = {name for name, method in METHODS.items() if method.baseline}
-    assert marked == {"ft_sam", "fine_pruning", "anp", "clp"}
+    assert marked == {"fast_fip", "ft_sam", "fine_pruning", "anp", "clp"}
     assert not any(METHODS[name].control for name in marked)
 
 

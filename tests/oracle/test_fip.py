@@ -143,7 +143,7 @@ def test_stiffness_is_capped_at_what_the_rate_can_follow() -> None:
 
 def test_derived_weights_follow_trace_and_samples_per_class() -> None:
     model = network()
-    facts = run("fip", model, start="given", epochs=1, min_steps=0, lr=0.01, trace_share=0.3, retain=2.0).facts
+    facts = run("fip", model, start="given", taught_lr=0.0, epochs=1, min_steps=0, lr=0.01, trace_share=0.3).facts
     fit = splits().fit
     diagonal = fisher_diagonal(model, TASK.inputs(fit.images), fit.labels, losses=TASK.losses)
     exact = float(sum(value.sum() for value in diagonal.values()))
@@ -315,8 +315,8 @@ def test_only_shifts_and_norms_move(norms: bool) -> None:
 @pytest.mark.parametrize("method", ["fip", "fast_fip"])
 def test_zeroed_start_is_stage_one_of_tsbd_and_its_fisher_is_taken_there(method: str) -> None:
     model, parts = network(), splits()
-    config = METHODS[method].config(epochs=1, min_steps=0, lr=1e-12, norms=False) if method == "fast_fip" else None
-    config = config or METHODS[method].config(epochs=1, min_steps=0, lr=1e-12, weight_decay=0.0)
+    still = {"epochs": 1, "min_steps": 0, "taught_lr": 0.0, "lr": 1e-12, "n_factors": (1.0,)}
+    config = METHODS[method].config(**still, **{"norms": False} if method == "fast_fip" else {"weight_decay": 0.0})
     result = METHODS[method].function(model, parts, config, task=TASK, seed=0, device="cpu", progress=NullProgress())
     stage_one = tsbd.purify(
         model,
@@ -339,14 +339,42 @@ def test_zeroed_start_is_stage_one_of_tsbd_and_its_fisher_is_taken_there(method:
 
 
 @pytest.mark.parametrize("method", ["fip", "fast_fip"])
-def test_rate_is_chosen_with_caution(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search goes on while the cautious accuracy holds, and takes the last rate that did."""
-    answers = iter([1.0, 1.0, -1.0, 1.0])
-    monkeypatch.setattr(fisher_guided, "cautious_accuracy", lambda before, after: next(answers))
+def test_rate_is_the_largest_whose_expected_drop_is_permitted(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drops = iter([0.0, 0.02, 1.0, 0.0])
+    monkeypatch.setattr(fisher_guided, "expected_drop", lambda *_, **__: next(drops))
     grid = (0.001, 0.002, 0.004, 0.008)
-    facts = run(method, network(), start="given", epochs=1, min_steps=0, lr=None, lr_grid=grid).facts
+    facts = run(method, network(), start="given", taught_lr=0.0, epochs=1, min_steps=0, lr=None, lr_grid=grid).facts
     assert [row["strength"] for row in facts["lr_trials"]] == [0.001, 0.002, 0.004]
     assert facts["lr"] == 0.002
+
+
+@pytest.mark.parametrize("method", ["fip", "fast_fip"])
+@pytest.mark.parametrize(
+    ("drops", "factor", "lr"),
+    [([0.0, 0.0, 0.0], 2.0, 0.001), ([0.0, 1.0, 1.0], 1.0, 0.0), ([1.0], 1.0, 0.0)],
+)
+def test_answers_are_learnt_first_and_labels_where_that_leaves_room(
+    method: str, drops: list[float], factor: float, lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remaining = iter(drops)
+    monkeypatch.setattr(fisher_guided, "expected_drop", lambda *_, **__: next(remaining))
+    done = run(method, network(), epochs=1, min_steps=0, n_factors=(1.0, 2.0), lr_grid=(0.001,))
+    assert [row["strength"] for row in done.facts["factor_trials"]] == [1.0, 2.0][: 1 if drops[0] else 2]
+    assert done.facts["lr"] == lr
+    phases = {row["phase"].rsplit(" ", 1)[-1] for row in done.history}
+    assert phases == {f"factor={factor:g}", *([f"lr={lr:g}"] if lr else [])}
+    assert next(remaining, None) is None
+
+
+def test_only_the_descent_by_labels_moves_the_statistics_of_batch_normalisation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fisher_guided, "expected_drop", lambda *_, **__: 1.0)
+    original = network()
+    taught = run("fip", original, epochs=1, min_steps=0).model
+    labelled = run("fip", original, epochs=1, min_steps=0, taught_lr=0.0, lr=0.001).model
+    assert torch.equal(taught.bn1.running_mean, original.bn1.running_mean)
+    assert not torch.equal(labelled.bn1.running_mean, original.bn1.running_mean)
 
 
 @pytest.mark.parametrize("method", ["fip", "fast_fip"])
@@ -387,6 +415,8 @@ def test_zero_epochs_return_the_same_bytes_and_the_input_is_untouched(method: st
         ({"max_trace_norm": 0.0}, "max_trace_norm"),
         ({"epochs": -1}, "epochs"),
         ({"start": "pruned"}, "start"),
+        ({"n_factors": (0.5,)}, "n_factors"),
+        ({"taught_lr": -1.0}, "taught_lr"),
     ],
 )
 def test_bad_settings_are_refused(method: str, settings: dict[str, object], word: str) -> None:

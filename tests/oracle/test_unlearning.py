@@ -14,7 +14,7 @@ from defense_core.errors import ConfigError
 from defense_core.layers import unit_layers
 from defense_core.loop import channels_last, working_copy
 from defense_core.progress import NullProgress
-from defense_core.purify import METHODS
+from defense_core.purify import METHODS, nft
 from defense_core.purify.masks import attach_masks, mask_sites
 from defense_core.purify.unlearning import SHARE, choose_ratio, closed_weights, unlearning_changes
 from defense_core.task import ImageClassification
@@ -131,12 +131,12 @@ def test_masks_start_where_they_are_told() -> None:
 
 def test_nft_opens_from_low_starts_what_it_may() -> None:
     # At a vanishing rate masks stay where they start: closed kernels at the clamp, others at 1.
-    _, done = run("nft", ratio=0.5, lr=1e-12, sparsity=0.0)
+    _, done = run("nft", taught_lr=0.0, ratio=0.5, lr=1e-12, sparsity=0.0)
     assert any(share > 0 for share in done.facts["closed"].values())
-    _, open_ = run("nft", ratio=0.0, lr=1e-12, sparsity=0.0)
+    _, open_ = run("nft", taught_lr=0.0, ratio=0.0, lr=1e-12, sparsity=0.0)
     assert not any(share > 0 for share in open_.facts["closed"].values())
     # Pulled open hard, all of them end at the upper clamp.
-    _, pulled = run("nft", ratio=0.5, sparsity=0.0, eta=6e3)
+    _, pulled = run("nft", taught_lr=0.0, ratio=0.5, sparsity=0.0, eta=6e3)
     assert set(pulled.facts["means"].values()) == {1.0}
 
 
@@ -192,3 +192,19 @@ def test_ngf_starts_the_last_layers_afresh_behind_closed_units() -> None:
 def test_settings_out_of_range_are_refused(method: str, field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         METHODS[method].config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("drops", "factor", "sparsity"),
+    [([0.0, 0.0, 0.0, 1.0], 2.0, 5e-4), ([0.0, 1.0, 1.0], 1.0, 0.0), ([1.0], 1.0, 0.0)],
+)
+def test_nft_learns_answers_first_and_labels_where_that_leaves_room(
+    drops: list[float], factor: float, sparsity: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remaining = iter(drops)
+    monkeypatch.setattr(nft, "expected_drop", lambda *_, **__: next(remaining))
+    _, done = run("nft", factors=(1.0, 2.0), ratio_grid=(0.1,), sparsity=None, min_steps=0)
+    assert done.facts["ratio"] == pytest.approx(0.1 * factor)
+    assert done.facts["sparsity"] == sparsity
+    assert {row["phase"] for row in done.history} == {"taught masks", *(["masks"] if sparsity else [])}
+    assert next(remaining, None) is None
