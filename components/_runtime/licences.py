@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from components._runtime.spdx import spdx
 from defense_core.artifact_scan.kinds import SAFETENSORS, kind_of
 from defense_core.files import sha256_bytes
@@ -22,7 +24,6 @@ MAX_BYTES = 1 << 20
 """Of a file beside the model; what comes after is not read."""
 _TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([^\n*>]{1,200}?)[ \t]*(?:\*/|-->)?[ \t]*$", re.MULTILINE)
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
-_FIELD = re.compile(r"^licen[sc]e:[ \t]*(.{0,200}?)[ \t]*$", re.MULTILINE)
 _METADATA = ("license", "licence")
 
 
@@ -96,13 +97,24 @@ def _beside(path: Path) -> Iterator[Claim]:
     with open(path, "rb") as stream:
         data = stream.read(MAX_BYTES)
     content = data.decode("utf-8", "replace").replace("\r\n", "\n")
-    if path.name == "README.md":
-        front = _FRONT_MATTER.match(content)
-        stated = _FIELD.findall(front[1]) if front else []
-    else:
-        stated = _TAG.findall(content)
+    stated = _front_matter_field(content) if path.name == "README.md" else _TAG.findall(content)
     for each in dict.fromkeys(stated):
-        yield _claim(path.name, each.strip("\"'"), sha256_bytes(data))
+        yield _claim(path.name, each, sha256_bytes(data))
+
+
+def _front_matter_field(content: str) -> list[str]:
+    """What the front matter states; that it cannot be read, where that is so."""
+    front = _FRONT_MATTER.match(content)
+    if front is None:
+        return []
+    try:
+        fields = yaml.safe_load(front[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ["unreadable front matter"]
+    if not isinstance(fields, dict):
+        return []
+    found = [fields[key] for key in _METADATA if fields.get(key) is not None]
+    return [str(each) for value in found for each in (value if isinstance(value, list) else [value])]
 
 
 def _claim(where: str, stated: str, sha256: str | None = None) -> Claim:

@@ -125,7 +125,8 @@ def test_what_agrees_is_known_however_it_is_written(tmp_path: Path) -> None:
         ("Apache-2.0", "mit", "the operator says Apache-2.0; README.md says MIT"),
         ("MIT", "llama2", "README.md says 'llama2', which is no SPDX expression"),
         ("", "llama2", "README.md says 'llama2', which is no SPDX expression"),
-        ("MIT", "[mit, apache-2.0]", "README.md says '[mit, apache-2.0]', which is no SPDX expression"),
+        ("", "[mit, apache-2.0]", "README.md says MIT; README.md says Apache-2.0"),
+        ("MIT", "{mit", "README.md says 'unreadable front matter', which is no SPDX expression"),
     ],
 )
 def test_what_disagrees_is_unknown_with_the_reason(declared: str, front: str, why: str, tmp_path: Path) -> None:
