@@ -33,6 +33,8 @@ PAIRS = (
     ("fip", "fine_tuning"),
     ("nft", "fine_tuning"),
     ("tsbd", "fine_tuning"),
+    ("distil", "fine_tuning"),
+    ("fast_fip", "fip"),
 )
 """Method and what it is compared with."""
 CLEAN_IMAGES = (250, 500, 1000, 2000)
@@ -115,7 +117,11 @@ def costs(train: CleanSet, *, device: str) -> Iterator[dict[str, Any]]:
 
 def one_attempt(kind: type[Any]) -> Any:
     """The method's defaults with the weakest strength of its grid alone, so that every case does the same work."""
-    grids = {field.name: getattr(kind(), field.name)[:1] for field in fields(kind) if field.name.endswith("_grid")}
+    grids = {
+        field.name: getattr(kind(), field.name)[:1]
+        for field in fields(kind)
+        if field.name.endswith(("_grid", "factors"))
+    }
     return kind(**grids)
 
 

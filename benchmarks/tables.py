@@ -91,6 +91,32 @@ def _tsbd_cifar() -> str:
     return "Not yet measured.\n" if content is None else tsbd_summary(content["rows"]) + _source(content)
 
 
+def _ablation_digits() -> str:
+    """Means over seeds of each run, and the worst ASR."""
+    content = load("ablation-digits")
+    if content is None:
+        return "Not yet measured.\n"
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for row in content["rows"]:
+        runs.setdefault(row["run"], []).append(row)
+
+    def mean(rows: Rows, value: Callable[[Mapping[str, Any]], float]) -> str:
+        return _text(statistics.fmean(map(value, rows)))
+
+    lines = [
+        [
+            name,
+            str(len(rows)),
+            mean(rows, lambda row: row["acc_before"] - row["acc_after"]),
+            mean(rows, lambda row: row["asr_after"]),
+            _text(max(row["asr_after"] for row in rows)),
+            mean(rows, lambda row: row["der"]),
+        ]
+        for name, rows in runs.items()
+    ]
+    return _table(("run", "seeds", "ACC drop", "ASR", "worst ASR", "DER"), lines) + _source(content)
+
+
 def readme_rows() -> str:
     """The README's table: the figures that a visitor asks for first."""
     lines: list[list[str]] = []
@@ -246,6 +272,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         "overhead", ("step", "seconds", "direct_seconds", "import_seconds", "overhead_seconds")
     ),
     "tsbd-cifar": _tsbd_cifar,
+    "ablation-digits": _ablation_digits,
     "tsbd-ablation": lambda: measured(
         "tsbd-ablation", ("attack", "ablation", "acc_before", "acc_after", "asr_after", "ra_after", "der", "seconds")
     ),

@@ -62,8 +62,8 @@ class FisherGuidedConfig:
         trace_every: the trace is taken every so many steps, and weighted by as many.
         trace_batch: samples that it is taken on.
         retain_images: samples behind ``Fbar``, at most.
-        lr: rate of the second descent, or ``None`` for the largest of ``lr_grid`` by the same rule; no such descent
-            where the first one leaves room for none.
+        lr: rate of the second descent, 0 for none, or ``None`` for the largest of ``lr_grid`` by the same rule; no
+            such descent where the first one leaves room for none.
         lr_grid: candidates.
         max_drop: permitted drop of accuracy, estimated on the *select* split, in [0, 1].
         epochs: passes over the fit split, of each descent.
@@ -109,7 +109,7 @@ class FisherGuidedConfig:
         require(self.trace_every >= 1, "trace_every", "1 or more", self.trace_every)
         require(self.trace_batch >= 1, "trace_batch", "1 or more", self.trace_batch)
         require(self.retain_images >= 1, "retain_images", "1 or more", self.retain_images)
-        require(self.lr is None or self.lr > 0, "lr", "a positive rate, or null", self.lr)
+        require(self.lr is None or self.lr >= 0, "lr", "0 or more, or null", self.lr)
         require(bool(self.lr_grid) and min(self.lr_grid) > 0, "lr_grid", "positive rates", self.lr_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
         require(self.epochs >= 0, "epochs", "0 or more", self.epochs)

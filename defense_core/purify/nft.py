@@ -93,7 +93,7 @@ class NFTConfig:
         mixup: parameter of MixUp's Beta distribution; 0 mixes nothing.
         statistics: BatchNorm while tuning by labels: leave the ``running`` statistics and normalise by
             them, or normalise by the ``batch`` and measure them afresh at the end.
-        lr: learning rate of the masks in the training by labels.
+        lr: learning rate of the masks in the training by labels; 0: there is none.
         momentum: of SGD.
         epochs: passes over the fit split.
         min_steps: at least so many steps by labels, and half as many before: more passes on small sets. Nothing is
@@ -130,6 +130,7 @@ class NFTConfig:
 
     def __post_init__(self) -> None:
         require(self.taught_lr >= 0, "taught_lr", "0 or more", self.taught_lr)
+        require(bool(self.taught_lr or self.lr), "lr", "positive where taught_lr is 0", self.lr)
         require(bool(self.factors) and min(self.factors) >= 1, "factors", "numbers of 1 or more", self.factors)
         require(self.sparsity is None or self.sparsity >= 0, "sparsity", "0 or more, or null", self.sparsity)
         grid_fits = bool(self.sparsity_grid) and min(self.sparsity_grid) >= 0
@@ -142,7 +143,7 @@ class NFTConfig:
         require(self.ceiling >= 1, "ceiling", "1 or more", self.ceiling)
         require(self.depth >= 1, "depth", "1 or more", self.depth)
         require(self.mixup >= 0, "mixup", "0 or more", self.mixup)
-        require(self.lr > 0, "lr", "a positive rate", self.lr)
+        require(self.lr >= 0, "lr", "0 or more", self.lr)
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
         require(self.min_steps >= 0, "min_steps", "0 or more", self.min_steps)
@@ -209,7 +210,7 @@ def purify(
         return (reached := change(made)), (reached, made, ratio)
 
     def ended(sparsity: float) -> tuple[float, _Outcome]:
-        if config.taught_lr and config.sparsity is None and not sparsity:
+        if not config.lr or (config.taught_lr and config.sparsity is None and not sparsity):
             return reached, beginning
         made = trained(beginning.values, sparsity, taught=False)
         return change(made), _Outcome(made.model, beginning.history + made.history, made.values)
@@ -224,7 +225,8 @@ def purify(
     strengths = config.sparsity_grid if config.sparsity is None else (config.sparsity,)
     if config.taught_lr and config.sparsity is None:
         strengths = (0.0, *strengths)
-    sparsity, made, trials = within(strengths if config.epochs else (min(strengths),), ended)
+    # Without steps every strength gives the same masks.
+    sparsity, made, trials = within(strengths if config.epochs and config.lr else (min(strengths),), ended)
     closed = [float((v <= floor).float().mean()) for v, floor in zip(made.values, floors, strict=True)]
     facts: dict[str, Any] = {
         "ratio": ratio,

@@ -410,7 +410,7 @@ def test_zero_epochs_return_the_same_bytes_and_the_input_is_untouched(method: st
         ({"eta_r": -0.1}, "eta_r"),
         ({"trace_every": 0}, "trace_every"),
         ({"trace_batch": 0}, "trace_batch"),
-        ({"lr": 0.0}, "lr"),
+        ({"lr": -0.1}, "lr"),
         ({"lr_grid": ()}, "lr_grid"),
         ({"max_trace_norm": 0.0}, "max_trace_norm"),
         ({"epochs": -1}, "epochs"),

@@ -1,6 +1,6 @@
-"""FIP and Fast FIP on scikit-learn's digits, with their parts taken away: ``fip-digits.json``.
+"""The purifiers on scikit-learn's digits, with their parts taken away: ``ablation-digits.json``.
 
-``python -m benchmarks.fip_digits``. A small network with a 2x2 patch planted at 10 %, three seeds;
+``python -m benchmarks.ablation_digits``. A small network with a 2x2 patch planted at 10 %, three seeds;
 each is purified with 397 clean images that it has not seen, and measured on 500 others.
 """
 
@@ -23,27 +23,40 @@ from defense_core.evaluate import evaluate
 from defense_core.loop import Tuning, tune, working_copy
 from defense_core.networks.small_cnn import small_cnn
 from defense_core.progress import NullProgress
-from defense_core.purify import METHODS, fast_fip
+from defense_core.purify import METHODS
 from defense_core.task import ImageClassification
 
 TASK = ImageClassification((1, 8, 8), 10, (0.3,), (0.35,))
 TRIGGER = {"kind": "badnets", "size": 2, "target": 0}
-ROWS = {**METHODS, "fast_fip": fast_fip.METHOD}
 RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("plain fine-tuning", "fine_tuning", {}),
     ("TSBD", "tsbd", {}),
+    ("TSBD, no gradient norm", "tsbd", {"alpha": 0.0}),
+    ("TSBD, nothing zeroed", "tsbd", {"n": 0.0}),
+    ("distil", "distil", {}),
+    ("distil, no repair", "distil", {"lr_grid": (1e-9,)}),
+    ("distil, no more zeroed", "distil", {"n_factors": (1.0,)}),
     ("FIP", "fip", {}),
-    ("FIP from the given model", "fip", {"start": "given"}),
-    ("FIP at one rate", "fip", {"lr": 0.1}),
-    ("FIP at one rate, no trace", "fip", {"lr": 0.1, "eta_f": 0.0}),
-    ("FIP at one rate, no retainer", "fip", {"lr": 0.1, "eta_r": 0.0}),
-    ("FIP at one rate, eta_r = 5", "fip", {"lr": 0.1, "eta_r": 5.0}),
-    ("FIP at one rate, true Fisher", "fip", {"lr": 0.1, "fisher": "true"}),
+    ("FIP, the paper's", "fip", {"start": "given", "taught_lr": 0.0}),
+    ("FIP, labels alone", "fip", {"taught_lr": 0.0}),
+    ("FIP, answers alone", "fip", {"lr": 0.0}),
+    ("FIP, no trace", "fip", {"eta_f": 0.0}),
+    ("FIP, no retainer", "fip", {"eta_r": 0.0}),
+    ("FIP, true Fisher", "fip", {"fisher": "true"}),
     ("Fast FIP", "fast_fip", {}),
-    ("Fast FIP from the given model", "fast_fip", {"start": "given"}),
+    ("Fast FIP, the paper's", "fast_fip", {"start": "given", "taught_lr": 0.0}),
     ("Fast FIP, shifts alone", "fast_fip", {"norms": False}),
-    ("Fast FIP, no trace", "fast_fip", {"eta_f": 0.0}),
+    ("NFT", "nft", {}),
+    ("NFT, the paper's", "nft", {"taught_lr": 0.0, "sites": "norm", "ratio": 0.0, "sparsity": 0.0}),
+    ("NFT, labels alone", "nft", {"taught_lr": 0.0}),
+    ("NFT, answers alone", "nft", {"lr": 0.0}),
+    ("NFT, no MixUp", "nft", {"mixup": 0.0}),
+    ("NGF", "ngf", {}),
+    ("NGF, the paper's", "ngf", {"part": "head"}),
+    ("NGF, classifier after closing", "ngf", {"part": "masked"}),
+    ("NGF, nothing closed", "ngf", {"part": "block"}),
 )
+"""What the tables call a run, the method, and what differs from its defaults."""
 
 
 def digits() -> CleanSet:
@@ -73,7 +86,7 @@ def rows_of(seed: int) -> list[dict[str, Any]]:
     splits = split_clean_set(clean, seed=seed, select=0.2, report=0.0)
     rows = []
     for label, method, settings in RUNS:
-        row = ROWS[method]
+        row = METHODS[method]
         started = time.perf_counter()
         result = row.function(
             victim.eval(),
@@ -100,8 +113,6 @@ def rows_of(seed: int) -> list[dict[str, Any]]:
                 "asr_after": attack["asr"]["value"],
                 "der": attack["der"],
                 "seconds": round(seconds, 1),
-                "lr": result.facts.get("lr"),
-                "trace_before": result.facts.get("trace_before"),
             }
         )
         logging.info("%s", rows[-1])
@@ -116,7 +127,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     started = datetime.now(UTC)
     rows = [row for seed in range(seeds) for row in rows_of(seed)]
-    write_results("fip-digits", rows, command="python -m benchmarks.fip_digits", started=started)
+    write_results("ablation-digits", rows, command="python -m benchmarks.ablation_digits", started=started)
 
 
 if __name__ == "__main__":
