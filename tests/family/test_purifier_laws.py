@@ -40,7 +40,8 @@ CHEAP: dict[str, Any] = {
 # And at these besides, method by method.
 CHEAP_BY_METHOD: dict[str, dict[str, Any]] = {"anp": {"lr": 50.0, "threshold": 0.8}}
 # A rate at which no float32 network survives a step.
-ABSURD: dict[str, Any] = {"lr": 1e38}
+ABSURD: dict[str, Any] = {"lr": 1e38, "taught_lr": 1e38}
+"""Every rate: where a method may do without one of its trainings, one that diverges is merely not taken."""
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 every_method = pytest.mark.parametrize("name", METHODS)
