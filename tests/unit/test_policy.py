@@ -181,13 +181,18 @@ def test_unknown_findings_say_why(score, sentence):
         ("deep[*].a.b", "deep[0].a was not measured (named)"),
         ("deep[*].c[*].d", "deep[0].c is a number, not a list (named)"),
         ("deep[*].e", "deep[0].e is nan (named)"),
+        ("unsaid", "unsaid is not known: nobody said"),
+        ("mute", "mute was not measured"),
+        ("counted", "counted was not measured"),
+        ("said.deep", "said is a number, not a mapping"),
     ],
 )
 def test_paths_that_lead_nowhere_are_unknown_even_where_absence_may_be_skipped(path, problem):
     evidence = run()
     evidence["evaluate.tsbd"]["results"] |= {
         "nothing": None, "word": "x", "flag": True, "rows": [{"a": {"b": 0.1}}, {}], "odd": [3],
-        "deep": [{"name": "named", "a": None, "c": 3, "e": math.nan}],
+        "deep": [{"name": "named", "a": None, "c": 3, "e": math.nan}], "unsaid": None, "unsaid_why": "nobody said",
+        "mute": None, "mute_why": "", "counted": None, "counted_why": 3, "said": 0.1, "said_why": "somebody said",
     }  # fmt: skip
     found = finding(decide(policy(rule(value=path, when_absent="skip")), evidence), "r")
     assert (found.verdict, found.effect) == (UNKNOWN, "block")
