@@ -120,7 +120,9 @@ def _ablation_digits() -> str:
 def readme_rows() -> str:
     """The README's table: the figures that a visitor asks for first."""
     lines: list[list[str]] = []
-    demo, quality, cifar, fetch = (load(name) for name in ("demo", "demo-quality", "tsbd-cifar", "fetch"))
+    demo, quality, cifar, purified, fetch = (
+        load(name) for name in ("demo", "demo-quality", "tsbd-cifar", "purification-cpu", "fetch")
+    )
     if demo:
         total = next(row for row in demo["rows"] if row["step"] == "total")
         lines.append(
@@ -138,6 +140,19 @@ def readme_rows() -> str:
             for method, label in (("tsbd", "TSBD"), ("fine_tuning", "the control")):
                 rows = [row for row in cifar["rows"] if (row["attack"], row["method"]) == (attack, method)]
                 lines.append([f"CIFAR-10, {attack}, 5 % clean, {len(rows)} runs, {label}", _change(rows)])
+    if purified:
+        rows = [
+            row
+            for row in purified["rows"]
+            if row["selected"] and row["clean_fraction"] == 0.05 and row["architecture"] == NARROW
+        ]
+        worst = max(rows, key=lambda row: float(row["asr_after"]))
+        lines.append(
+            [
+                f"CIFAR-10, {len({row['attack'] for row in rows})} attacks, 5 % clean, the selected of five methods",
+                f"{_change(rows)}; worst attack ASR {worst['asr_after']:.3f} ({worst['attack']})",
+            ]
+        )
     if fetch:
         row = fetch["rows"][-1]
         ratio = row["baseline_seconds"] / row["seconds"]
