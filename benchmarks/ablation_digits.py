@@ -34,7 +34,6 @@ RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("TSBD, no gradient norm", "tsbd", {"alpha": 0.0}),
     ("TSBD, nothing zeroed", "tsbd", {"n": 0.0}),
     ("distil", "distil", {}),
-    ("distil, no repair", "distil", {"lr_grid": (1e-9,)}),
     ("distil, no more zeroed", "distil", {"n_factors": (1.0,)}),
     ("FIP", "fip", {}),
     ("FIP, the paper's", "fip", {"start": "given", "taught_lr": 0.0}),

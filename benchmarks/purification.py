@@ -9,6 +9,7 @@ choice between the candidates (``selected``) sees the clean set alone.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ STUBBORN = {"input_aware": 30, "badnets_all_to_all": 45}
 """Epochs of the attacks that the 15 of the others teach too little: ASR 0.84 and 0.43."""
 
 DEVELOPMENT = ("badnets", "blended")
-"""The attacks that were looked at while the methods' defaults were chosen; the others were not."""
+"""The attacks that were looked at while TSBD's defaults were chosen."""
 
 KEY = ("attack", "method", "seed", "clean_fraction", "architecture", "config_digest")
 """Fields that identify a row."""
@@ -175,21 +176,26 @@ class Case:
 
     Attributes:
         before: the victim's own figures.
-        perturbations: found on the victim, for the signals of the choice.
+        device, progress: of what is measured on it.
     """
 
     subject: Victim
     clean: Splits
     before: Mapping[str, float]
-    perturbations: Perturbations
+    device: str
+    progress: Progress
 
     @classmethod
     def of(cls, subject: Victim, clean: Splits, test: CleanSet, *, device: str, progress: Progress) -> Case:
         """Measure what the rows share."""
-        perturbations = universal_perturbations(
-            subject.model, clean.fit, task=subject.task, device=device, progress=progress
+        return cls(subject, clean, _measured(subject.model, subject, test, device=device), device, progress)
+
+    @functools.cached_property
+    def perturbations(self) -> Perturbations:
+        """Found on the victim, for the signals of the choice; only rows that may be chosen ask for them."""
+        return universal_perturbations(
+            self.subject.model, self.clean.fit, task=self.subject.task, device=self.device, progress=self.progress
         )
-        return cls(subject, clean, _measured(subject.model, subject, test, device=device), perturbations)
 
 
 def _measured(model: nn.Module, subject: Victim, test: CleanSet, *, device: str) -> dict[str, float]:
@@ -205,8 +211,6 @@ def figures(
     method: str,
     *,
     seed: int,
-    device: str,
-    progress: Progress,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Purify once; what the row says beside its key.
@@ -214,7 +218,7 @@ def figures(
     Args:
         settings: what differs from the method's defaults.
     """
-    subject, clean, before = case.subject, case.clean, case.before
+    subject, clean, before, device, progress = case.subject, case.clean, case.before, case.device, case.progress
     reset_peak(device)
     started = time.perf_counter()
     try:
@@ -300,19 +304,19 @@ def run(
     for key, (setting, job) in everything.items():
         if key in known or not wanted(job):
             continue
-        spec, rate = ATTACKS[job["attack"]]
-        training = setting.training
-        if training == CONVOLUTIONAL:
-            training = replace(training, epochs=STUBBORN.get(job["attack"], training.epochs))
-        recipe = Recipe(
-            attack=spec, images=setting.images, rate=rate, architecture=setting.architecture,
-            architecture_args=setting.architecture_args, training=training,
-        )  # fmt: skip
         if (group := _group(job)) not in cases:
+            spec, rate = ATTACKS[job["attack"]]
+            training = setting.training
+            if training == CONVOLUTIONAL:
+                training = replace(training, epochs=STUBBORN.get(job["attack"], training.epochs))
+            recipe = Recipe(
+                attack=spec, images=setting.images, rate=rate, architecture=setting.architecture,
+                architecture_args=setting.architecture_args, training=training,
+            )  # fmt: skip
             subject = victim(recipe, train, test, device=device, progress=progress)
             clean = clean_splits(subject, setting, job["seed"])
             cases = {group: Case.of(subject, clean, test, device=device, progress=progress)}
-        measured = figures(cases[group], test, job["method"], seed=job["seed"], device=device, progress=progress)
+        measured = figures(cases[group], test, job["method"], seed=job["seed"])
         known[key] = {**job, **measured}
         logging.info("%s", {name: value for name, value in known[key].items() if name != "select"})
         # Another process may have measured other rows meanwhile.

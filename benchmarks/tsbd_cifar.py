@@ -66,10 +66,7 @@ def main() -> None:
             settings = ABLATIONS[job["ablation"]] if options.ablation else {}
             clean = clean_splits(subject, SETTING, job["seed"])
             case = Case.of(subject, clean, test, device=options.device, progress=default_progress())
-            measured = figures(
-                case, test, job["method"], seed=job["seed"], device=options.device, progress=default_progress(),
-                settings=settings,
-            )  # fmt: skip
+            measured = figures(case, test, job["method"], seed=job["seed"], settings=settings)
             measured.pop("select", None)
             known[key_of(job)] = {**job, **measured}
             logging.info("%s", known[key_of(job)])

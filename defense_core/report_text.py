@@ -25,8 +25,8 @@ _LABELS = {
     "ngf": "NGF",
     "fip": "FIP",
     "fast_fip": "Fast FIP",
+    UNPURIFIED: "As it came in",
 }
-_LABELS |= {"fast_fip": "Fast FIP", UNPURIFIED: "As it came in"}
 
 
 def label(method: str) -> str:
