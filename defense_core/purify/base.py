@@ -21,6 +21,8 @@ from defense_core.task import Task
 T = TypeVar("T")
 TEMPERATURES = tuple(0.5 * 1.1**step for step in range(25))
 """Candidates between 0.5 and 5."""
+MOST_DROP = 0.1
+"""Of accuracy, that any choice between strengths may ever accept: of ten images, one."""
 VIEWS = 6
 """Of each image, by which a drop of accuracy is estimated: itself and augmented ones."""
 
@@ -84,6 +86,12 @@ def chooser(clean: Splits) -> CleanSet:
     """The split on which hyper-parameters are chosen: *select*, or *fit* where every class
     has one image only and nothing could be set aside."""
     return clean.select if len(clean.select) else clean.fit
+
+
+def tried(strengths: tuple[float, ...], clean: Splits) -> tuple[float, ...]:
+    """Which strengths of a training :func:`strongest_within` is given: all, or the weakest alone where no *select*
+    split was set aside, because images that the training has seen would permit anything."""
+    return strengths if len(clean.select) else (min(strengths),)
 
 
 def cautious_accuracy(before: Tensor, after: Tensor) -> float:
@@ -181,7 +189,7 @@ def strongest_within(
     Strengths are tried in ascending order while the accuracy on the *select* split stays
     within ``max_drop`` of the unpurified model's; the last one that did is taken, or the
     weakest where even that did not. Going up rather than down spends trials only while they
-    buy something. On a small split the bound is never tighter than three images. A candidate
+    buy something. On a small split the bound is never tighter than three images, or ``MOST_DROP``. A candidate
     that diverges is too strong, like one that costs too much; the weakest may not diverge.
 
     Args:
@@ -200,7 +208,7 @@ def strongest_within(
     Raises:
         MethodDiverged: even the weakest candidate diverged.
     """
-    allowed = permitted_drop(max_drop, images)
+    allowed = min(permitted_drop(max_drop, images), max(max_drop, MOST_DROP) + 1e-9)
     first, *others = sorted(strengths)
     chosen = first
     reached, made = attempt(first)

@@ -21,7 +21,7 @@ from defense_core.config import require
 from defense_core.data import Splits
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import VIEWS, Method, Purified, chooser, expected_drop, strongest_within
+from defense_core.purify.base import VIEWS, Method, Purified, chooser, expected_drop, strongest_within, tried
 from defense_core.purify.stage_one import stage_one
 from defense_core.purify.tsbd import TSBDConfig, repair
 from defense_core.task import Task
@@ -117,11 +117,10 @@ def purify(
     within = functools.partial(
         strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * len(chooser(clean))
     )
-    # Images that the distillation has seen would permit anything.
-    free = config.n is None and config.epochs and len(clean.select)
-    factor, (reached, student, rows, masks), n_trials = within(config.n_factors if free else (1.0,), distilled)
+    factors = config.n_factors if config.n is None and config.epochs else (1.0,)
+    factor, (reached, student, rows, masks), n_trials = within(tried(factors, clean), distilled)
     rates = (config.lr,) if config.lr is not None else (0.0, *config.lr_grid) if config.epochs else (0.0,)
-    lr, (final, more), lr_trials = within(rates, repaired)
+    lr, (final, more), lr_trials = within(tried(rates, clean), repaired)
     facts: dict[str, Any] = {
         "n": min(first.n * factor, 1.0),
         "n_trials": first.trials,

@@ -23,7 +23,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, strongest_within
+from defense_core.purify.base import Method, Purified, chooser, strongest_within, tried
 from defense_core.task import Task
 
 
@@ -132,7 +132,7 @@ def tune_within(
 
     rates = (config.lr,) if config.lr is not None else config.lr_grid
     lr, (purified, history), trials = strongest_within(
-        rates if config.epochs else (min(rates),),  # without steps every rate gives the same model
+        tried(rates, clean) if config.epochs else (min(rates),),  # without steps every rate gives the same model
         attempt,
         reference=select_accuracy(working_copy(model, device)) if reference is None else reference,
         max_drop=config.max_drop,

@@ -27,7 +27,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import VIEWS, chooser, expected_drop, strongest_within
+from defense_core.purify.base import VIEWS, chooser, expected_drop, strongest_within, tried
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
@@ -233,15 +233,14 @@ def minimise(
     within = functools.partial(
         strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * len(chooser(clean))
     )
-    # With nothing zeroed or learnt every candidate is the same; and where nothing was set aside, images that the
-    # descent has seen would permit anything.
-    free = first is not None and config.taught_lr and len(clean.select)
-    _, beginning, factor_trials = within(config.n_factors if free else (min(config.n_factors),), begun)
+    # With nothing zeroed or learnt every candidate is the same.
+    factors = config.n_factors if first is not None and config.taught_lr else (min(config.n_factors),)
+    _, beginning, factor_trials = within(tried(factors, clean), begun)
     rates = config.lr_grid if config.lr is None else (config.lr,)
     if config.taught_lr and config.lr is None:
         rates = (0.0, *rates)
     # Without steps every rate gives the same model.
-    lr, ending, lr_trials = within(rates if config.epochs else (min(rates),), ended)
+    lr, ending, lr_trials = within(tried(rates, clean) if config.epochs else (min(rates),), ended)
     before = accuracy(given, chooser(clean), task=task, device=device, precision=config.precision)
     facts = {"lr": lr, "lr_trials": lr_trials, "factor_trials": factor_trials, "accuracy_before": before}
     return ending.network, ending.rows, facts | ending.facts

@@ -39,7 +39,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import VIEWS, Method, Purified, chooser, expected_drop, strongest_within
+from defense_core.purify.base import VIEWS, Method, Purified, chooser, expected_drop, strongest_within, tried
 from defense_core.purify.masks import (
     Granularity,
     MaskSite,
@@ -218,15 +218,17 @@ def purify(
     within = functools.partial(
         strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * len(chooser(clean))
     )
-    # With nothing closed or learnt every candidate is the same; and where nothing was set aside, images that the masks
-    # have seen would permit anything.
-    free = closing is not None and config.ratio is None and config.taught_lr and len(clean.select)
-    _, (reached, beginning, ratio), factor_trials = within(config.factors if free else (min(config.factors),), begun)
+    # With nothing closed or learnt every candidate is the same.
+    free = closing is not None and config.ratio is None and config.taught_lr
+    factors = config.factors if free else (min(config.factors),)
+    _, (reached, beginning, ratio), factor_trials = within(tried(factors, clean), begun)
     strengths = config.sparsity_grid if config.sparsity is None else (config.sparsity,)
     if config.taught_lr and config.sparsity is None:
         strengths = (0.0, *strengths)
     # Without steps every strength gives the same masks.
-    sparsity, made, trials = within(strengths if config.epochs and config.lr else (min(strengths),), ended)
+    sparsity, made, trials = within(
+        tried(strengths, clean) if config.epochs and config.lr else (min(strengths),), ended
+    )
     closed = [float((v <= floor).float().mean()) for v, floor in zip(made.values, floors, strict=True)]
     facts: dict[str, Any] = {
         "ratio": ratio,

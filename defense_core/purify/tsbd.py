@@ -29,7 +29,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, cautious_accuracy, chooser, strongest_within
+from defense_core.purify.base import Method, Purified, cautious_accuracy, chooser, strongest_within, tried
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
@@ -110,7 +110,7 @@ def purify(
         return cautious_accuracy(first.before, first.correct(repaired)), (repaired, rows)
 
     lr, (repaired, rows), lr_trials = strongest_within(
-        config.lr_grid if config.lr is None else (config.lr,),
+        tried(config.lr_grid if config.lr is None else (config.lr,), clean),
         attempt_rate,
         reference=first.accuracy,
         max_drop=config.max_drop,

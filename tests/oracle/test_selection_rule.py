@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from defense_core.purify.base import cautious_accuracy, strongest_within
+from defense_core.data import CleanSet, Splits
+from defense_core.purify.base import cautious_accuracy, strongest_within, tried
 
 
 @pytest.mark.parametrize(("seed", "images"), [(0, 1), (1, 79), (2, 200)])
@@ -33,3 +34,10 @@ def test_the_bound_is_never_tighter_than_three_images(lost, chosen):
     )
     assert (strength, made) == (chosen, str(chosen))
     assert [row["strength"] for row in trials] == [1.0, 2.0]
+
+
+def test_without_a_select_split_only_the_weakest_training_is_tried():
+    some = CleanSet(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), 2)
+    nothing = some.subset(torch.tensor([], dtype=torch.int64))
+    assert tried((0.2, 0.01, 0.05), Splits(some, nothing, nothing)) == (0.01,)
+    assert tried((0.2, 0.01, 0.05), Splits(some, some, nothing)) == (0.2, 0.01, 0.05)
