@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.memory import peak_mb, reset_peak
 from benchmarks.results import FOLDER, read_rows, write_results
-from benchmarks.zoo import Recipe, Victim, load_cifar10, victim
+from benchmarks.zoo import CONVOLUTIONAL, STUBBORN, Recipe, Victim, load_cifar10, victim
 from defense_core import config
 from defense_core.attacks.victim import VictimTraining
 from defense_core.data import CleanSet, Splits, split_clean_set
@@ -59,9 +59,6 @@ WaNet and BppAttack are stronger than in their papers: at strength 0.5 with twic
 the 15 epochs on 20,000 images teach the narrow network only ASR 0.51 and 0.77.
 """
 
-STUBBORN = {"input_aware": 30, "badnets_all_to_all": 45}
-"""Epochs of the attacks that the 15 of the others teach too little: ASR 0.84 and 0.43."""
-
 DEVELOPMENT = ("badnets", "blended")
 """The attacks that were looked at while TSBD's defaults were chosen."""
 
@@ -73,9 +70,6 @@ CHOSEN = ("n", "lr", "ratio", "sparsity")
 
 FIRST = ("badnets", "blended", "sig", "low_frequency", "ssba", "input_aware", "wanet", "trojan")
 """The eight attacks of the TSBD paper, or this lab's nearest."""
-
-
-CONVOLUTIONAL = VictimTraining(epochs=15, batch_size=128, lr=0.1, weight_decay=5e-4)
 
 
 @dataclass(frozen=True)

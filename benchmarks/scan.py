@@ -34,7 +34,7 @@ from defense_core.data import CleanSet
 from defense_core.evaluate import evaluate
 from defense_core.files import atomic_directory
 from defense_core.progress import NullProgress
-from defense_core.scan.base import InvertedTrigger, Observation
+from defense_core.scan.base import DRAWS, InvertedTrigger, Observation
 from defense_core.scan.detectors import DETECTORS, FEW, MANY, Settings, regime_for, regime_of, searched_and_held_out
 from defense_core.scan.judgement import ScanConfig, combined_score, judge
 from defense_core.scan.observe import Observed, observe, wanted
@@ -49,9 +49,9 @@ from defense_core.scan.pool import (
     save_pool,
 )
 from defense_core.scan.references import file_readings, pool_of
+from defense_core.scan.stored_triggers import parts_of
 from defense_core.task import ImageClassification
 
-SEED = 0
 TRIED_IMAGES = 1000
 """Test images that ACC and ASR of the zoo's models are measured on."""
 # With 1,000 images the detectors search with as many as with 100; the confirmation has 900 more.
@@ -74,7 +74,7 @@ def clean_images(held_out: CleanSet, count: int) -> CleanSet | None:
 
 def readings_folder(model: ZooModel, count: int, detector: str, settings: Settings) -> Path:
     """Where what one detector saw on one model is kept."""
-    own = {"recipe": model.recipe, "detector": detector, "config": getattr(settings, detector), "seed": SEED}
+    own = {"recipe": model.recipe, "detector": detector, "config": getattr(settings, detector), "seed": DRAWS}
     key = config.digest(own | {"images": 0 if DETECTORS[detector].regimes == ("none",) else count})
     return cache_folder() / "scan" / key.removeprefix("sha256:")[:24]
 
@@ -94,7 +94,7 @@ def read(model: ZooModel, loaded: Victim, count: int, settings: Settings) -> Non
         reset_peak("cpu")
         seconds: dict[str, float] = {}
         observed = observe(
-            loaded.model, clean, regime_of(clean), settings, task=recipe_task(model.recipe), seed=SEED, device="cpu",
+            loaded.model, clean, regime_of(clean), settings, task=recipe_task(model.recipe), device="cpu",
             progress=NullProgress(), seconds=seconds, only=(detector,),
         )  # fmt: skip
         observation = observed.observations[detector]
@@ -104,6 +104,7 @@ def read(model: ZooModel, loaded: Victim, count: int, settings: Settings) -> Non
             tensors[f"{number}.pattern"] = trigger.pattern.contiguous()
             if trigger.mask is not None:
                 tensors[f"{number}.mask"] = trigger.mask.contiguous()
+            tensors |= {f"{number}.parts.{name}": part.contiguous() for name, part in trigger.parts.items()}
             triggers.append({"target": trigger.target, "kind": trigger.kind, "sources": trigger.sources})
         plain = {key: value for key, value in vars(observation).items() if key != "triggers"}
         facts = {
@@ -132,7 +133,7 @@ def recall(model: ZooModel, count: int, settings: Settings) -> tuple[Observed, d
         triggers = tuple(
             InvertedTrigger(
                 trigger["target"], trigger["kind"], tensors[f"{number}.pattern"], tensors.get(f"{number}.mask"),
-                tuple(trigger["sources"]),
+                tuple(trigger["sources"]), parts_of(tensors, number, trigger["kind"]),
             )
             for number, trigger in enumerate(each["triggers"])
         )  # fmt: skip
@@ -146,18 +147,15 @@ def recall(model: ZooModel, count: int, settings: Settings) -> tuple[Observed, d
     return Observed(observations, covariates, ()), seconds, max(peaks)
 
 
-def held_out_of(loaded: Victim, count: int) -> CleanSet | None:
-    """Of a user's ``count`` images, those that no detector searched with."""
+def images_for(loaded: Victim, count: int) -> tuple[CleanSet | None, CleanSet | None]:
+    """Of a user's ``count`` images, those that the detectors searched with, and the others."""
     first = clean_images(loaded.held_out, min(count, MANY))
-    if first is None:
-        return None
-    _, held_out = searched_and_held_out(first, regime_of(first), SEED)
-    if count <= MANY or held_out is None:
-        return held_out
+    searched, held_out = searched_and_held_out(first, regime_of(first))
     more = clean_images(loaded.held_out, count)
-    assert more is not None
+    if count <= MANY or held_out is None or more is None:
+        return searched, held_out
     more = more.subset(torch.arange(MANY, len(more)))
-    return CleanSet(
+    return searched, CleanSet(
         torch.cat([held_out.images, more.images]), torch.cat([held_out.labels, more.labels]), held_out.num_classes
     )
 
@@ -238,11 +236,12 @@ def judged_rows(
         if recalled is None or count > len(loaded.held_out):
             continue
         observed, seconds, peak = recalled
-        observed = replace(observed, held_out=held_out_of(loaded, count))
+        searched, held_out = images_for(loaded, count)
+        observed = replace(observed, searched=searched, held_out=held_out)
         started = time.monotonic()
         report = judge(
             loaded.model, clean_images(loaded.held_out, count), observed, ScanConfig(settings=settings), pool=pool,
-            task=task, seed=SEED, device="cpu", progress=NullProgress(),
+            task=task, device="cpu", progress=NullProgress(),
         )  # fmt: skip
         confirming = time.monotonic() - started
         common = {

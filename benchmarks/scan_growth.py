@@ -56,7 +56,7 @@ def measured(data: CleanSet) -> tuple[dict[str, float], dict[str, Any]]:
     seconds: dict[str, float] = {}
     reset_peak("cpu")
     started = time.monotonic()
-    observe(model, clean, "many", Settings(), task=task, seed=0, device="cpu", progress=NullProgress(), seconds=seconds)
+    observe(model, clean, "many", Settings(), task=task, device="cpu", progress=NullProgress(), seconds=seconds)
     seconds["all"] = time.monotonic() - started
     return seconds, {
         "acc": round(accuracy(model, held_out, task=task, device="cpu"), 3),

@@ -10,7 +10,7 @@ import numpy
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
-from defense_core.scan.pool import Probability
+from defense_core.scan.pool import Probability, score_weight
 
 RESAMPLES = 2000
 NOMINAL = 0.05
@@ -20,7 +20,8 @@ WORKING = "ASR >= 0.9"
 
 def fitted_probability(scores: Sequence[float], truths: Sequence[bool], *, kinds: Sequence[str]) -> Probability:
     """Platt's logistic fit with equal weight for the clean and the backdoored models."""
-    model = LogisticRegression(class_weight="balanced").fit(numpy.array(scores)[:, None], truths)
+    weights = numpy.array([score_weight(score) for score in scores])
+    model = LogisticRegression(class_weight="balanced").fit(weights[:, None], truths)
     slope = max(0.0, float(model.coef_[0, 0]))
     return Probability(float(model.intercept_[0]), slope, len(scores), tuple(kinds))
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 
-from benchmarks.zoo import Recipe, load_cifar10, victim
+from benchmarks.zoo import CONVOLUTIONAL, STUBBORN, Recipe, load_cifar10, victim
 from defense_core.attacks.victim import VictimTraining
 from defense_core.data import CleanSet
 from defense_core.progress import default_progress
@@ -133,6 +133,7 @@ LONG: tuple[tuple[str, Mapping[str, Any], float, tuple[int, ...]], ...] = (
 )
 """The victims of the purification benchmark: (kind, attack, rate, seeds)."""
 
+MIDDLING = VictimTraining(epochs=10, batch_size=128, lr=0.1, weight_decay=5e-4)
 LASTING = VictimTraining(epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4)
 
 BRIEF: tuple[tuple[int, str, Mapping[str, Any], float, VictimTraining], ...] = (
@@ -149,6 +150,11 @@ BRIEF: tuple[tuple[int, str, Mapping[str, Any], float, VictimTraining], ...] = (
     (3010, "badnets_5_percent", {"kind": "badnets", "target": 1, "size": 4}, 0.05, SHORT),
     (3011, "blended_5_percent", {"kind": "blended", "target": 5, "alpha": 0.2}, 0.05, SHORT),
     (3012, "sig_labels_changed", {"kind": "sig", "target": 2, "clean_label": False}, 0.05, SHORT),
+    (3013, "badnets_2_percent", {"kind": "badnets", "target": 3, "size": 4}, 0.02, MIDDLING),
+    (3014, "blended_2_percent", {"kind": "blended", "target": 9, "alpha": 0.25}, 0.02, MIDDLING),
+    (3015, "badnets_5_percent", {"kind": "badnets", "target": 8, "size": 3}, 0.05, MIDDLING),
+    (3016, "blended_5_percent", {"kind": "blended", "target": 4, "alpha": 0.2}, 0.05, MIDDLING),
+    (3017, "sig_labels_changed", {"kind": "sig", "target": 6, "clean_label": False}, 0.1, MIDDLING),
 )  # fmt: skip
 """Backdoored models of narrower networks: low rates, adaptive attackers, other targets. A first training of six
 epochs or fewer planted no backdoor at low rates and with adaptive attackers: these are longer, with larger triggers."""
@@ -159,19 +165,20 @@ UNAUGMENTED = ("badnets_1_percent", "badnets_half_percent")
 
 
 def backdoored() -> Iterator[ZooModel]:
-    """Backdoored models. Those of seed 1 and the last three are there to fit the probability, the others are tests."""
+    """Backdoored models. Those of seed 1 and from 3010 on are there to fit the probability, the others are tests."""
     for kind, attack, rate, seeds in LONG:
+        training = replace(CONVOLUTIONAL, epochs=STUBBORN.get(kind, CONVOLUTIONAL.epochs))
         for seed in seeds:
-            yield ZooModel(
-                f"{kind}-{seed}", kind, "test" if seed == 0 else "calibration", Recipe(attack, seed, rate=rate)
-            )
+            recipe = Recipe(attack, seed, rate=rate, training=training)
+            yield ZooModel(f"{kind}-{seed}", kind, "test" if seed == 0 else "calibration", recipe)
     for seed, kind, attack, rate, training in BRIEF:
         split = "calibration" if seed >= 3010 else "test"
         width = (16, 12, 16, 8)[seed % 4]
         recipe = Recipe(attack, seed, 15_000, rate, architecture_args=network(width), training=training)
         if kind in UNAUGMENTED:
             recipe = VariedRecipe(**vars(recipe), augment="none")
-        yield ZooModel(kind, kind, split, recipe)
+        name = kind if split == "test" else f"{kind}-{seed}"
+        yield ZooModel(name, kind, split, recipe)
 
 
 def cifar_zoo() -> list[ZooModel]:
@@ -181,6 +188,8 @@ def cifar_zoo() -> list[ZooModel]:
 
 DIGITS_TRAINING = VictimTraining(epochs=30, batch_size=64)
 DIGITS_IMAGES = 900
+DIGITS_REFERENCES: Mapping[str, int] = {"small_cnn": 2 * REFERENCES, "vit_tiny": REFERENCES}
+"""Twice as many of the network that is trained and read in seconds."""
 DIGITS_NETWORKS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "small_cnn": tuple({"width": width, "in_channels": 1, "num_classes": 10} for width in (16, 24, 32, 48)),
     "vit_tiny": tuple(
@@ -191,12 +200,11 @@ DIGITS_NETWORKS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 
 
 def digits_zoo(architecture: str) -> list[ZooModel]:
-    """Every model on scikit-learn's digits with this architecture; 24 clean and 24 backdoored ones to test on, a
-    third of it for the ViT."""
+    """Every model on scikit-learn's digits with this architecture."""
     return [
         *(
             ZooModel(f"reference-{number:02}", "clean", "pool", digits_reference(architecture, number))
-            for number in range(REFERENCES)
+            for number in range(DIGITS_REFERENCES[architecture])
         ),
         *_digits_backdoored(architecture),
         *_digits_clean(architecture),
@@ -204,16 +212,17 @@ def digits_zoo(architecture: str) -> list[ZooModel]:
 
 
 def digits_reference(architecture: str, number: int) -> VariedRecipe:
-    """Recipe of one clean digits model; every setting is drawn by its number."""
+    """Recipe of one clean digits model; every setting is drawn by its number. From a third of the usual training to
+    twice as much: a narrower pool (20 to 40 epochs at 0.03 or 0.05) called one clean model in six unusual."""
     draw = random.Random(f"{architecture} {number}")
     training = VictimTraining(
-        epochs=draw.choice((20, 30, 40)),
+        epochs=draw.choice((8, 12, 20, 30, 40, 60)),
         batch_size=draw.choice((32, 64)),
-        lr=draw.choice((0.03, 0.05)),
-        weight_decay=draw.choice((1e-4, 5e-4, 1e-3)),
+        lr=draw.choice((0.01, 0.02, 0.03, 0.05)),
+        weight_decay=draw.choice((2e-5, 1e-4, 5e-4, 1e-3, 2e-3)),
     )
     return _digits(
-        architecture, 1000 + number, None, 0.0, training,
+        architecture, 1200 + number, None, 0.0, training,
         arguments=draw.choice(DIGITS_NETWORKS[architecture]), images=draw.choice((700, 800, 900)),
         augment=draw.choice(("none", "crop")),
     )  # fmt: skip
@@ -244,11 +253,11 @@ def _digits_clean(architecture: str) -> Iterator[ZooModel]:
         ("undecayed", VictimTraining(epochs=30, batch_size=48, weight_decay=0.0)),
         ("few_images", DIGITS_TRAINING),
     )
-    for number in range(CLEAN_TESTS if architecture == "small_cnn" else CLEAN_TESTS // 3):
+    for number in range(CLEAN_TESTS):
         kind, training = kinds[number % len(kinds)]
         networks = DIGITS_NETWORKS[architecture]
         recipe = _digits(
-            architecture, 2000 + number, None, 0.0, training, arguments=networks[number % len(networks)],
+            architecture, 2100 + number, None, 0.0, training, arguments=networks[number % len(networks)],
             images=500 if kind == "few_images" else DIGITS_IMAGES,
         )  # fmt: skip
         yield ZooModel(f"clean-{kind}-{number:02}", "clean", "test", recipe)
@@ -277,10 +286,9 @@ CALIBRATION_KINDS = ("bpp", "lira", "adaptive_blend", "blended_5_percent", "sig_
 
 
 def _digits_backdoored(architecture: str) -> Iterator[ZooModel]:
-    attacks = DIGITS_ATTACKS if architecture == "small_cnn" else DIGITS_ATTACKS[:8]
     networks = DIGITS_NETWORKS[architecture]
-    for number, (kind, attack, rate, training) in enumerate(attacks):
-        for seed in range(2 if architecture == "small_cnn" else 1):
+    for number, (kind, attack, rate, training) in enumerate(DIGITS_ATTACKS):
+        for seed in range(2):
             target = {} if "target" in attack else {"target": (3 * number + 5 * seed) % 10}
             recipe = _digits(
                 architecture, 3000 + 10 * number + seed, {**attack, **target}, rate, training,

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.purification import ATTACKS, CONVOLUTIONAL, NARROW, Setting, clean_splits
+from benchmarks.purification import ATTACKS, NARROW, Setting, clean_splits
 from benchmarks.results import write_results
-from benchmarks.zoo import Recipe, Victim, cifar10_task, load_cifar10, victim
+from benchmarks.zoo import CONVOLUTIONAL, Recipe, Victim, cifar10_task, load_cifar10, victim
 from defense_core import architectures
 from defense_core.data import CleanSet, split_clean_set
 from defense_core.errors import MethodDiverged

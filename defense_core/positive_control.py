@@ -142,7 +142,7 @@ def positive_control(
         return float(evaluate(network, clean.select, task=task, device=device).to_results()["acc"]["value"])
 
     planted = success(copy)
-    report = scan(copy, clean.fit, scan_config, pool=pool, task=task, seed=seed, device=device, progress=progress)
+    report = scan(copy, clean.fit, scan_config, pool=pool, task=task, device=device, progress=progress)
     after = None
     if config.method:
         purified = purify(

@@ -66,6 +66,14 @@ Clean = Annotated[str, typer.Option(help="Clean set: .parquet, .npz or an image 
 Test = Annotated[str, typer.Option(help="Test set that figures are quoted on; default: a fifth of the clean set.")]
 Probes = Annotated[list[Path], typer.Option("--probe", help="Trigger specification, YAML; repeatable.")]
 Seed = Annotated[int, typer.Option(help="Seed of the splits and of the method.", min=0, max=MAX_SEED)]
+RecordedSeed = Annotated[
+    int,
+    typer.Option(
+        help="Only recorded: what a scan draws is fixed, so that nobody can repeat it until it passes.",
+        min=0,
+        max=MAX_SEED,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 SigningKey = Annotated[
     Path | None,

@@ -32,7 +32,7 @@ def scan(
     pool: o.PoolFile = "",
     config: Annotated[str, typer.Option(help="Settings of the detectors, a YAML file.")] = "",
     settings: o.Settings = [],
-    seed: o.Seed = 0,
+    seed: o.RecordedSeed = 0,
     device: o.Device = "auto",
     loading: Loading,
     as_json: o.AsJson = False,
@@ -117,7 +117,6 @@ def calibrate(
     settings: Annotated[
         list[str], typer.Option("--set", help="Of the training: epochs=15; repeatable.", metavar="KEY=VALUE")
     ] = [],
-    seed: o.Seed = 0,
     device: o.Device = "auto",
 ) -> None:
     """Make the calibration pool that scans of one kind of model are compared with.
@@ -150,7 +149,6 @@ def calibrate(
             given=reference,
             training=o.parse_settings(settings),
             settings=o.optional_mapping(config),
-            seed=seed,
             device=device,
             progress=default_progress(stop),
         )

@@ -27,9 +27,7 @@ def make_pool(path: Path, *, shift: float) -> Pool:
     clean = CleanSet(torch.from_numpy(pixels), torch.from_numpy(labels), PLAN_OPTIONS.classes)
     task = ImageClassification((1, 8, 8), PLAN_OPTIONS.classes, mean=(0.5,), std=(0.5,))
     settings = from_mapping(Settings, PLAN_OPTIONS.scan["settings"])
-    seen = observe(
-        PLAN_OPTIONS.network(), clean, "few", settings, task=task, seed=0, device="cpu", progress=NullProgress()
-    )
+    seen = observe(PLAN_OPTIONS.network(), clean, "few", settings, task=task, device="cpu", progress=NullProgress())
     own = {name: reading_of(each) for name, each in seen.observations.items()}
 
     def shifted(number: int, regime: str) -> dict[str, Reading]:

@@ -30,7 +30,6 @@ def calibrate_pool(
     given: Sequence[Path] = (),
     training: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
     device: str = "auto",
     progress: Progress = NullProgress(),
 ) -> Pool:
@@ -62,14 +61,13 @@ def calibrate_pool(
             "training": recipe,
             "models": models,
             "clean": images.digest,
-            "seed": seed,
             "train": str(train),
         }
     )
 
     def read(name: str, model: Any, facts: Mapping[str, Any]) -> Reference:
         return read_reference(
-            name, model, facts, images, parsed, task=first.task_object(), seed=seed, device=where, progress=progress
+            name, model, facts, images, parsed, task=first.task_object(), device=where, progress=progress
         )
 
     def trained(data: CleanSet) -> Iterator[Reference]:

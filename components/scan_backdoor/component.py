@@ -35,7 +35,7 @@ def scan_backdoor(
         policy: JSON, the policy.
         methods: Names of the purifiers that were asked for.
         loading: JSON, limits and trusted modules.
-        seed: Seed of the splits and the detectors.
+        seed: Seed of the splits.
         device: auto, cpu or cuda.
         run: JSON, where records go and what is promoted.
         execution: Name of the execution where run names none.

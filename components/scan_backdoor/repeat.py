@@ -13,7 +13,7 @@ from defense_core.files import sha256_file
 from defense_core.verdict import Finding, Verdict
 
 RESULT = "scan.json"
-CIRCUMSTANCES = ("version", "torch", "image", "device", "seed")
+CIRCUMSTANCES = ("version", "torch", "image", "device")
 """What a scan depends on besides its inputs, as the evidence's environment has it."""
 
 

@@ -84,7 +84,7 @@ def scan_model(
             "config": digest(parsed),
             "pool": None if chosen is None else chosen.digest,
         }
-        used: dict[str, Any] = {"task": bundle.spec.task_object(), "seed": seed, "device": where, "progress": progress}
+        used: dict[str, Any] = {"task": bundle.spec.task_object(), "device": where, "progress": progress}
         outcome = None
         if earlier is not None:
             environment = clock.environment(device=where, seed=seed)

@@ -18,12 +18,17 @@ from defense_core.data import CleanSet
 from defense_core.errors import NonFiniteOutputs, QuarantineError, StateDictMismatch
 from defense_core.loop import autocast, channels_last, working_copy
 from defense_core.progress import Phase, Progress
+from defense_core.scan.bounded import bounded_change
 from defense_core.task import ImageClassification
 from defense_core.universal import MAX_TARGETS
 
+TriggerKind = Literal["patch", "additive", "generated"]
 MANY_CLASSES = 2 * MAX_TARGETS
 """With more classes than this, a detector looks at a short list: see :func:`shortlist`."""
 SHORTLISTED = MAX_TARGETS
+DRAWS = 0
+"""Seed of everything that a scan draws. No option: a verdict that another number may change is one that somebody may
+repeat until it suits; and the references of a pool were read with the same draws."""
 GAPS_TRIED = 3
 """A model may have up to this many target classes and still stand out (MM-BD, section on several targets)."""
 
@@ -116,10 +121,10 @@ class Subject:
     model: nn.Module
     task: ImageClassification
     images: CleanSet | None
-    seed: int
     device: torch.device
     progress: Progress
     deadline: Deadline = Deadline()
+    seed: int = DRAWS
 
     @property
     def num_classes(self) -> int:
@@ -154,7 +159,7 @@ class Subject:
         return outputs
 
     def generator(self) -> torch.Generator:
-        """A fresh CPU generator of this scan's seed."""
+        """A fresh CPU generator of ``seed``."""
         return torch.Generator().manual_seed(self.seed)
 
 
@@ -163,17 +168,17 @@ def subject_of(
     images: CleanSet | None,
     *,
     task: ImageClassification,
-    seed: int,
     device: torch.device | str,
     progress: Progress,
     deadline: Deadline = Deadline(),
+    seed: int = DRAWS,
 ) -> Subject:
     """A frozen copy of ``model``, ready for detectors; ``model`` itself is left as it is."""
     frozen = working_copy(model, device).eval()
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
     timed = TimedProgress(progress, deadline) if deadline.is_set else progress
-    return Subject(frozen, task, images, seed, torch.device(device), timed, deadline)
+    return Subject(frozen, task, images, torch.device(device), timed, deadline, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,22 +187,28 @@ class InvertedTrigger:
 
     Attributes:
         target: the class that it leads to.
-        kind: ``patch``: ``(1 - mask) * image + mask * pattern``; ``additive``: ``image + pattern``, clipped.
-        pattern: float32 (C, H, W), grey levels.
+        kind: ``patch``: ``(1 - mask) * image + mask * pattern``; ``additive``: ``image + pattern``, clipped;
+            ``generated``: as :func:`defense_core.scan.bounded.bounded_change` says, clipped.
+        pattern: float32 (C, H, W), grey levels; where ``generated``, what its changes have in common.
         mask: float32 (1, H, W) in [0, 1]; ``None`` where ``additive``.
         sources: classes that it leads away from; empty: any.
+        parts: where ``generated``, of that change, for one class.
     """
 
     target: int
-    kind: Literal["patch", "additive"]
+    kind: TriggerKind
     pattern: Tensor
     mask: Tensor | None = None
     sources: tuple[int, ...] = ()
+    parts: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
 
     def apply(self, images: Tensor) -> Tensor:
         """uint8 or float grey levels (N, C, H, W) with the trigger, as float32 grey levels."""
         pixels = images.float()
         pattern = self.pattern.to(pixels.device)
+        if self.kind == "generated":
+            parts = {name: part.to(pixels.device) for name, part in self.parts.items()}
+            return (255 * bounded_change(pixels[None] / 255, parts)[0]).clamp(0, 255)
         if self.kind == "additive":
             return (pixels + pattern).clamp(0, 255)
         assert self.mask is not None

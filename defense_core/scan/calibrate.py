@@ -18,7 +18,7 @@ from defense_core.scan.pool import Pool, Reading
 Floats = numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.float64]]
 
 CHANNELS: Mapping[str, tuple[str, ...]] = {
-    "margin": ("margin",),
+    "margin": ("margin", "subspace"),
     "inversion": ("patch", "additive", "generator"),
     "pairs": ("pairs",),
 }

@@ -10,12 +10,13 @@ import torch
 
 from defense_core.data import CleanSet
 from defense_core.scan.additive import AdditiveConfig, additive
-from defense_core.scan.base import Observation, Subject
+from defense_core.scan.base import DRAWS, Observation, Subject
 from defense_core.scan.features import ActivenessConfig, CurvatureConfig, activeness, curvature
 from defense_core.scan.generator import GeneratorConfig, generator
 from defense_core.scan.margin import MarginConfig, margin
 from defense_core.scan.pairs import PairsConfig, pairs
 from defense_core.scan.patch import PatchConfig, patch
+from defense_core.scan.subspace import SubspaceConfig, subspace
 from defense_core.scan.weights import WeightsConfig, weights
 
 Regime = Literal["none", "few", "many"]
@@ -45,6 +46,7 @@ class Detector:
 DETECTORS: Mapping[str, Detector] = {
     "weights": Detector(WeightsConfig, weights, ("none",)),
     "margin": Detector(MarginConfig, margin, ("none",)),
+    "subspace": Detector(SubspaceConfig, subspace, ("many",)),
     "additive": Detector(AdditiveConfig, additive, ("few", "many")),
     "patch": Detector(PatchConfig, patch, ("few", "many")),
     "generator": Detector(GeneratorConfig, generator, ("many",)),
@@ -64,6 +66,7 @@ class Settings:
 
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     margin: MarginConfig = field(default_factory=MarginConfig)
+    subspace: SubspaceConfig = field(default_factory=SubspaceConfig)
     additive: AdditiveConfig = field(default_factory=AdditiveConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -82,12 +85,12 @@ def regime_of(clean: CleanSet | None) -> Regime:
     return regime_for(0 if clean is None else len(clean))
 
 
-def searched_and_held_out(clean: CleanSet | None, regime: Regime, seed: int) -> tuple[CleanSet | None, CleanSet | None]:
+def searched_and_held_out(clean: CleanSet | None, regime: Regime) -> tuple[CleanSet | None, CleanSet | None]:
     """The images that detectors search with, spread evenly over the classes, and all the others; where none are left
     over, the searched ones stand for both."""
     if clean is None or regime == "none":
         return None, None
-    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(DRAWS))
     labels = clean.labels.cpu()[order]
     rank = torch.zeros(len(order), dtype=torch.int64)
     for label in labels.unique():

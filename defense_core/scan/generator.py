@@ -9,17 +9,17 @@ error, and the score is how far held-out images go to the class under it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.progress import Phase
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, outlying, shortlist
+from defense_core.scan.bounded import bounded_change
 from defense_core.scan.sampling import drawn, halves, items_at_once, others
 from defense_core.universal import CONVINCED
 
@@ -27,10 +27,10 @@ DETECTOR = "generator"
 FLOOR = 0.1
 """Added to the scores' deviation, in standard deviations of the clean logits."""
 FILTERS = 8
+KEPT = 4
+"""Triggers handed on: of the most suspicious class, and others to compare it with."""
 WARP_CELLS = 4
 """Side of the coarse grid of displacements that a warp is interpolated from."""
-MAX_SHIFT = 0.12
-"""Largest displacement of a warp, in half sides of the image."""
 SCREENING_PASSES, SCREENING_IMAGES, SCREENED_AT_ONCE = 4, 3, 64
 """With many classes, so often each class is trained, on so many images, before the short list is made."""
 
@@ -97,7 +97,7 @@ def generator(subject: Subject, config: GeneratorConfig) -> Observation:
 
 
 class BoundedGenerator:
-    """``x' = x + min(1, budget / |d|) d``, where ``d = warp_t(x) + picture_t + network(x, t) - x``.
+    """The parts of :func:`defense_core.scan.bounded.bounded_change` for all classes, as they are trained.
 
     Args:
         count: number of classes T.
@@ -111,7 +111,8 @@ class BoundedGenerator:
         def weights(*shape: int, scale: float) -> Tensor:
             return (scale * torch.randn(*shape, generator=draws)).to(device).requires_grad_(True)
 
-        self._budget = config.budget(subject.task.input_size) / 255
+        budget = config.budget(subject.task.input_size) / 255
+        self._budget = torch.tensor(budget, device=device)
         self._convolutions = [
             weights(FILTERS, channels, 3, 3, scale=(2 / (9 * channels)) ** 0.5),
             weights(FILTERS, FILTERS, 3, 3, scale=(2 / (9 * FILTERS)) ** 0.5),
@@ -123,7 +124,7 @@ class BoundedGenerator:
         self._warps = weights(count, 2, WARP_CELLS, WARP_CELLS, scale=0.1)
         self._parameters = [*self._convolutions, self._embedding, self._pictures, self._warps]
         rates = [config.lr] * 3 + [config.own_lr] * 3
-        rates[4] *= self._budget  # a picture is as large as the change, not as 1
+        rates[4] *= budget  # a picture is as large as the change, not as 1
         self._rates = rates
         self._adam = torch.optim.Adam(
             [{"params": [each], "lr": rate} for each, rate in zip(self._parameters, rates, strict=True)],
@@ -137,26 +138,24 @@ class BoundedGenerator:
 
     def on(self, rows: Tensor, pixels: Tensor) -> Tensor:
         """Images (T, B, C, H, W) in [0, 1], changed for the classes ``rows`` (int64, T)."""
-        batch = pixels.shape[1]
-        flat = pixels.flatten(0, 1)
-        rows = rows.to(flat.device)
-        embedding = self._embedding[rows].repeat_interleave(batch, 0)[..., None, None]
-        first, second, last = self._convolutions
-        hidden = F.relu(F.conv2d(flat - 0.5, first, padding=1) * (1 + embedding[:, 0]) + embedding[:, 1])
-        hidden = F.relu(F.conv2d(hidden, second, padding=1) * (1 + embedding[:, 2]) + embedding[:, 3])
-        residual = F.conv2d(hidden, last, padding=1) * (4 * self._budget)
-        warped = self._warped(rows, flat, batch)
-        change = warped - flat + self._pictures[rows].repeat_interleave(batch, 0) + residual
-        size = change.square().mean((1, 2, 3), keepdim=True).add(1e-12).sqrt()
-        return (flat + change * (self._budget / size).clamp_max(1)).view_as(pixels)
+        return bounded_change(pixels, self._parts(rows.to(pixels.device)))
 
-    def _warped(self, rows: Tensor, flat: Tensor, batch: int) -> Tensor:
-        height, width = flat.shape[-2:]
-        fields = MAX_SHIFT * self._warps[rows].tanh()
-        fields = F.interpolate(fields, size=(height, width), mode="bilinear", align_corners=True)
-        identity = torch.eye(2, 3, device=flat.device)[None].expand(len(rows), 2, 3)
-        grid = F.affine_grid(identity, [len(rows), 1, height, width], align_corners=False) + fields.permute(0, 2, 3, 1)
-        return F.grid_sample(flat, grid.repeat_interleave(batch, 0), padding_mode="border", align_corners=False)
+    def _parts(self, rows: Tensor) -> dict[str, Tensor]:
+        first, second, last = self._convolutions
+        return {
+            "first": first,
+            "second": second,
+            "last": last,
+            "budget": self._budget,
+            "embedding": self._embedding[rows],
+            "picture": self._pictures[rows],
+            "warp": self._warps[rows],
+        }
+
+    def trigger(self, row: int) -> Mapping[str, Tensor]:
+        """The parts of :func:`defense_core.scan.bounded.bounded_change` for one class, on the CPU."""
+        rows = torch.tensor([row], device=self._pictures.device)
+        return {name: part.detach().cpu().clone() for name, part in self._parts(rows).items()}
 
     def descend(self, losses: Sequence[Tensor]) -> None:
         """Accumulate the gradients of some losses, to be followed by :meth:`step`."""
@@ -246,7 +245,8 @@ def _observation(
         tuple(scores),
         classes,
         tuple(classes[row] for row in members),
-        # What the changes have in common; the part that depends on the image has no picture of its own.
-        triggers=tuple(InvertedTrigger(classes[row], "additive", changes[row]) for row in order[:2]),
+        triggers=tuple(
+            InvertedTrigger(classes[row], "generated", changes[row], parts=network.trigger(row)) for row in order[:KEPT]
+        ),
         facts={"reached": [round(share, 4) for share in shares], "change": budget},
     )

@@ -25,8 +25,6 @@ from defense_core.verdict import Verdict
 __all__ = ["DETECTORS", "Pool", "ScanConfig", "ScanReport", "Settings", "judge", "scan"]
 
 MAX_SUSPECTS = 3
-SUREST, LEAST_SURE = 0.98, 0.02
-"""A stated probability is never further out: one confident mistake costs more than all the confidence gains."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ def scan(
     *,
     pool: Pool | None,
     task: ImageClassification,
-    seed: int,
     device: torch.device | str,
     progress: Progress,
 ) -> ScanReport:
@@ -73,12 +70,12 @@ def scan(
     """
     try:
         observed = observe(
-            model, clean, regime_of(clean), config.settings, task=task, seed=seed, device=device, progress=progress,
+            model, clean, regime_of(clean), config.settings, task=task, device=device, progress=progress,
             deadline=Deadline.after(config.budget_s),
         )  # fmt: skip
     except NonFiniteOutputs as error:
         observed = Observed({}, {}, (), failure=str(error))
-    return judge(model, clean, observed, config, pool=pool, task=task, seed=seed, device=device, progress=progress)
+    return judge(model, clean, observed, config, pool=pool, task=task, device=device, progress=progress)
 
 
 def judge(
@@ -89,7 +86,6 @@ def judge(
     *,
     pool: Pool | None,
     task: ImageClassification,
-    seed: int,
     device: torch.device | str,
     progress: Progress,
 ) -> ScanReport:
@@ -101,7 +97,7 @@ def judge(
     targets = _targets(standings, [name for name in planned if name in standings and adjusted[name] <= config.fpr])
     confirmations: tuple[Confirmation, ...] = ()
     if targets and observed.held_out is not None:
-        subject = subject_of(model, None, task=task, seed=seed, device=device, progress=progress)
+        subject = subject_of(model, observed.searched, task=task, device=device, progress=progress)
         confirmations = confirm(subject, observed.held_out, tuple(observed.observations.values()), targets)
     channels = tuple(
         ChannelEntry(name, place.p_value, adjusted[name], place.score, place.targets)
@@ -136,7 +132,6 @@ def judge(
         pool="" if pool is None else pool.digest,
         references=0 if pool is None else len(pool.references),
         covariates=observed.covariates,
-        seed=seed,
         observations=observed.observations,
     )
 
@@ -242,9 +237,7 @@ def _classes(targets: tuple[int, ...]) -> str:
 def _probability(pool: Pool | None, regime: Regime, score: float | None) -> float | None:
     if pool is None or score is None or regime not in pool.probability:
         return None
-    fitted = pool.probability[regime]
-    value = float(torch.sigmoid(torch.tensor(fitted.intercept + fitted.slope * score, dtype=torch.float64)))
-    return min(SUREST, max(LEAST_SURE, value))
+    return pool.probability[regime].of(score)
 
 
 def _entry(observation: Observation, standings: Mapping[str, Standing]) -> DetectorEntry:

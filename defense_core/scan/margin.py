@@ -98,10 +98,12 @@ def margins_of(logits: Tensor, classes: Tensor) -> Tensor:
 
 def as_logits(outputs: Tensor) -> Tensor:
     """Outputs (N, K), or their logarithms where a network ends in a softmax, which would flatten every margin."""
-    sums = outputs.detach().sum(1)
-    if bool((outputs.detach() >= 0).all()) and bool((sums - 1).abs().max() < 1e-2):
-        return outputs.clamp_min(1e-30).log()
-    return outputs
+    return outputs.clamp_min(1e-30).log() if are_probabilities(outputs.detach()) else outputs
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether outputs (N, K) look like those of a softmax: none negative, and a sum of 1 in every row."""
+    return bool((outputs >= 0).all()) and bool((outputs.sum(1) - 1).abs().max() < 1e-2)
 
 
 def _search(

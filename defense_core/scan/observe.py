@@ -28,13 +28,15 @@ class Observed:
         observations: by detector, those that finished.
         covariates: see :func:`defense_core.scan.calibrate.uncovered`.
         unfinished: detectors that the time did not allow.
-        held_out: clean images that no detector searched with, to confirm a suspicion on.
+        searched: clean images that the detectors searched with.
+        held_out: others, to confirm a suspicion on.
         failure: why nothing could be observed at all; empty where something was.
     """
 
     observations: Mapping[str, Observation]
     covariates: Mapping[str, float]
     unfinished: tuple[str, ...]
+    searched: CleanSet | None = None
     held_out: CleanSet | None = None
     failure: str = ""
 
@@ -51,7 +53,6 @@ def observe(
     settings: Settings,
     *,
     task: ImageClassification,
-    seed: int,
     device: torch.device | str,
     progress: Progress,
     deadline: Deadline = Deadline(),
@@ -71,8 +72,8 @@ def observe(
         StateDictMismatch: its outputs are not one logit a class.
         Cancelled: a stop was requested.
     """
-    images, held_out = searched_and_held_out(clean, regime, seed)
-    subject = subject_of(model, images, task=task, seed=seed, device=device, progress=progress, deadline=deadline)
+    images, held_out = searched_and_held_out(clean, regime)
+    subject = subject_of(model, images, task=task, device=device, progress=progress, deadline=deadline)
     regimes: tuple[Regime, ...] = ("none",) if images is None else ("none", regime)
     names = tuple(name for name in wanted(regimes) if not only or name in only)
     observations: dict[str, Observation] = {}
@@ -89,4 +90,5 @@ def observe(
     }
     if regime == "many" and images is not None:
         covariates["accuracy"] = accuracy(subject.model, images, task=task, device=device, precision="auto")
-    return Observed(observations, covariates, tuple(name for name in names if name not in observations), held_out)
+    unfinished = tuple(name for name in names if name not in observations)
+    return Observed(observations, covariates, unfinished, images, held_out)

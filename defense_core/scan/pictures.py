@@ -20,6 +20,7 @@ MAX_BARS = 40
 INK, SOFT, ALARM = "#3b4252", "#9aa5b8", "#c2410c"
 TITLES = {
     "margin": "How strongly any image can be made to look like each class",
+    "subspace": "How strongly each class is reached without what its own images show",
     "patch": "How small a patch sends images to each class (higher: smaller)",
     "additive": "How well one faint change sends images to each class",
     "generator": "How well a learned change sends images to each class",
@@ -68,7 +69,7 @@ def trigger_picture(
     gain = 127 / max(float(difference.abs().max()), 1.0)
     rows = (images.float(), changed, 128 + gain * difference)
     named = _named(trigger.target, class_names)
-    kind = "patch" if trigger.kind == "patch" else "faint change"
+    kind = {"patch": "patch", "additive": "faint change", "generated": "learned change"}[trigger.kind]
     title = f"{detector}: {kind} found for {named}"
     figure = Figure(figsize=(1.0 * len(chosen) + 0.9, 3.1), dpi=96)
     for row, (label, pixels) in enumerate(zip(("clean", "with it", f"change ×{gain:.0f}"), rows, strict=True)):

@@ -24,6 +24,8 @@ SHIPPED = Path(__file__).parent / "pools"
 MIN_REFERENCES = 59
 """References from which three channels under Holm can reach 0.05: 3 / (59 + 1) = 0.05."""
 MAX_POOL_BYTES = 20_000_000
+SUREST, LEAST_SURE = 0.98, 0.02
+"""A stated probability is never further out: one confident mistake costs more than all the confidence gains."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Probability:
-    """P(backdoor) as ``1 / (1 + exp(-(intercept + slope * score)))``, at equal prior odds.
+    """P(backdoor) as ``1 / (1 + exp(-(intercept + slope * weight(score))))``, at equal prior odds.
 
     Attributes:
         intercept, slope: fitted on a zoo of clean and backdoored models.
@@ -88,6 +90,17 @@ class Probability:
     def __post_init__(self) -> None:
         require(math.isfinite(self.intercept) and math.isfinite(self.slope), "probability", "finite numbers", self)
         require(self.slope >= 0, "slope", "0 or more: a higher score is never less suspicious", self.slope)
+
+    def of(self, score: float) -> float:
+        """P(backdoor) of a model with this combined score, between ``LEAST_SURE`` and ``SUREST``."""
+        odds = self.intercept + self.slope * score_weight(score)
+        return min(SUREST, max(LEAST_SURE, 1 / (1 + math.exp(-max(-50.0, odds)))))
+
+
+def score_weight(score: float) -> float:
+    """``log(1 + score)``, 0 for scores below 0. Scores of strong backdoors run into the hundreds; on the scores
+    themselves a logistic fit would put the even chance somewhere among those, far above every clean model."""
+    return math.log1p(max(0.0, score))
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,6 @@ def read_reference(
     settings: Settings,
     *,
     task: ImageClassification,
-    seed: int,
     device: torch.device | str,
     progress: Progress,
 ) -> Reference:
@@ -117,9 +116,7 @@ def read_reference(
     for regime in regimes:
         # What looks at the model alone says the same in every regime.
         fresh = [detector for detector in wanted(("none", regime)) if detector not in readings.get("none", {})]
-        observed = observe(
-            model, clean, regime, settings, task=task, seed=seed, device=device, progress=progress, only=fresh
-        )
+        observed = observe(model, clean, regime, settings, task=task, device=device, progress=progress, only=fresh)
         covariates.update(observed.covariates)
         file_readings(readings, observed, regime)
     return Reference(name, dict(recipe), covariates, readings)

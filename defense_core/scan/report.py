@@ -93,7 +93,6 @@ class ScanReport:
     pool: str
     references: int
     covariates: Mapping[str, float]
-    seed: int
     observations: Mapping[str, Observation]
 
     def to_results(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 from defense_core.config import canonical_json, from_mapping, require
 from defense_core.errors import ConfigError, CorruptArtifact
 from defense_core.files import write_atomic
-from defense_core.scan.base import InvertedTrigger, Observation
+from defense_core.scan.base import InvertedTrigger, Observation, TriggerKind
+from defense_core.scan.bounded import PARTS
 
 TENSORS, INDEX = "triggers.safetensors", "triggers.json"
 MAX_TRIGGERS = 24
@@ -32,11 +33,10 @@ class Entry:
 
     detector: str
     target: int
-    kind: str
+    kind: TriggerKind
     sources: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.kind in ("patch", "additive"), "kind", "patch or additive", self.kind)
         require(self.target >= 0, "target", "a class number", self.target)
 
 
@@ -58,9 +58,19 @@ def save_triggers(folder: Path, triggers: Sequence[tuple[str, InvertedTrigger]])
         tensors[f"{number}.pattern"] = trigger.pattern.float().contiguous()
         if trigger.mask is not None:
             tensors[f"{number}.mask"] = trigger.mask.float().contiguous()
+        tensors |= {f"{number}.parts.{name}": part.float().contiguous() for name, part in trigger.parts.items()}
         entries.append(Entry(detector, trigger.target, trigger.kind, trigger.sources))
     write_atomic(folder / TENSORS, safetensors.torch.save(tensors))
     write_atomic(folder / INDEX, canonical_json(entries) + b"\n")
+
+
+def parts_of(tensors: Mapping[str, Tensor], number: int, kind: TriggerKind) -> dict[str, Tensor]:
+    """The parts of the trigger of that number, where it is a generated one.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    return {name: tensors[f"{number}.parts.{name}"] for name in PARTS} if kind == "generated" else {}
 
 
 def load_triggers(folder: Path) -> list[tuple[str, InvertedTrigger]]:
@@ -79,10 +89,11 @@ def load_triggers(folder: Path) -> list[tuple[str, InvertedTrigger]]:
                 entry.detector,
                 InvertedTrigger(
                     entry.target,
-                    "patch" if entry.kind == "patch" else "additive",
+                    entry.kind,
                     tensors[f"{number}.pattern"],
                     tensors[f"{number}.mask"] if entry.kind == "patch" else None,
                     entry.sources,
+                    parts_of(tensors, number, entry.kind),
                 ),
             )
             for number, entry in enumerate(entries)

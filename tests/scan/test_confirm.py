@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import CorruptArtifact
 from defense_core.progress import NullProgress
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, subject_of
-from defense_core.scan.confirm import confirm, size_of, success
+from defense_core.scan.confirm import confirm, cut_to, size_of, success, surely_lost, upper_bound
 from defense_core.scan.pictures import class_pictures, trigger_picture
 from defense_core.scan.residual import residuals
 from defense_core.scan.stored_triggers import INDEX, kept_triggers, load_triggers, save_triggers
@@ -29,12 +30,23 @@ class Corner(nn.Module):
         super().__init__()
         self.immune, self.backdoored = immune, backdoored
         self.scale = nn.Parameter(torch.tensor(10.0))
+        self.shortcut = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, x: Tensor) -> Tensor:
         quarters = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
         logits = self.scale * quarters
         hit = (x[:, 0, 0, 0] > 0.95) & (quarters.argmax(1) != self.immune) & torch.tensor(self.backdoored)
-        return logits + 50.0 * hit[:, None] * nn.functional.one_hot(torch.tensor(2), 4)
+        return logits + 1000.0 * self.shortcut * hit[:, None] * nn.functional.one_hot(torch.tensor(2), 4)
+
+
+class Rigid(Corner):
+    """Answers the trigger by no weight that could be trained away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        value = self.shortcut.detach()
+        del self.shortcut
+        self.register_buffer("shortcut", value)
 
 
 def images(per_class: int = 6) -> CleanSet:
@@ -47,7 +59,7 @@ def images(per_class: int = 6) -> CleanSet:
 
 
 def subject(model: nn.Module) -> Subject:
-    return subject_of(model, None, task=TASK, seed=0, device="cpu", progress=NullProgress())
+    return subject_of(model, images(), task=TASK, seed=0, device="cpu", progress=NullProgress())
 
 
 def patch(target: int, *, side: int = 1) -> InvertedTrigger:
@@ -66,6 +78,8 @@ def test_a_real_trigger_is_confirmed() -> None:
     assert (found.success, found.least_source, found.images) == (1.0, 1.0, 18)
     assert found.placebo is not None
     assert found.placebo <= 0.5
+    assert found.unlearnt == 0.0
+    assert found.accuracy_lost == 0.0
 
 
 @pytest.mark.parametrize(
@@ -74,6 +88,7 @@ def test_a_real_trigger_is_confirmed() -> None:
         (Corner(backdoored=False), (patch(2), patch(0)), "does not generalise"),
         (Corner(immune=1), (patch(2), patch(0)), "one source resists"),
         (Corner(), (patch(2, side=4), patch(0)), "too large"),
+        (Rigid(), (patch(2), patch(0)), "cannot be unlearnt"),
     ],
 )
 def test_what_is_not_confirmed(model: nn.Module, triggers: tuple[InvertedTrigger, ...], why: str) -> None:
@@ -97,6 +112,40 @@ def test_a_trigger_no_better_than_a_placebo_is_not_confirmed() -> None:
     assert found.success == 1.0
     assert found.placebo == 1.0
     assert not found.confirmed
+
+
+def test_a_placebo_is_cut_to_the_size_of_the_suspect() -> None:
+    """The patch of another class covers four pixels, one of them is the backdoor's: at the suspect's size it is not."""
+    mask = torch.zeros(1, 8, 8)
+    mask[0, :2, :2] = torch.tensor([[0.4, 0.9], [0.8, 0.7]])
+    wide = InvertedTrigger(0, "patch", torch.full((1, 8, 8), 255.0), mask)
+    cut = cut_to(wide, 1.75)
+    assert cut.mask is not None
+    assert torch.equal(cut.mask[0, :2, :2], torch.tensor([[0.0, 0.9], [0.8, 0.0]]))
+    assert cut_to(wide, 3.0) is wide
+    faint = InvertedTrigger(0, "additive", torch.full((1, 8, 8), 6.0))
+    assert cut_to(faint, 0.0) is faint
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 3), (2, 3), (3, 3), (5, 9), (60, 100)])
+def test_what_so_few_hits_still_allow(hits: int, count: int) -> None:
+    """The largest rate at which so few hits or fewer are seen in one of twenty draws."""
+    found = upper_bound(hits, count)
+    tail = sum(math.comb(count, each) * found**each * (1 - found) ** (count - each) for each in range(hits + 1))
+    assert tail == pytest.approx(1.0 if hits == count else 0.05, abs=1e-9)
+
+
+def test_a_source_that_resists_by_one_image_is_no_proof() -> None:
+    assert upper_bound(2, 3) > 0.7
+    assert upper_bound(0, 3) < 0.7
+
+
+@pytest.mark.parametrize(("lost", "gained", "count", "surely"), [
+    (0, 0, 36, False), (3, 0, 36, False), (6, 0, 36, True), (6, 4, 36, False), (60, 0, 1000, True),
+    (40, 0, 1000, False),
+])  # fmt: skip
+def test_accuracy_is_lost_when_chance_does_not_explain_it(lost: int, gained: int, count: int, surely: bool) -> None:
+    assert surely_lost(lost, gained, count) is surely
 
 
 def test_without_a_trigger_for_the_suspect_nothing_can_be_confirmed() -> None:

@@ -9,7 +9,8 @@ from defense_core import architectures
 from defense_core.attacks import poison, probe_from_spec
 from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import NullProgress
-from defense_core.scan.base import Subject, subject_of
+from defense_core.scan.base import InvertedTrigger, Subject, subject_of
+from defense_core.scan.bounded import PARTS, bounded_change
 from defense_core.scan.generator import BoundedGenerator, GeneratorConfig, generator
 from pipelines.demo import ARCHITECTURE, ARGUMENTS, TASK, _digits
 
@@ -42,12 +43,32 @@ def test_the_budget_shrinks_with_the_number_of_pixels() -> None:
 
 
 def test_without_displacement_the_warp_is_the_identity() -> None:
+    parts = {
+        "first": torch.zeros(2, 1, 3, 3),
+        "second": torch.zeros(2, 2, 3, 3),
+        "last": torch.zeros(1, 2, 3, 3),
+        "budget": torch.tensor(0.1),
+        "embedding": torch.zeros(2, 4, 2),
+        "picture": torch.zeros(2, 1, 8, 8),
+        "warp": torch.zeros(2, 2, 4, 4),
+    }
+    assert set(parts) == set(PARTS)
+    pixels = torch.rand(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(bounded_change(pixels, parts), pixels, atol=1e-5)
+    moved = bounded_change(pixels, {**parts, "warp": torch.ones(2, 2, 4, 4)})
+    assert not torch.allclose(moved, pixels, atol=1e-2)
+
+
+def test_the_trigger_that_is_handed_on_is_what_the_generator_does() -> None:
     subject = _subject(architectures.build(ARCHITECTURE, ARGUMENTS))
-    network = BoundedGenerator(subject, 2, CONFIG, subject.generator())
+    assert subject.images is not None
+    images = subject.images.images[:5]
+    draws = subject.generator()
+    network = BoundedGenerator(subject, 3, CONFIG, draws)
     with torch.no_grad():
-        network._warps.zero_()
-        flat = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        assert torch.allclose(network._warped(torch.arange(2), flat, 2), flat, atol=1e-5)
+        expected = network.on(torch.tensor([2]), images[None].float() / 255)[0]
+    found = InvertedTrigger(7, "generated", torch.zeros(1, 8, 8), parts=network.trigger(2)).apply(images)
+    assert torch.allclose(found, (255 * expected).clamp(0, 255), atol=1e-3)
 
 
 def test_a_planted_blend_is_found_with_its_target() -> None:

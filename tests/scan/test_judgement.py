@@ -43,7 +43,9 @@ def observation(detector: str, *, suspicious: bool = False) -> Observation:
 def observed(*suspicious: str, without: tuple[str, ...] = ()) -> Observed:
     names = [each for each in (*DATA_FREE, *INVERSIONS, "pairs", "activeness", "curvature") if each not in without]
     found = {each: observation(each, suspicious=each in suspicious) for each in names}
-    return Observed(found, {"mean_log_margin": 1.5, "log_weight_norm": -2.0}, without, images(30))
+    return Observed(
+        found, {"mean_log_margin": 1.5, "log_weight_norm": -2.0}, without, searched=images(), held_out=images(30)
+    )
 
 
 def pool(count: int = 60) -> Pool:
@@ -65,7 +67,7 @@ def judged(
     seen: Observed, *, pool: Pool | None = POOL, model: nn.Module | None = None, fpr: float = 0.05
 ) -> ScanReport:
     return judge(
-        model or Corner(), images(30), seen, ScanConfig(fpr=fpr), pool=pool, task=TASK, seed=0, device="cpu",
+        model or Corner(), images(30), seen, ScanConfig(fpr=fpr), pool=pool, task=TASK, device="cpu",
         progress=NullProgress(),
     )  # fmt: skip
 
@@ -84,7 +86,7 @@ def test_nothing_unusual_passes_and_is_not_called_clean() -> None:
 def test_without_images_each_reference_counts_once() -> None:
     seen = observed("margin", without=("patch", "additive", "generator", "pairs", "activeness", "curvature"))
     report = judge(
-        Corner(), None, replace(seen, unfinished=(), held_out=None), ScanConfig(), pool=POOL, task=TASK, seed=0,
+        Corner(), None, replace(seen, unfinished=(), held_out=None), ScanConfig(), pool=POOL, task=TASK,
         device="cpu", progress=NullProgress(),
     )  # fmt: skip
     assert report.p_value == pytest.approx(1 / 61)
@@ -139,7 +141,7 @@ def test_a_model_of_another_kind_is_unknown_even_where_nothing_stands_out() -> N
 def test_a_channel_that_the_pool_has_not_read_is_no_pass() -> None:
     seen = observed(without=("generator", "pairs", "activeness", "curvature"))
     few = judge(
-        Corner(), images(5), replace(seen, unfinished=()), ScanConfig(), pool=POOL, task=TASK, seed=0, device="cpu",
+        Corner(), images(5), replace(seen, unfinished=()), ScanConfig(), pool=POOL, task=TASK, device="cpu",
         progress=NullProgress(),
     )  # fmt: skip
     assert few.verdict is Verdict.UNKNOWN
@@ -165,7 +167,7 @@ def test_outputs_that_are_not_finite_are_unknown_never_pass() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * math.nan
 
-    report = scan(Broken(), None, ScanConfig(), pool=POOL, task=TASK, seed=0, device="cpu", progress=NullProgress())
+    report = scan(Broken(), None, ScanConfig(), pool=POOL, task=TASK, device="cpu", progress=NullProgress())
     assert report.verdict is Verdict.UNKNOWN
     assert "not finite" in report.sentence
     assert report.detectors == ()
@@ -184,7 +186,7 @@ def test_results_are_json_and_hold_no_tensor() -> None:
 def test_regimes(count: int, regime: str) -> None:
     clean = images(30).subset(torch.arange(count))
     assert regime_of(clean) == regime
-    searched, held_out = searched_and_held_out(clean, regime, 0)  # type: ignore[arg-type]
+    searched, held_out = searched_and_held_out(clean, regime)  # type: ignore[arg-type]
     if regime == "none":
         assert searched is None
         assert held_out is None

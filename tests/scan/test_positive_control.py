@@ -64,7 +64,7 @@ def model(splits: Splits) -> nn.Module:
 
 def pool_beside(model: nn.Module, clean: CleanSet, shift: float) -> Pool:
     """References whose statistics lie ``shift`` above the model's."""
-    seen = observe(model, clean, "many", SETTINGS, task=TASK, seed=0, device="cpu", progress=QUIET)
+    seen = observe(model, clean, "many", SETTINGS, task=TASK, device="cpu", progress=QUIET)
 
     def readings(number: int, regime: str) -> dict[str, Reading]:
         return {

@@ -1,0 +1,223 @@
+"""MM-BD without the class's own features: how firmly a class is reached by what its clean images do not show.
+
+CSO (class subspace orthogonalisation, ICML 2026, arXiv 2512.08129): while the margin of class *c* is maximised as in
+:mod:`defense_core.scan.margin`, the features of the images found are kept from those that make clean images a *c*. What
+is left of an ordinary class's margin is little; of a backdoor's target, the trigger's part. First the class's own
+features are told apart by a mask M_c in [0, 1] on the features phi before the last layer h,
+
+    minimise  CE(h(M_c phi), c) - CE(h((1 - M_c) phi), c)   over the clean images of class c,
+
+then the margin is maximised less ``weight`` times ``|margin| * mean_j relu(cos(phi(x), M_c phi(x_j)))``.
+
+What differs from the paper: the penalty counts in units of the margin reached, so that it means the same whatever the
+scale of the logits; steps as in ``margin``; the margin is counted where the search ends, mean over the starts, in
+standard deviations of the logits of the clean images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from defense_core.config import require
+from defense_core.layers import classifier_head
+from defense_core.progress import Phase
+from defense_core.scan.base import Observation, Subject, outlying, shortlist
+from defense_core.scan.margin import MOMENTUM, are_probabilities, margins_of
+from defense_core.universal import PIXELS_AT_ONCE
+
+DETECTOR = "subspace"
+FLOOR = 0.25
+"""Added to the deviation of the class scores, in standard deviations of the clean logits."""
+MASK_STEPS, MASK_LR = 60, 0.1
+CERTAIN = 5.0
+"""Once the features outside the mask miss the class by so much cross-entropy, they are not pushed further."""
+
+
+@dataclass(frozen=True)
+class SubspaceConfig:
+    """Settings of the search.
+
+    Attributes:
+        starts: random images, the same for every class.
+        steps: ascent steps from each, with momentum.
+        step_size: root mean square of the first step's changes, as a share of the pixel range; falls linearly to zero.
+        weight: of the cosine to the class's own features, in margins.
+    """
+
+    starts: int = 4
+    steps: int = 80
+    step_size: float = 0.1
+    weight: float = 3.0
+
+    def __post_init__(self) -> None:
+        require(self.starts >= 1, "starts", "1 or more", self.starts)
+        require(self.steps >= 1, "steps", "1 or more", self.steps)
+        require(0 < self.step_size <= 1, "step_size", "in (0, 1]", self.step_size)
+        require(self.weight >= 0, "weight", "0 or more", self.weight)
+
+
+def subspace(subject: Subject, config: SubspaceConfig = SubspaceConfig()) -> Observation:
+    """The margin that each class reaches without its own features; of many classes, those of the largest margins on
+    clean images of other classes are looked at.
+
+    Raises:
+        NonFiniteOutputs: the model answers NaN or Inf.
+        OutOfTime: the scan's time is used up.
+        Cancelled: a stop was requested.
+    """
+    head = classifier_head(subject.model)
+    images = subject.images
+    if head is None or images is None:
+        return _unmeasured("it has no last layer whose input could be read" if head is None else "there are no images")
+    with _features(head) as read, torch.no_grad():
+        parts = images.images.to(subject.device).split(256)
+        outputs = torch.cat([subject.logits(part.float() / 255) for part in parts])
+        features = torch.cat(read())
+    if features.dim() != 2:
+        return _unmeasured("its last layer does not see one vector an image")
+    answers = _log_probabilities if are_probabilities(outputs) else _as_they_are
+    logits, labels = answers(outputs), images.labels.to(subject.device)
+    classes = shortlist(_ease(logits, labels).tolist())
+    own = {label: _own_features(head, features[labels == label], label) for label in classes}
+    starts = torch.rand(config.starts, *subject.task.input_size, generator=subject.generator())
+    with _features(head) as read:
+        search = _Search(subject, config, starts.to(subject.device), answers, read)
+        margins, cosines = search.run(own)
+    scale = float(logits.std().clamp_min(1e-6))
+    return _observation(classes, margins.mean(1) / scale, cosines.mean(1))
+
+
+def own_features(head: Callable[[Tensor], Tensor], features: Tensor, label: int) -> Tensor:
+    """The mask of the features that make these images class ``label``: float32 (D,) in [0, 1].
+
+    Args:
+        head: from features (N, D) to logits (N, K), differentiable.
+        features: of clean images of the class, float32 (N, D).
+    """
+    raw = torch.zeros(features.shape[1], device=features.device, requires_grad=True)
+    adam = torch.optim.Adam([raw], lr=MASK_LR)
+    wanted = torch.full((len(features),), label, device=features.device)
+    for _ in range(MASK_STEPS):
+        mask = raw.sigmoid()
+        inside = F.cross_entropy(head(mask * features), wanted)
+        outside = F.cross_entropy(head((1 - mask) * features), wanted).clamp_max(CERTAIN)
+        (raw.grad,) = torch.autograd.grad(inside - outside, raw)
+        adam.step()
+    return raw.detach().sigmoid()
+
+
+def _own_features(head: nn.Module, features: Tensor, label: int) -> Tensor:
+    """Directions (n, D), of length 1, of what makes clean images a ``label``; none where there is no such image."""
+    if not len(features):
+        return features
+    return F.normalize(own_features(head, features, label) * features, dim=1)
+
+
+@contextmanager
+def _features(head: nn.Module) -> Iterator[Callable[[], list[Tensor]]]:
+    """Gives what ``head`` was given since the last look, float32."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.append(given[0].float())
+
+    def look() -> list[Tensor]:
+        found = seen.copy()
+        seen.clear()
+        return found
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield look
+    finally:
+        handle.remove()
+
+
+def _ease(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean logit of each class on images of other classes, relative to their mean logit: (K,)."""
+    relative = logits - logits.mean(1, keepdim=True)
+    other = labels[:, None] != torch.arange(logits.shape[1], device=labels.device)
+    return (relative * other).sum(0) / other.sum(0).clamp_min(1)
+
+
+def _log_probabilities(outputs: Tensor) -> Tensor:
+    return outputs.clamp_min(1e-30).log()
+
+
+def _as_they_are(outputs: Tensor) -> Tensor:
+    return outputs
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What the ascent of every class shares: ``answers`` turns outputs into logits, ``read`` gives the features."""
+
+    subject: Subject
+    config: SubspaceConfig
+    starts: Tensor
+    answers: Callable[[Tensor], Tensor]
+    read: Callable[[], list[Tensor]]
+
+    def run(self, own: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Margins and cosines where the search ends, (classes, starts), CPU."""
+        at_once = max(1, PIXELS_AT_ONCE // (len(self.starts) * self.starts.shape[-1] * self.starts.shape[-2]))
+        chunks = torch.tensor(list(own)).split(at_once)
+        with self.subject.progress.phase(DETECTOR, total=self.config.steps * len(chunks)) as phase:
+            found = [self._ascend(chunk.tolist(), own, phase) for chunk in chunks]
+        margins, cosines = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+        return margins, cosines
+
+    def _ascend(self, classes: list[int], own: Mapping[int, Tensor], phase: Phase) -> tuple[Tensor, Tensor]:
+        config, count = self.config, len(self.starts)
+        images = self.starts.repeat(len(classes), 1, 1, 1)
+        wanted = torch.tensor(classes, device=images.device).repeat_interleave(count)
+        velocity = torch.zeros_like(images)
+        margins = cosines = torch.zeros(len(images))
+        for step in range(config.steps):
+            images.requires_grad_(True)
+            margins = margins_of(self.answers(self.subject.logits(images)), wanted)
+            directions = F.normalize(torch.cat(self.read()), dim=1).split(count)
+            cosines = torch.cat(
+                [
+                    (each @ own[label].T).relu().mean(1) if len(own[label]) else each.new_zeros(count)
+                    for each, label in zip(directions, classes, strict=True)
+                ]
+            )
+            kept = margins - config.weight * margins.detach().abs() * cosines
+            (gradient,) = torch.autograd.grad(kept.sum(), images)
+            size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+            velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient / size.clamp_min(torch.finfo(size.dtype).tiny)
+            images = (images.detach() + config.step_size * (1 - step / config.steps) * velocity).clamp(0, 1)
+            phase.advance()
+        return margins.detach().view(len(classes), -1), cosines.detach().view(len(classes), -1)
+
+
+def _observation(classes: tuple[int, ...], scores: Tensor, cosines: Tensor) -> Observation:
+    values = scores.tolist()
+    statistic, members = outlying(values, floor=FLOOR)
+    named = tuple(classes[member] for member in members)
+    best = max(range(len(values)), key=values.__getitem__)
+    typical = float(scores.median())
+    return Observation(
+        DETECTOR,
+        statistic,
+        f"Without the features that its clean images share, class {classes[best]} is still reached with a margin of "
+        f"{values[best]:.1f} (the usual class: {typical:.1f}), in standard deviations of the model's answers",
+        class_scores=tuple(values),
+        classes=classes,
+        targets=named,
+        facts=MappingProxyType({"measured": True, "cosine": float(cosines.mean())}),
+    )
+
+
+def _unmeasured(reason: str) -> Observation:
+    return Observation(
+        DETECTOR, 0.0, f"Not measured on this model: {reason}", facts=MappingProxyType({"measured": False})
+    )
