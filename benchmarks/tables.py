@@ -222,7 +222,9 @@ def scan_summary(kinds: bool) -> str:
     content = load("scan-summary")
     if content is None:
         return "Not yet measured.\n"
-    at_detail = [row for row in content["rows"] if row["clean_images"] in (0, MANY_IMAGES)]
+    at_detail = [
+        row for row in content["rows"] if row["clean_images"] in (0, MANY_IMAGES) or row["detector"] == "combined"
+    ]
     if kinds:
         combined = [row for row in at_detail if row["detector"] == "combined" and row["clean_images"] == MANY_IMAGES]
         rows = [row for row in combined if row["kind"] != "all"]

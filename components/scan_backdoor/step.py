@@ -156,11 +156,14 @@ def _pictures(
     if images is None:
         return pictures
     notes = {
-        each.target: f"Works on {each.success:.0%} of {each.images} held-out images" for each in found.confirmations
+        (each.detector, each.target): f"Works on {each.success:.0%} of {each.images} held-out images"
+        for each in found.confirmations
     }
     suspected = [each for each in triggers if each[1].target in found.target_classes] or list(triggers)
     return pictures + [
-        trigger_picture(detector, trigger, images, notes.get(trigger.target, found.observations[detector].why), names)
+        trigger_picture(
+            detector, trigger, images, notes.get((detector, trigger.target), found.observations[detector].why), names
+        )
         for detector, trigger in suspected[:PICTURED_TRIGGERS]
     ]
 

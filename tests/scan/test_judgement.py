@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from components.scan_backdoor.step import _pictures
 from defense_core.errors import ConfigError
 from defense_core.progress import NullProgress
 from defense_core.scan.base import InvertedTrigger, Observation
@@ -202,3 +203,12 @@ def test_regimes(count: int, regime: str) -> None:
 def test_settings_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         ScanConfig(**settings)
+
+
+def test_a_picture_says_what_its_own_trigger_did() -> None:
+    report = judged(observed("patch"))
+    faint = InvertedTrigger(2, "additive", torch.full((1, 8, 8), 6.0))
+    pictures = _pictures(report, [("patch", patch(2)), ("additive", faint)], images(3), NAMES)
+    tried, other = (each.note for each in pictures if each.name.startswith("trigger"))
+    assert tried == "Works on 100% of 90 held-out images"
+    assert other == report.observations["additive"].why
