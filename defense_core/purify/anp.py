@@ -30,7 +30,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, strongest_within
+from defense_core.purify.base import Method, Purified, chooser, choosers, strongest_within
 from defense_core.purify.masks import MaskSite, fold_masks, mask_sites
 from defense_core.task import Task
 
@@ -201,7 +201,7 @@ def purify(
             return reached, pruned
 
         threshold, pruned, trials = strongest_within(
-            thresholds, attempt, reference=reference, max_drop=config.max_drop, images=len(chooser(clean))
+            thresholds, attempt, reference=reference, max_drop=config.max_drop, images=choosers(clean)
         )
     cut = {s.name: int((m.values <= threshold).sum()) for s, m in zip(sites, masks, strict=True)}
     facts = {"threshold": threshold, "trials": trials, "pruned": cut}

@@ -21,8 +21,8 @@ from defense_core.task import Task
 T = TypeVar("T")
 TEMPERATURES = tuple(0.5 * 1.1**step for step in range(25))
 """Candidates between 0.5 and 5."""
-MOST_DROP = 0.1
-"""Of accuracy, that any choice between strengths may ever accept: of ten images, one."""
+LEAST_SEEN = 30
+"""Images of a training count as so many, at least: of ten that are all there is, one may be lost and not three."""
 VIEWS = 6
 """Of each image, by which a drop of accuracy is estimated: itself and augmented ones."""
 
@@ -86,6 +86,11 @@ def chooser(clean: Splits) -> CleanSet:
     """The split on which hyper-parameters are chosen: *select*, or *fit* where every class
     has one image only and nothing could be set aside."""
     return clean.select if len(clean.select) else clean.fit
+
+
+def choosers(clean: Splits) -> int:
+    """How many images :func:`strongest_within` is told that it chooses on."""
+    return len(clean.select) or max(len(clean.fit), LEAST_SEEN)
 
 
 def tried(strengths: tuple[float, ...], clean: Splits) -> tuple[float, ...]:
@@ -189,7 +194,7 @@ def strongest_within(
     Strengths are tried in ascending order while the accuracy on the *select* split stays
     within ``max_drop`` of the unpurified model's; the last one that did is taken, or the
     weakest where even that did not. Going up rather than down spends trials only while they
-    buy something. On a small split the bound is never tighter than three images, or ``MOST_DROP``. A candidate
+    buy something. On a small split the bound is never tighter than three images. A candidate
     that diverges is too strong, like one that costs too much; the weakest may not diverge.
 
     Args:
@@ -208,7 +213,7 @@ def strongest_within(
     Raises:
         MethodDiverged: even the weakest candidate diverged.
     """
-    allowed = min(permitted_drop(max_drop, images), max(max_drop, MOST_DROP) + 1e-9)
+    allowed = permitted_drop(max_drop, images)
     first, *others = sorted(strengths)
     chosen = first
     reached, made = attempt(first)

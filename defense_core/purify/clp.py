@@ -20,7 +20,7 @@ from defense_core.data import Splits
 from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import accuracy, channels_last, finished, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, strongest_within
+from defense_core.purify.base import Method, Purified, chooser, choosers, strongest_within
 from defense_core.purify.fine_tuning import FineTuningConfig, tune_within
 from defense_core.purify.masks import following_norms
 from defense_core.task import Task
@@ -110,7 +110,7 @@ def purify(
             attempt,
             reference=reference,
             max_drop=config.max_drop,
-            images=len(chooser(clean)),
+            images=choosers(clean),
         )
     tuned, rows, facts = tune_within(
         pruned,

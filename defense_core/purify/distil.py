@@ -21,7 +21,7 @@ from defense_core.config import require
 from defense_core.data import Splits
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import VIEWS, Method, Purified, chooser, expected_drop, strongest_within, tried
+from defense_core.purify.base import VIEWS, Method, Purified, chooser, choosers, expected_drop, strongest_within, tried
 from defense_core.purify.stage_one import stage_one
 from defense_core.purify.tsbd import TSBDConfig, repair
 from defense_core.task import Task
@@ -115,7 +115,7 @@ def purify(
         return change(network), (network, rows)
 
     within = functools.partial(
-        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * len(chooser(clean))
+        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * choosers(clean)
     )
     factors = config.n_factors if config.n is None and config.epochs else (1.0,)
     factor, (reached, student, rows, masks), n_trials = within(tried(factors, clean), distilled)

@@ -20,7 +20,7 @@ from defense_core.layers import classifier_head, evaluating
 from defense_core.loop import accuracy, channels_last, finished, working_copy
 from defense_core.per_sample import recorded
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, strongest_within
+from defense_core.purify.base import Method, Purified, chooser, choosers, strongest_within
 from defense_core.purify.fine_tuning import FineTuningConfig, tune_within
 from defense_core.task import Task
 
@@ -86,7 +86,7 @@ def purify(
             return reached, cut
 
         share, cut, trials = strongest_within(
-            shares, attempt, reference=reference, max_drop=config.max_drop, images=len(chooser(clean))
+            shares, attempt, reference=reference, max_drop=config.max_drop, images=choosers(clean)
         )
     _cut(head, weight, cut)
 

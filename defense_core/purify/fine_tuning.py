@@ -23,7 +23,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, strongest_within, tried
+from defense_core.purify.base import Method, Purified, chooser, choosers, strongest_within, tried
 from defense_core.task import Task
 
 
@@ -136,7 +136,7 @@ def tune_within(
         attempt,
         reference=select_accuracy(working_copy(model, device)) if reference is None else reference,
         max_drop=config.max_drop,
-        images=len(chooser(clean)),
+        images=choosers(clean),
     )
     return purified, history, {"lr": lr, "lr_trials": trials}
 

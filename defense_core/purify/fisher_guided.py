@@ -27,7 +27,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import VIEWS, chooser, expected_drop, strongest_within, tried
+from defense_core.purify.base import VIEWS, chooser, choosers, expected_drop, strongest_within, tried
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
@@ -231,7 +231,7 @@ def minimise(
         return made.change, replace(made, rows=beginning.rows + made.rows, facts=beginning.facts | made.facts)
 
     within = functools.partial(
-        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * len(chooser(clean))
+        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * choosers(clean)
     )
     # With nothing zeroed or learnt every candidate is the same.
     factors = config.n_factors if first is not None and config.taught_lr else (min(config.n_factors),)

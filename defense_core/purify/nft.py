@@ -39,7 +39,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import VIEWS, Method, Purified, chooser, expected_drop, strongest_within, tried
+from defense_core.purify.base import VIEWS, Method, Purified, chooser, choosers, expected_drop, strongest_within, tried
 from defense_core.purify.masks import (
     Granularity,
     MaskSite,
@@ -216,7 +216,7 @@ def purify(
         return change(made), _Outcome(made.model, beginning.history + made.history, made.values)
 
     within = functools.partial(
-        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * len(chooser(clean))
+        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * choosers(clean)
     )
     # With nothing closed or learnt every candidate is the same.
     free = closing is not None and config.ratio is None and config.taught_lr

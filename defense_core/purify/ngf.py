@@ -22,7 +22,7 @@ from torch import nn
 from defense_core.data import Splits
 from defense_core.loop import HistoryRow, accuracy, finished, predictions, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, cautious_accuracy, chooser, strongest_within, tried
+from defense_core.purify.base import Method, Purified, cautious_accuracy, chooser, choosers, strongest_within, tried
 from defense_core.purify.ngf_block import last_layers, tune_block
 from defense_core.purify.ngf_head import linear_head, tune_on_features
 from defense_core.purify.ngf_run import NGFConfig, Run
@@ -111,7 +111,7 @@ def _choose_layers(model: nn.Module, clean: Splits, run: Run) -> tuple[nn.Module
         attempt,
         reference=float(before.float().mean()),
         max_drop=config.max_drop,
-        images=len(chosen),
+        images=choosers(clean),
     )
     return tuned, history, {"layers": names[-int(count) - 1 :], "trials": trials}
 

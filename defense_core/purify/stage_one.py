@@ -18,7 +18,7 @@ from defense_core.data import CleanSet, Splits
 from defense_core.layers import Scope, unit_layers
 from defense_core.loop import HistoryRow, Precision, Tuning, accuracy, predictions, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import chooser, strongest_within
+from defense_core.purify.base import chooser, choosers, strongest_within
 from defense_core.purify.zeroing import Variant, set_weights, weight_changes, zero, zero_masks
 from defense_core.task import Task
 
@@ -152,7 +152,7 @@ def stage_one(
             attempt_ratio,
             reference=reference,
             max_drop=(1 - config.stage1_keep) * reference,
-            images=len(chooser(clean)),
+            images=choosers(clean),
         )
     given = working_copy(model, device).eval()
     return StageOne(given, changes, history, n, trials, before, correct, config)

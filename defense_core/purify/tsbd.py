@@ -29,7 +29,7 @@ from defense_core.loop import (
     working_copy,
 )
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, cautious_accuracy, chooser, strongest_within, tried
+from defense_core.purify.base import Method, Purified, cautious_accuracy, choosers, strongest_within, tried
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
@@ -114,7 +114,7 @@ def purify(
         attempt_rate,
         reference=first.accuracy,
         max_drop=config.max_drop,
-        images=len(chooser(clean)),
+        images=choosers(clean),
     )
     facts: dict[str, Any] = {
         "n": first.n,

@@ -20,7 +20,7 @@ from defense_core.data import CleanSet, Splits
 from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import Precision, Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import chooser, strongest_within
+from defense_core.purify.base import choosers, strongest_within
 from defense_core.purify.zeroing import set_weights, weight_changes, zero, zero_masks
 from defense_core.task import Task
 
@@ -163,7 +163,7 @@ def close_most_moved(
         granularity=granularity,
         reference=reference,
         max_drop=(1 - config.start_keep) * reference,
-        images=len(chooser(clean)),
+        images=choosers(clean),
         progress=progress,
     )
     return *chosen, changes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from defense_core.data import CleanSet, Splits
-from defense_core.purify.base import cautious_accuracy, strongest_within, tried
+from defense_core.purify.base import cautious_accuracy, choosers, strongest_within, tried
 
 
 @pytest.mark.parametrize(("seed", "images"), [(0, 1), (1, 79), (2, 200)])
@@ -41,3 +41,11 @@ def test_without_a_select_split_only_the_weakest_training_is_tried():
     nothing = some.subset(torch.tensor([], dtype=torch.int64))
     assert tried((0.2, 0.01, 0.05), Splits(some, nothing, nothing)) == (0.01,)
     assert tried((0.2, 0.01, 0.05), Splits(some, some, nothing)) == (0.2, 0.01, 0.05)
+
+
+def test_ten_images_that_are_all_there_is_may_lose_one():
+    ten = CleanSet(torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10), 10)
+    nothing = ten.subset(torch.tensor([], dtype=torch.int64))
+    assert choosers(Splits(ten, nothing, nothing)) == 30
+    assert choosers(Splits(ten, ten, nothing)) == 10
+    assert choosers(Splits(ten, ten.subset(torch.arange(4)), nothing)) == 4
