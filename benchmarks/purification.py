@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.memory import peak_mb, reset_peak
 from benchmarks.results import FOLDER, read_rows, write_results
-from benchmarks.zoo import CONVOLUTIONAL, STUBBORN, Recipe, Victim, load_cifar10, victim
+from benchmarks.zoo import CONVOLUTIONAL, Recipe, Victim, load_cifar10, training_for, victim
 from defense_core import config
 from defense_core.attacks.victim import VictimTraining
 from defense_core.data import CleanSet, Splits, split_clean_set
@@ -302,7 +302,7 @@ def run(
             spec, rate = ATTACKS[job["attack"]]
             training = setting.training
             if training == CONVOLUTIONAL:
-                training = replace(training, epochs=STUBBORN.get(job["attack"], training.epochs))
+                training = training_for(job["attack"])
             recipe = Recipe(
                 attack=spec, images=setting.images, rate=rate, architecture=setting.architecture,
                 architecture_args=setting.architecture_args, training=training,

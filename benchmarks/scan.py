@@ -34,7 +34,7 @@ from defense_core.data import CleanSet
 from defense_core.evaluate import evaluate
 from defense_core.files import atomic_directory
 from defense_core.progress import NullProgress
-from defense_core.scan.base import DRAWS, InvertedTrigger, Observation
+from defense_core.scan.base import DRAWS, Observation
 from defense_core.scan.detectors import DETECTORS, FEW, MANY, Settings, regime_for, regime_of, searched_and_held_out
 from defense_core.scan.judgement import ScanConfig, combined_score, judge
 from defense_core.scan.observe import Observed, observe, wanted
@@ -49,7 +49,7 @@ from defense_core.scan.pool import (
     save_pool,
 )
 from defense_core.scan.references import file_readings, pool_of
-from defense_core.scan.stored_triggers import parts_of
+from defense_core.scan.stored_triggers import tensors_of, trigger_from
 from defense_core.task import ImageClassification
 
 TRIED_IMAGES = 1000
@@ -64,11 +64,11 @@ def shipped_pool(family: str, models: list[ZooModel]) -> Path:
     return SHIPPED / f"{models[0].recipe.architecture}-{family.removesuffix('_vit')}.json"
 
 
-def clean_images(held_out: CleanSet, count: int) -> CleanSet | None:
-    """The clean set of a user who has ``count`` images; the same images for every model."""
+def clean_images(held_out: CleanSet, count: int, *, seed: int = 17) -> CleanSet | None:
+    """The clean set of a user who has ``count`` images, drawn by ``seed``; the same images for every model."""
     if count == 0:
         return None
-    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(17))
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
     return held_out.subset(order[: min(count, len(held_out))])
 
 
@@ -98,14 +98,9 @@ def read(model: ZooModel, loaded: Victim, count: int, settings: Settings) -> Non
             progress=NullProgress(), seconds=seconds, only=(detector,),
         )  # fmt: skip
         observation = observed.observations[detector]
-        tensors = {}
-        triggers = []
-        for number, trigger in enumerate(observation.triggers):
-            tensors[f"{number}.pattern"] = trigger.pattern.contiguous()
-            if trigger.mask is not None:
-                tensors[f"{number}.mask"] = trigger.mask.contiguous()
-            tensors |= {f"{number}.parts.{name}": part.contiguous() for name, part in trigger.parts.items()}
-            triggers.append({"target": trigger.target, "kind": trigger.kind, "sources": trigger.sources})
+        triggers = [
+            {"target": each.target, "kind": each.kind, "sources": each.sources} for each in observation.triggers
+        ]
         plain = {key: value for key, value in vars(observation).items() if key != "triggers"}
         facts = {
             "name": model.name,
@@ -115,7 +110,7 @@ def read(model: ZooModel, loaded: Victim, count: int, settings: Settings) -> Non
             "peak_mb": peak_mb("cpu"),
         }
         with atomic_directory(folder) as temporary:
-            safetensors.torch.save_file(tensors, temporary / "triggers.safetensors")
+            safetensors.torch.save_file(tensors_of(observation.triggers), temporary / "triggers.safetensors")
             (temporary / "observed.json").write_text(json.dumps(config.to_mapping(facts)) + "\n", "utf-8")
 
 
@@ -131,9 +126,8 @@ def recall(model: ZooModel, count: int, settings: Settings) -> tuple[Observed, d
         tensors = safetensors.torch.load_file(folder / "triggers.safetensors")
         each = facts["observation"]
         triggers = tuple(
-            InvertedTrigger(
-                trigger["target"], trigger["kind"], tensors[f"{number}.pattern"], tensors.get(f"{number}.mask"),
-                tuple(trigger["sources"]), parts_of(tensors, number, trigger["kind"]),
+            trigger_from(
+                tensors, number, target=trigger["target"], kind=trigger["kind"], sources=tuple(trigger["sources"])
             )
             for number, trigger in enumerate(each["triggers"])
         )  # fmt: skip

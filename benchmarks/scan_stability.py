@@ -14,25 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.results import read_rows, write_results
-from benchmarks.scan import shipped_pool
+from benchmarks.scan import clean_images, shipped_pool
 from benchmarks.scan_zoo import FAMILIES, load_digits_sets
 from benchmarks.zoo import load_cifar10, recipe_task, victim
-from defense_core.data import CleanSet
 from defense_core.progress import NullProgress
 from defense_core.scan.detectors import MANY
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.pool import load_pool
 
-DRAWN = 5
-
-
-def another(held_out: CleanSet, draw: int) -> CleanSet:
-    """``MANY`` of the images, by number of the draw."""
-    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(100 + draw))
-    return held_out.subset(order[:MANY])
+DRAWN, FIRST_DRAW = 5, 100
 
 
 def main() -> None:
@@ -49,9 +40,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for model in [model for model in models if model.split == "test"][:: options.every]:
         loaded = victim(model.recipe, *sets, device="cpu", progress=NullProgress())
+        held_out, task = loaded.held_out, recipe_task(model.recipe)
         reports = [
             scan(
-                loaded.model, another(loaded.held_out, draw), ScanConfig(), pool=pool, task=recipe_task(model.recipe),
+                loaded.model, clean_images(held_out, MANY, seed=FIRST_DRAW + draw), ScanConfig(), pool=pool, task=task,
                 device="cpu", progress=NullProgress(),
             )
             for draw in range(DRAWN)

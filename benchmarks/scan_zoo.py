@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 
-from benchmarks.zoo import CONVOLUTIONAL, STUBBORN, Recipe, load_cifar10, victim
+from benchmarks.zoo import Recipe, load_cifar10, training_for, victim
 from defense_core.attacks.victim import VictimTraining
 from defense_core.data import CleanSet
 from defense_core.progress import default_progress
@@ -167,9 +167,8 @@ UNAUGMENTED = ("badnets_1_percent", "badnets_half_percent")
 def backdoored() -> Iterator[ZooModel]:
     """Backdoored models. Those of seed 1 and from 3010 on are there to fit the probability, the others are tests."""
     for kind, attack, rate, seeds in LONG:
-        training = replace(CONVOLUTIONAL, epochs=STUBBORN.get(kind, CONVOLUTIONAL.epochs))
         for seed in seeds:
-            recipe = Recipe(attack, seed, rate=rate, training=training)
+            recipe = Recipe(attack, seed, rate=rate, training=training_for(kind))
             yield ZooModel(f"{kind}-{seed}", kind, "test" if seed == 0 else "calibration", recipe)
     for seed, kind, attack, rate, training in BRIEF:
         split = "calibration" if seed >= 3010 else "test"

@@ -34,6 +34,11 @@ STUBBORN = {"input_aware": 30, "badnets_all_to_all": 45}
 """Epochs of the attacks that the 15 of the others teach too little: ASR 0.84 and 0.43."""
 
 
+def training_for(attack: str) -> VictimTraining:
+    """How the convolutional victim of this attack is trained."""
+    return replace(CONVOLUTIONAL, epochs=STUBBORN.get(attack, CONVOLUTIONAL.epochs))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a victim is trained.

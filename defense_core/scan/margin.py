@@ -15,7 +15,7 @@ p-values are wrong for ten classes: the pool of clean models says what is unusua
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -98,7 +98,12 @@ def margins_of(logits: Tensor, classes: Tensor) -> Tensor:
 
 def as_logits(outputs: Tensor) -> Tensor:
     """Outputs (N, K), or their logarithms where a network ends in a softmax, which would flatten every margin."""
-    return outputs.clamp_min(1e-30).log() if are_probabilities(outputs.detach()) else outputs
+    return log_probabilities(outputs) if are_probabilities(outputs.detach()) else outputs
+
+
+def log_probabilities(outputs: Tensor) -> Tensor:
+    """Logarithms of the outputs of a softmax; 0 counts as 1e-30."""
+    return outputs.clamp_min(1e-30).log()
 
 
 def are_probabilities(outputs: Tensor) -> bool:
@@ -110,12 +115,28 @@ def _search(
     subject: Subject, classes: tuple[int, ...], starts: Tensor, config: MarginConfig, *, name: str
 ) -> tuple[Tensor, Tensor]:
     """Largest margins (classes, starts), float64, CPU, and those reached after the share ``SETTLED`` of the steps."""
-    at_once = max(1, PIXELS_AT_ONCE // (len(starts) * starts.shape[-1] * starts.shape[-2]))
-    chunks = torch.tensor(classes).split(at_once)
+    chunks = at_once(classes, starts)
     with subject.progress.phase(name, total=config.steps * len(chunks)) as phase:
         found = [_ascend(subject, chunk, starts, config, phase.advance) for chunk in chunks]
     last, earlier = (torch.cat(parts).double().cpu() for parts in zip(*found, strict=True))
     return last, earlier
+
+
+def at_once(classes: Sequence[int], starts: Tensor) -> tuple[Tensor, ...]:
+    """The classes in parts, int64, that are searched in one batch, with all ``starts`` (N, C, H, W) of each."""
+    count = max(1, PIXELS_AT_ONCE // (len(starts) * starts.shape[-1] * starts.shape[-2]))
+    parts: tuple[Tensor, ...] = torch.tensor(classes).split(count)
+    return parts
+
+
+def stepped(images: Tensor, velocity: Tensor, gradient: Tensor, step_size: float) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) in [0, 1] and velocity after a step up the gradient, with momentum.
+
+    A step of a length of its own: gradients differ by orders of magnitude between models, classes and images.
+    """
+    size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+    velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return (images.detach() + step_size * velocity).clamp(0, 1), velocity
 
 
 def _ascend(
@@ -134,10 +155,7 @@ def _ascend(
         best = torch.maximum(best, reached.detach())
         if step <= SETTLED * (config.steps - 1):
             earlier = best
-        # A step of a length of its own: gradients differ by orders of magnitude between models, classes and images.
-        size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-        velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient / size.clamp_min(torch.finfo(size.dtype).tiny)
-        images = (images.detach() + config.step_size * (1 - step / config.steps) * velocity).clamp(0, 1)
+        images, velocity = stepped(images, velocity, gradient, config.step_size * (1 - step / config.steps))
         advance()
     return best.view(len(classes), -1), earlier.view(len(classes), -1)
 

@@ -52,25 +52,38 @@ def kept_triggers(observations: Sequence[Observation], suspects: Sequence[int]) 
 
 def save_triggers(folder: Path, triggers: Sequence[tuple[str, InvertedTrigger]]) -> None:
     """Write ``triggers.safetensors`` and ``triggers.json`` into ``folder``."""
+    entries = [Entry(detector, trigger.target, trigger.kind, trigger.sources) for detector, trigger in triggers]
+    write_atomic(folder / TENSORS, safetensors.torch.save(tensors_of([trigger for _, trigger in triggers])))
+    write_atomic(folder / INDEX, canonical_json(entries) + b"\n")
+
+
+def tensors_of(triggers: Sequence[InvertedTrigger]) -> dict[str, Tensor]:
+    """All tensors of ``triggers``, float32, named by the trigger's number: what :func:`trigger_from` reads."""
     tensors: dict[str, Tensor] = {}
-    entries: list[Entry] = []
-    for number, (detector, trigger) in enumerate(triggers):
+    for number, trigger in enumerate(triggers):
         tensors[f"{number}.pattern"] = trigger.pattern.float().contiguous()
         if trigger.mask is not None:
             tensors[f"{number}.mask"] = trigger.mask.float().contiguous()
         tensors |= {f"{number}.parts.{name}": part.float().contiguous() for name, part in trigger.parts.items()}
-        entries.append(Entry(detector, trigger.target, trigger.kind, trigger.sources))
-    write_atomic(folder / TENSORS, safetensors.torch.save(tensors))
-    write_atomic(folder / INDEX, canonical_json(entries) + b"\n")
+    return tensors
 
 
-def parts_of(tensors: Mapping[str, Tensor], number: int, kind: TriggerKind) -> dict[str, Tensor]:
-    """The parts of the trigger of that number, where it is a generated one.
+def trigger_from(
+    tensors: Mapping[str, Tensor], number: int, *, target: int, kind: TriggerKind, sources: tuple[int, ...]
+) -> InvertedTrigger:
+    """The trigger of that number.
 
     Raises:
-        KeyError: one is missing.
+        KeyError: a tensor is missing.
     """
-    return {name: tensors[f"{number}.parts.{name}"] for name in PARTS} if kind == "generated" else {}
+    return InvertedTrigger(
+        target,
+        kind,
+        tensors[f"{number}.pattern"],
+        tensors[f"{number}.mask"] if kind == "patch" else None,
+        sources,
+        {name: tensors[f"{number}.parts.{name}"] for name in PARTS} if kind == "generated" else {},
+    )
 
 
 def load_triggers(folder: Path) -> list[tuple[str, InvertedTrigger]]:
@@ -87,14 +100,7 @@ def load_triggers(folder: Path) -> list[tuple[str, InvertedTrigger]]:
         return [
             (
                 entry.detector,
-                InvertedTrigger(
-                    entry.target,
-                    entry.kind,
-                    tensors[f"{number}.pattern"],
-                    tensors[f"{number}.mask"] if entry.kind == "patch" else None,
-                    entry.sources,
-                    parts_of(tensors, number, entry.kind),
-                ),
+                trigger_from(tensors, number, target=entry.target, kind=entry.kind, sources=entry.sources),
             )
             for number, entry in enumerate(entries)
         ]

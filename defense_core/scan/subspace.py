@@ -16,8 +16,7 @@ standard deviations of the logits of the clean images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -27,12 +26,12 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.layers import classifier_head
+from defense_core.per_sample import Recorded, recorded
 from defense_core.progress import Phase
 from defense_core.scan.base import Observation, Subject, outlying, shortlist
-from defense_core.scan.margin import MOMENTUM, are_probabilities, margins_of
-from defense_core.universal import PIXELS_AT_ONCE
+from defense_core.scan.margin import are_probabilities, at_once, log_probabilities, margins_of, stepped
 
-DETECTOR = "subspace"
+DETECTOR, HEAD = "subspace", "head"
 FLOOR = 0.25
 """Added to the deviation of the class scores, in standard deviations of the clean logits."""
 MASK_STEPS, MASK_LR = 60, 0.1
@@ -76,19 +75,19 @@ def subspace(subject: Subject, config: SubspaceConfig = SubspaceConfig()) -> Obs
     images = subject.images
     if head is None or images is None:
         return _unmeasured("it has no last layer whose input could be read" if head is None else "there are no images")
-    with _features(head) as read, torch.no_grad():
+    with recorded({HEAD: head}) as seen, torch.no_grad():
         parts = images.images.to(subject.device).split(256)
         outputs = torch.cat([subject.logits(part.float() / 255) for part in parts])
-        features = torch.cat(read())
+        features = _read(seen)
     if features.dim() != 2:
         return _unmeasured("its last layer does not see one vector an image")
-    answers = _log_probabilities if are_probabilities(outputs) else _as_they_are
-    logits, labels = answers(outputs), images.labels.to(subject.device)
+    softmaxed = are_probabilities(outputs)
+    logits, labels = log_probabilities(outputs) if softmaxed else outputs, images.labels.to(subject.device)
     classes = shortlist(_ease(logits, labels).tolist())
     own = {label: _own_features(head, features[labels == label], label) for label in classes}
     starts = torch.rand(config.starts, *subject.task.input_size, generator=subject.generator())
-    with _features(head) as read:
-        search = _Search(subject, config, starts.to(subject.device), answers, read)
+    with recorded({HEAD: head}) as seen:
+        search = _Search(subject, config, starts.to(subject.device), softmaxed, seen)
         margins, cosines = search.run(own)
     scale = float(logits.std().clamp_min(1e-6))
     return _observation(classes, margins.mean(1) / scale, cosines.mean(1))
@@ -120,24 +119,10 @@ def _own_features(head: nn.Module, features: Tensor, label: int) -> Tensor:
     return F.normalize(own_features(head, features, label) * features, dim=1)
 
 
-@contextmanager
-def _features(head: nn.Module) -> Iterator[Callable[[], list[Tensor]]]:
-    """Gives what ``head`` was given since the last look, float32."""
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen.append(given[0].float())
-
-    def look() -> list[Tensor]:
-        found = seen.copy()
-        seen.clear()
-        return found
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        yield look
-    finally:
-        handle.remove()
+def _read(seen: Recorded) -> Tensor:
+    """What the last layer was given since the last look, float32."""
+    seen.outputs.clear()
+    return torch.cat(seen.inputs.pop(HEAD)).float()
 
 
 def _ease(logits: Tensor, labels: Tensor) -> Tensor:
@@ -147,28 +132,19 @@ def _ease(logits: Tensor, labels: Tensor) -> Tensor:
     return (relative * other).sum(0) / other.sum(0).clamp_min(1)
 
 
-def _log_probabilities(outputs: Tensor) -> Tensor:
-    return outputs.clamp_min(1e-30).log()
-
-
-def _as_they_are(outputs: Tensor) -> Tensor:
-    return outputs
-
-
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """What the ascent of every class shares: ``answers`` turns outputs into logits, ``read`` gives the features."""
+    """What the ascent of every class shares; ``seen`` is where the last layer's inputs are recorded."""
 
     subject: Subject
     config: SubspaceConfig
     starts: Tensor
-    answers: Callable[[Tensor], Tensor]
-    read: Callable[[], list[Tensor]]
+    softmaxed: bool
+    seen: Recorded
 
     def run(self, own: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Margins and cosines where the search ends, (classes, starts), CPU."""
-        at_once = max(1, PIXELS_AT_ONCE // (len(self.starts) * self.starts.shape[-1] * self.starts.shape[-2]))
-        chunks = torch.tensor(list(own)).split(at_once)
+        chunks = at_once(tuple(own), self.starts)
         with self.subject.progress.phase(DETECTOR, total=self.config.steps * len(chunks)) as phase:
             found = [self._ascend(chunk.tolist(), own, phase) for chunk in chunks]
         margins, cosines = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
@@ -182,8 +158,9 @@ class _Search:
         margins = cosines = torch.zeros(len(images))
         for step in range(config.steps):
             images.requires_grad_(True)
-            margins = margins_of(self.answers(self.subject.logits(images)), wanted)
-            directions = F.normalize(torch.cat(self.read()), dim=1).split(count)
+            outputs = self.subject.logits(images)
+            margins = margins_of(log_probabilities(outputs) if self.softmaxed else outputs, wanted)
+            directions = F.normalize(_read(self.seen), dim=1).split(count)
             cosines = torch.cat(
                 [
                     (each @ own[label].T).relu().mean(1) if len(own[label]) else each.new_zeros(count)
@@ -192,9 +169,7 @@ class _Search:
             )
             kept = margins - config.weight * margins.detach().abs() * cosines
             (gradient,) = torch.autograd.grad(kept.sum(), images)
-            size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-            velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient / size.clamp_min(torch.finfo(size.dtype).tiny)
-            images = (images.detach() + config.step_size * (1 - step / config.steps) * velocity).clamp(0, 1)
+            images, velocity = stepped(images, velocity, gradient, config.step_size * (1 - step / config.steps))
             phase.advance()
         return margins.detach().view(len(classes), -1), cosines.detach().view(len(classes), -1)
 
