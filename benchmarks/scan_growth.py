@@ -20,7 +20,7 @@ from benchmarks.zoo import CIFAR10_MEAN, CIFAR10_STD, load_cifar10
 from defense_core import architectures
 from defense_core.attacks.victim import VictimTraining, train_victim
 from defense_core.data import CleanSet
-from defense_core.loop import accuracy
+from defense_core.inference import accuracy
 from defense_core.progress import NullProgress, default_progress
 from defense_core.scan.detectors import MANY, Settings
 from defense_core.scan.observe import observe

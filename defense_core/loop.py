@@ -17,16 +17,12 @@ from defense_core.course import Course, Kept, model_state, random_state
 from defense_core.data import CleanSet
 from defense_core.distillation import answers, distillation
 from defense_core.errors import MethodDiverged
-from defense_core.layers import CONVOLUTIONS, evaluating, frozen_statistics, is_finite
+from defense_core.gradient_steps import Step, plain_step
+from defense_core.inference import Precision, autocast, channels_last, is_convolutional
+from defense_core.layers import is_finite
 from defense_core.progress import Progress
 from defense_core.task import Mixed, Task
 
-Precision = Literal["auto", "fp32", "bf16"]
-LARGE_NETWORK = 1_000_000
-"""Parameters from which a network without convolutions gains from bfloat16 (a ViT of 5 million: six times)."""
-
-LossOf = Callable[[], Tensor]
-Step = Callable[[nn.Module, LossOf], Tensor]
 HistoryRow = dict[str, Any]
 
 
@@ -76,7 +72,7 @@ def working_copy(model: nn.Module, device: torch.device | str) -> nn.Module:
     for parameter in duplicate.parameters():
         parameter.grad = None
         parameter.requires_grad_(True)
-    if _is_convolutional(duplicate):
+    if is_convolutional(duplicate):
         duplicate = duplicate.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return duplicate
 
@@ -112,55 +108,6 @@ def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
             with torch.cuda.device(place):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def plain_step(model: nn.Module, loss_of: LossOf) -> Tensor:
-    """Gradient of the loss."""
-    loss = loss_of()
-    loss.backward()
-    return loss.detach()
-
-
-def gradient_norm_step(*, radius: float, alpha: float, normalisation: Literal["global", "per_tensor"]) -> Step:
-    """Gradient of ``CE + lambda * ||grad CE||`` by finite difference (TSBD, stage 2).
-
-    ``G = (1 - alpha) * g1 + alpha * g2`` with ``g1 = grad CE(theta)``,
-    ``g2 = grad CE(theta + radius * g1 / ||g1||)`` and ``alpha = lambda / radius``: alpha 0
-    is plain fine-tuning, alpha 1 is SAM (Foret et al. 2021, eq. 2-3). BatchNorm running
-    statistics follow the unperturbed pass only.
-
-    Args:
-        radius: length of the ascent step in weight space.
-        alpha: weight of the perturbed gradient, in [0, 1].
-        normalisation: divide ``g1`` by its global L2 norm (the equation), or each tensor by
-            its own (a step about ``sqrt(number of tensors)`` times as long).
-    """
-
-    def step(model: nn.Module, loss_of: LossOf) -> Tensor:
-        loss = plain_step(model, loss_of)
-        if alpha == 0:
-            return loss
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        first = [parameter.grad.clone() for parameter in parameters]  # type: ignore[union-attr]
-        norms = torch._foreach_norm(first)
-        if normalisation == "global":
-            norms = (torch.linalg.vector_norm(torch.stack(norms)),) * len(first)
-        before = [parameter.detach().clone() for parameter in parameters]
-        with torch.no_grad():
-            for parameter, gradient, norm in zip(parameters, first, norms, strict=True):
-                # A layer whose gradient vanishes (fully zeroed, dead) stays where it is.
-                parameter.add_(gradient * (radius / norm.clamp_min(1e-12)))
-                parameter.grad = None
-        with frozen_statistics(model):
-            loss_of().backward()
-        with torch.no_grad():
-            for parameter, old, gradient in zip(parameters, before, first, strict=True):
-                parameter.copy_(old)
-                second = parameter.grad if parameter.grad is not None else torch.zeros_like(gradient)
-                parameter.grad = gradient.mul_(1 - alpha).add_(second, alpha=alpha)
-        return loss
-
-    return step
 
 
 def tune(
@@ -317,84 +264,3 @@ def learning_rates(tuning: Tuning, steps_per_epoch: int) -> Iterator[float]:
             yield tuning.lr * min((done + 1) / rise, (total - done) / (total - rise), 1.0)
         else:
             yield tuning.lr
-
-
-@torch.no_grad()
-def outputs_of(
-    model: nn.Module,
-    data: CleanSet,
-    *,
-    task: Task,
-    device: torch.device | str,
-    batch_size: int = 512,
-    precision: Precision = "fp32",
-) -> Iterator[Tensor]:
-    """The outputs in eval mode, batch by batch, on the device; the model's modes are restored.
-
-    Raises:
-        MethodDiverged: the model returned NaN or Inf.
-    """
-    context = autocast(model, precision, device)
-    with evaluating(model):
-        for images, _ in data.batches(batch_size):
-            with context():
-                outputs = model(channels_last(task.inputs(images.to(device))))
-            if not torch.isfinite(outputs).all():
-                raise MethodDiverged("the model's outputs are not finite", expected="finite logits", got="NaN or Inf")
-            yield outputs
-
-
-@torch.no_grad()
-def predictions(
-    model: nn.Module,
-    data: CleanSet,
-    *,
-    task: Task,
-    device: torch.device | str,
-    batch_size: int = 512,
-    precision: Precision = "fp32",
-) -> Tensor:
-    """Predicted labels in eval mode, int64 (N,), on the CPU; the model's modes are restored.
-
-    Raises:
-        MethodDiverged: the model returned NaN or Inf.
-    """
-    batches = outputs_of(model, data, task=task, device=device, batch_size=batch_size, precision=precision)
-    return torch.cat([task.predict(outputs).cpu() for outputs in batches])
-
-
-def accuracy(
-    model: nn.Module, data: CleanSet, *, task: Task, device: torch.device | str, precision: Precision = "fp32"
-) -> float:
-    """Share of ``data`` that the model labels as stated, in [0, 1]."""
-    answers = predictions(model, data, task=task, device=device, precision=precision)
-    return float((answers == data.labels.cpu()).float().mean())
-
-
-def autocast(
-    model: nn.Module, precision: Precision, device: torch.device | str
-) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Context that runs a forward pass in the precision asked for."""
-    kind = torch.device(device).type
-    heavy = _is_convolutional(model) or sum(parameter.numel() for parameter in model.parameters()) >= LARGE_NETWORK
-    wanted = precision == "bf16" or (precision == "auto" and heavy and _multiplies_bfloat16(kind))
-    if not wanted:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(kind, dtype=torch.bfloat16)
-
-
-def channels_last(inputs: Tensor) -> Tensor:
-    """4-dimensional inputs in channels-last layout, others as they are."""
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
-
-
-def _is_convolutional(model: nn.Module) -> bool:
-    convolutions = sum(isinstance(module, CONVOLUTIONS) for module in model.modules())
-    return convolutions > sum(isinstance(module, nn.Linear) for module in model.modules())
-
-
-def _multiplies_bfloat16(kind: str) -> bool:
-    if kind == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.12
-    return kind == "cpu" and bool(capabilities.get("amx_bf16", False))

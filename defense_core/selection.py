@@ -44,8 +44,8 @@ class Signals:
         cautious_accuracy: accuracy of the purified model less one standard error of the paired difference.
         targets: class of each universal perturbation, found on the given model.
         reached_before, reached: share of perturbed images that the given and the purified model put there.
-        expected_drop: of accuracy, by :func:`defense_core.purify.base.expected_drop` at the temperature that calibrates
-            the given model; ``None`` in evidence of releases that did not estimate it.
+        expected_drop: of accuracy, by :func:`defense_core.purify.choice.expected_drop` at the temperature that
+            calibrates the given model; ``None`` in evidence of releases that did not estimate it.
     """
 
     images: int

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
-from defense_core.loop import autocast, channels_last, predictions, working_copy
+from defense_core.inference import autocast, channels_last, correct
+from defense_core.loop import working_copy
 from defense_core.progress import Phase, Progress
-from defense_core.purify.base import calibrating_temperature, cautious_accuracy, chooser, expected_drop
+from defense_core.purify.choice import calibrating_temperature, cautious_accuracy, chooser, expected_drop
 from defense_core.selection import Signals
 from defense_core.task import Task
 
@@ -152,10 +153,7 @@ def select_signals(
         perturbations: those of ``given`` and ``clean.fit`` where they are known already.
     """
     asked = chooser(clean)
-    right = [
-        predictions(model, asked, task=task, device=device, precision="auto") == asked.labels.cpu()
-        for model in (given, purified)
-    ]
+    right = [correct(model, asked, task=task, device=device, precision="auto") for model in (given, purified)]
     if perturbations is None:
         perturbations = universal_perturbations(given, clean.fit, task=task, device=device, progress=progress)
     source, candidate = (working_copy(model, device).eval() for model in (given, purified))

@@ -14,7 +14,8 @@ from defense_core.attacks.pixels import seeded_generator
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
-from defense_core.loop import autocast, batch_indices, channels_last, seeded, working_copy
+from defense_core.inference import autocast, channels_last
+from defense_core.loop import batch_indices, seeded, working_copy
 from defense_core.progress import Progress
 from defense_core.task import Task
 

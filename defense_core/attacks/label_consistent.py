@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from defense_core.attacks.badnets import BadNets
 from defense_core.attacks.pixels import seeded_generator
 from defense_core.config import require
+from defense_core.inference import autocast, channels_last
 from defense_core.layers import evaluating
-from defense_core.loop import autocast, channels_last
 from defense_core.task import Task
 
 _CORNERS = ("bottom_right", "bottom_left", "top_right", "top_left")

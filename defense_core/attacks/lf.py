@@ -14,8 +14,9 @@ from defense_core.attacks.pixels import seeded_generator, to_pixels
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import ConfigError
+from defense_core.inference import autocast, channels_last
 from defense_core.layers import evaluating
-from defense_core.loop import autocast, batch_indices, channels_last
+from defense_core.loop import batch_indices
 from defense_core.progress import Progress
 from defense_core.task import Task
 

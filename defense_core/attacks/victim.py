@@ -14,7 +14,8 @@ from defense_core.attacks.pixels import seeded_generator
 from defense_core.config import require
 from defense_core.curvature import random_sign_trace
 from defense_core.data import CleanSet
-from defense_core.loop import LossOf, Step, Tuning, finished, gradient_norm_step, plain_step, tune, working_copy
+from defense_core.gradient_steps import LossOf, Step, gradient_norm_step, plain_step
+from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.per_sample import samples_apart
 from defense_core.progress import Progress
 from defense_core.task import ImageClassification

@@ -18,19 +18,13 @@ from torch.nn.utils import parametrize
 from defense_core.config import require
 from defense_core.data import Splits
 from defense_core.errors import MethodDiverged
+from defense_core.gradient_steps import LossOf
+from defense_core.inference import Precision, accuracy, channels_last
 from defense_core.layers import frozen_statistics
-from defense_core.loop import (
-    LossOf,
-    Precision,
-    Tuning,
-    accuracy,
-    channels_last,
-    finished,
-    tune,
-    working_copy,
-)
+from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, choosers, strongest_within
+from defense_core.purify.base import Method, Purified
+from defense_core.purify.choice import chooser, choosers, strongest_within
 from defense_core.purify.masks import MaskSite, fold_masks, mask_sites
 from defense_core.task import Task
 
@@ -49,7 +43,7 @@ class ANPConfig:
         epochs: passes over the fit split.
         batch_size: samples per step.
         threshold: units whose mask is at or below it are cut, or ``None`` to choose it from
-            ``threshold_grid`` by :func:`~defense_core.purify.base.strongest_within`.
+            ``threshold_grid`` by :func:`~defense_core.purify.choice.strongest_within`.
         threshold_grid: candidates.
         max_drop: permitted drop of accuracy on the *select* split, in [0, 1].
         precision: see :class:`defense_core.loop.Tuning`.

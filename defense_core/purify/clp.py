@@ -17,10 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.config import require
 from defense_core.data import Splits
+from defense_core.inference import accuracy, channels_last
 from defense_core.layers import UnitLayer, unit_layers
-from defense_core.loop import accuracy, channels_last, finished, working_copy
+from defense_core.loop import finished, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, choosers, strongest_within
+from defense_core.purify.base import Method, Purified
+from defense_core.purify.choice import chooser, choosers, strongest_within
 from defense_core.purify.fine_tuning import FineTuningConfig, tune_within
 from defense_core.purify.masks import following_norms
 from defense_core.task import Task
@@ -32,7 +34,7 @@ class CLPConfig(FineTuningConfig):
 
     Attributes:
         u: channels beyond so many standard deviations are cut, or ``None`` to choose it from
-            ``u_grid`` by :func:`~defense_core.purify.base.strongest_within`, smaller is stronger.
+            ``u_grid`` by :func:`~defense_core.purify.choice.strongest_within`, smaller is stronger.
         u_grid: candidates.
         epochs: passes of plain fine-tuning after the cut; 0 is the paper's.
         lr, lr_grid, max_drop, batch_size, weight_decay, schedule, precision: of that

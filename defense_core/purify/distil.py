@@ -21,7 +21,8 @@ from defense_core.config import require
 from defense_core.data import Splits
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import VIEWS, Method, Purified, chooser, choosers, expected_drop, strongest_within, tried
+from defense_core.purify.base import Method, Purified
+from defense_core.purify.choice import VIEWS, chooser, expected_drop, strongest_training
 from defense_core.purify.stage_one import stage_one
 from defense_core.purify.tsbd import TSBDConfig, repair
 from defense_core.task import Task
@@ -36,7 +37,7 @@ class DistilConfig(TSBDConfig):
 
     Attributes:
         n: neuron ratio; ``None``: TSBD's, times the largest of ``n_factors`` after whose distillation the accuracy
-            holds (:func:`~defense_core.purify.base.expected_drop` on the *select* split, ``max_drop``).
+            holds (:func:`~defense_core.purify.choice.expected_drop` on the *select* split, ``max_drop``).
         n_factors: candidates, 1 or more.
         distil_lr: rate of the distillation, which takes twice the passes of ``epochs``.
         lr: rate of the repair that follows; ``None``: the largest of ``lr_grid`` by the same bound, or no repair.
@@ -114,13 +115,11 @@ def purify(
         rows = repair(network, clean.fit, config, lr=lr, **shared)
         return change(network), (network, rows)
 
-    within = functools.partial(
-        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * choosers(clean)
-    )
+    within = functools.partial(strongest_training, clean=clean, reference=0.0, max_drop=config.max_drop, views=VIEWS)
     factors = config.n_factors if config.n is None and config.epochs else (1.0,)
-    factor, (reached, student, rows, masks), n_trials = within(tried(factors, clean), distilled)
+    factor, (reached, student, rows, masks), n_trials = within(factors, distilled)
     rates = (config.lr,) if config.lr is not None else (0.0, *config.lr_grid) if config.epochs else (0.0,)
-    lr, (final, more), lr_trials = within(tried(rates, clean), repaired)
+    lr, (final, more), lr_trials = within(rates, repaired)
     facts: dict[str, Any] = {
         "n": min(first.n * factor, 1.0),
         "n_trials": first.trials,

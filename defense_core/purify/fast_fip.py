@@ -19,17 +19,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.curvature import random_sign_trace
 from defense_core.data import CleanSet, Splits
-from defense_core.loop import channels_last, finished, working_copy
+from defense_core.inference import channels_last
+from defense_core.loop import finished, working_copy
 from defense_core.per_sample import samples_apart, squared_gradients
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.fisher_guided import (
-    FisherGuidedConfig,
-    Objective,
-    TraceTerm,
-    measured_samples,
-    minimise,
-)
+from defense_core.purify.fisher_guided import FisherGuidedConfig, Objective, measured_samples, minimise
+from defense_core.purify.fisher_terms import TraceTerm
 from defense_core.singular import ShiftLayer, fold, parametrise, ruled_layers, shift_gradients, shift_layers
 from defense_core.task import Task
 

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import ConfigError
+from defense_core.inference import accuracy, channels_last
 from defense_core.layers import classifier_head, evaluating
-from defense_core.loop import accuracy, channels_last, finished, working_copy
+from defense_core.loop import finished, working_copy
 from defense_core.per_sample import recorded
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, choosers, strongest_within
+from defense_core.purify.base import Method, Purified
+from defense_core.purify.choice import chooser, choosers, strongest_within
 from defense_core.purify.fine_tuning import FineTuningConfig, tune_within
 from defense_core.task import Task
 
@@ -31,7 +33,7 @@ class FinePruningConfig(FineTuningConfig):
 
     Attributes:
         share: share of the classifier's inputs to cut, or ``None`` to choose it from
-            ``share_grid`` by :func:`~defense_core.purify.base.strongest_within`.
+            ``share_grid`` by :func:`~defense_core.purify.choice.strongest_within`.
         share_grid: candidates.
         lr, lr_grid, max_drop, epochs, batch_size, weight_decay, schedule, precision: as plain
             fine-tuning's; ``max_drop`` bounds the cut too.

@@ -11,19 +11,12 @@ from torch import nn
 
 from defense_core.config import require
 from defense_core.data import Splits
-from defense_core.loop import (
-    HistoryRow,
-    Precision,
-    Step,
-    Tuning,
-    accuracy,
-    finished,
-    plain_step,
-    tune,
-    working_copy,
-)
+from defense_core.gradient_steps import Step, plain_step
+from defense_core.inference import Precision, accuracy
+from defense_core.loop import HistoryRow, Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, chooser, choosers, strongest_within, tried
+from defense_core.purify.base import Method, Purified
+from defense_core.purify.choice import chooser, strongest_training
 from defense_core.task import Task
 
 
@@ -33,7 +26,7 @@ class FineTuningConfig:
 
     Attributes:
         lr: learning rate, or ``None`` to choose it from ``lr_grid`` by
-            :func:`~defense_core.purify.base.strongest_within`, the rule that every method uses.
+            :func:`~defense_core.purify.choice.strongest_within`, the rule that every method uses.
         lr_grid: candidates.
         max_drop: permitted drop of accuracy on the *select* split, in [0, 1].
         epochs: passes over the fit split.
@@ -131,12 +124,12 @@ def tune_within(
         return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
 
     rates = (config.lr,) if config.lr is not None else config.lr_grid
-    lr, (purified, history), trials = strongest_within(
-        tried(rates, clean) if config.epochs else (min(rates),),  # without steps every rate gives the same model
+    lr, (purified, history), trials = strongest_training(
+        rates if config.epochs else (min(rates),),  # without steps every rate gives the same model
         attempt,
+        clean=clean,
         reference=select_accuracy(working_copy(model, device)) if reference is None else reference,
         max_drop=config.max_drop,
-        images=choosers(clean),
     )
     return purified, history, {"lr": lr, "lr_trials": trials}
 

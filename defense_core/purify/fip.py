@@ -21,17 +21,13 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.curvature import Kind, fisher_diagonal, random_sign_trace
 from defense_core.data import CleanSet, Splits
-from defense_core.loop import channels_last, finished
+from defense_core.inference import channels_last
+from defense_core.loop import finished
 from defense_core.per_sample import samples_apart
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.fisher_guided import (
-    FisherGuidedConfig,
-    Objective,
-    TraceTerm,
-    measured_samples,
-    minimise,
-)
+from defense_core.purify.fisher_guided import FisherGuidedConfig, Objective, measured_samples, minimise
+from defense_core.purify.fisher_terms import TraceTerm
 from defense_core.task import Task
 
 

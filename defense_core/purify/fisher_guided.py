@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,27 +12,15 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
-from defense_core.errors import MethodDiverged
-from defense_core.loop import (
-    HistoryRow,
-    LossOf,
-    Precision,
-    Step,
-    Tuning,
-    accuracy,
-    epochs_for,
-    plain_step,
-    tune,
-    working_copy,
-)
+from defense_core.inference import Precision, accuracy
+from defense_core.loop import HistoryRow, Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import VIEWS, chooser, choosers, expected_drop, strongest_within, tried
+from defense_core.purify.choice import VIEWS, chooser, expected_drop, strongest_training
+from defense_core.purify.fisher_terms import TraceTerm, finite_trace, regularised_step, retainer
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
 Start = Literal["zeroed", "given"]
-TraceTerm = Callable[[nn.Module], Tensor]
-Penalty = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -50,8 +37,8 @@ class FisherGuidedConfig:
             zero first, which is stage 1 of TSBD at its own settings; ``given``: the model as it
             is, as in the paper. ``thetabar`` and ``Fbar`` are those of each descent's own beginning.
         n_factors: candidates by which the neuron ratio that stage 1 permits is multiplied, 1 or more: the
-            strongest by :func:`~defense_core.purify.base.strongest_within` on the
-            :func:`~defense_core.purify.base.expected_drop` after the first descent.
+            strongest by :func:`~defense_core.purify.choice.strongest_within` on the
+            :func:`~defense_core.purify.choice.expected_drop` after the first descent.
         taught_lr: rate of the first descent; 0: there is none, as in the paper.
         eta_f: weight of the Fisher trace, or ``None`` for ``trace_share / Tr F(thetabar)``, at
             which the term starts at ``trace_share`` nats whatever the network's scale.
@@ -230,17 +217,15 @@ def minimise(
         made = descended(working_copy(beginning.network, device), lr, f"lr={lr:g}", taught=False)
         return made.change, replace(made, rows=beginning.rows + made.rows, facts=beginning.facts | made.facts)
 
-    within = functools.partial(
-        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * choosers(clean)
-    )
+    within = functools.partial(strongest_training, clean=clean, reference=0.0, max_drop=config.max_drop, views=VIEWS)
     # With nothing zeroed or learnt every candidate is the same.
     factors = config.n_factors if first is not None and config.taught_lr else (min(config.n_factors),)
-    _, beginning, factor_trials = within(tried(factors, clean), begun)
+    _, beginning, factor_trials = within(factors, begun)
     rates = config.lr_grid if config.lr is None else (config.lr,)
     if config.taught_lr and config.lr is None:
         rates = (0.0, *rates)
     # Without steps every rate gives the same model.
-    lr, ending, lr_trials = within(tried(rates, clean) if config.epochs else (min(rates),), ended)
+    lr, ending, lr_trials = within(rates if config.epochs else (min(rates),), ended)
     before = accuracy(given, chooser(clean), task=task, device=device, precision=config.precision)
     facts = {"lr": lr, "lr_trials": lr_trials, "factor_trials": factor_trials, "accuracy_before": before}
     return ending.network, ending.rows, facts | ending.facts
@@ -252,69 +237,3 @@ class _Descent:
     change: float
     rows: list[HistoryRow]
     facts: dict[str, Any]
-
-
-def finite_trace(diagonal: Mapping[str, Tensor]) -> float:
-    """Sum of a Fisher diagonal.
-
-    Raises:
-        MethodDiverged: it is NaN or Inf.
-    """
-    trace = float(sum(value.sum(dtype=torch.float64) for value in diagonal.values()))
-    if not math.isfinite(trace):
-        raise MethodDiverged("the Fisher trace is not finite", expected="finite weights, inputs and losses", got=trace)
-    return trace
-
-
-def regularised_step(
-    eta_f: float, term: TraceTerm, *, every: int, max_norm: float, retain: Penalty, taken: Tensor
-) -> Step:
-    """Gradient of the whole objective: the batch's data term as the loop runs it, the trace
-    on its own samples every ``every`` steps, weighted by as many and clipped to ``max_norm``,
-    and the retainer.
-
-    The loss that is reported is the data term. ``taken``, an int64 scalar, counts the steps in place.
-    """
-
-    def step(model: nn.Module, loss_of: LossOf) -> Tensor:
-        loss = plain_step(model, loss_of)
-        if eta_f and int(taken) % every == 0:
-            add_clipped(model, eta_f * every * term(model), max_norm=max_norm)
-        taken.add_(1)
-        retain(model)
-        return loss
-
-    return step
-
-
-def add_clipped(model: nn.Module, term: Tensor, *, max_norm: float) -> None:
-    """Add the gradient of ``term``, clipped to the global L2 norm ``max_norm``, to every gradient."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(term, parameters, allow_unused=True)
-    pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for _, gradient in pairs]))
-    factor = (max_norm / norm.clamp_min(1e-12)).clamp(max=1.0)
-    for parameter, gradient in pairs:
-        scaled = gradient * factor
-        parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
-
-
-def retainer(anchors: Mapping[str, Tensor], fisher: Mapping[str, Tensor], *, eta_r: float, lr: float) -> Penalty:
-    """Adds ``eta_r Fbar_ii (theta_i - thetabar_i)`` to the gradient of every parameter in ``fisher``.
-
-    The stiffness ``eta_r Fbar_ii`` is capped at ``1 / lr``: a stiffer spring cannot hold a weight
-    closer at that rate, it makes gradient descent oscillate.
-    """
-    stiffness = {name: (eta_r * value).clamp(max=1 / lr) for name, value in fisher.items()}
-
-    @torch.no_grad()
-    def penalty(model: nn.Module) -> None:
-        if eta_r == 0:
-            return
-        for name, parameter in model.named_parameters():
-            if name not in stiffness:
-                continue
-            pull = stiffness[name] * (parameter - anchors[name])
-            parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
-
-    return penalty

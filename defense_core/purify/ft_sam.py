@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import Splits
+from defense_core.gradient_steps import LossOf, Step, plain_step
 from defense_core.layers import frozen_statistics
-from defense_core.loop import LossOf, Step, finished, plain_step
+from defense_core.loop import finished
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.fine_tuning import FineTuningConfig, tune_within

@@ -15,148 +15,23 @@ answers (:mod:`defense_core.purify.distil`). ``taught_lr=0, sites="norm", ratio=
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from defense_core.config import require
-from defense_core.data import CleanSet, Splits
-from defense_core.errors import MethodDiverged
-from defense_core.layers import UnitLayer, running_statistics, unit_layers
-from defense_core.loop import (
-    HistoryRow,
-    LossOf,
-    Precision,
-    Tuning,
-    accuracy,
-    channels_last,
-    epochs_for,
-    finished,
-    tune,
-    working_copy,
-)
+from defense_core.data import Splits
+from defense_core.inference import accuracy, channels_last
+from defense_core.layers import UnitLayer, unit_layers
+from defense_core.loop import finished, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import VIEWS, Method, Purified, chooser, choosers, expected_drop, strongest_within, tried
-from defense_core.purify.masks import (
-    Granularity,
-    MaskSite,
-    Sites,
-    attach_masks,
-    fold_masks,
-    mask_sites,
-)
-from defense_core.purify.statistics import renew_statistics
-from defense_core.purify.unlearning import close_most_moved, closed_weights, require_closing
+from defense_core.purify.base import Method, Purified
+from defense_core.purify.choice import VIEWS, chooser, expected_drop, strongest_training
+from defense_core.purify.masks import MaskSite, mask_sites
+from defense_core.purify.nft_masks import NFTConfig, Outcome, depth_schedule, train_masks
+from defense_core.purify.unlearning import close_most_moved, closed_weights
 from defense_core.task import Task
-
-PAPER_DEPTH = 19
-"""Masked layers of the paper's ResNet-18, on which its alpha and beta were set."""
-JUMP = 1e6
-"""A mask that moves so far in one step was not trained but thrown."""
-
-
-@dataclass(frozen=True)
-class NFTConfig:
-    """Settings of NFT. Symbols are the paper's.
-
-    Attributes:
-        sites: where masks stand; see :func:`defense_core.purify.masks.mask_sites`. ``"norm"``
-            is the paper's choice.
-        granularity: of the masks on hidden layers; see there.
-        taught_lr: learning rate of a first training of the masks, on the given model's answers to mixed clean images,
-            under the BatchNorm statistics as they are; 0: there is none, as in the paper.
-        factors: candidates by which the ``ratio`` that closing permits is multiplied for it, 1 or more: the strongest
-            by :func:`~defense_core.purify.base.strongest_within` on the
-            :func:`~defense_core.purify.base.expected_drop`.
-        sparsity: weight of the pull of every mask towards 0, or ``None`` to choose it from
-            ``sparsity_grid`` by the same rule for the training by labels, which is left out where the first one
-            leaves room for none.
-        sparsity_grid: candidates; the first training takes the smallest.
-        max_drop: permitted drop of accuracy, estimated on the *select* split, in [0, 1].
-        ratio: share of the hidden units whose most-moved kernels start at the lower clamp, or
-            ``None`` to choose the largest of ``ratio_grid`` that keeps ``start_keep`` of the
-            accuracy on the *select* split before the masks are tuned. 0 starts all at 1.
-        ratio_grid: candidates.
-        start_keep: share of the accuracy that closing must leave, in (0, 1].
-        unlearn_lr: rate of the clean unlearning that ranks the kernels.
-        unlearn_epochs: its passes over the fit split.
-        eta: weight of the pull towards 1 at one sample a class; ``eta / N_c`` with ``N_c``
-            samples a class.
-        alpha: the lower clamp's scale, in [0, 1].
-        beta: its decay with depth.
-        ceiling: the upper clamp; 1 is the paper's, more lets open masks make up for closed ones.
-        depth: ``l`` runs evenly from 1 at the first masked layer to this at the last, so that
-            the schedule means the same in shallow and deep networks.
-        mixup: parameter of MixUp's Beta distribution; 0 mixes nothing.
-        statistics: BatchNorm while tuning by labels: leave the ``running`` statistics and normalise by
-            them, or normalise by the ``batch`` and measure them afresh at the end.
-        lr: learning rate of the masks in the training by labels; 0: there is none.
-        momentum: of SGD.
-        epochs: passes over the fit split.
-        min_steps: at least so many steps by labels, and half as many before: more passes on small sets. Nothing is
-            trained where ``epochs`` is 0.
-        batch_size: samples per step.
-        precision: see :class:`defense_core.loop.Tuning`.
-    """
-
-    sites: Sites = "all"
-    granularity: Granularity = "kernel"
-    taught_lr: float = 0.2
-    factors: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5)
-    sparsity: float | None = None
-    sparsity_grid: tuple[float, ...] = (5e-4, 3e-3)
-    max_drop: float = 0.03
-    ratio: float | None = None
-    ratio_grid: tuple[float, ...] = (0.02, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
-    start_keep: float = 0.92
-    unlearn_lr: float = 2e-3
-    unlearn_epochs: int = 2
-    eta: float = 1e-3
-    alpha: float = 0.8
-    beta: float = 0.5
-    ceiling: float = 1.0
-    depth: float = PAPER_DEPTH
-    mixup: float = 1.0
-    statistics: Literal["running", "batch"] = "batch"
-    lr: float = 0.5
-    momentum: float = 0.9
-    epochs: int = 10
-    min_steps: int = 150
-    batch_size: int = 128
-    precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        require(self.taught_lr >= 0, "taught_lr", "0 or more", self.taught_lr)
-        require(bool(self.taught_lr or self.lr), "lr", "positive where taught_lr is 0", self.lr)
-        require(bool(self.factors) and min(self.factors) >= 1, "factors", "numbers of 1 or more", self.factors)
-        require(self.sparsity is None or self.sparsity >= 0, "sparsity", "0 or more, or null", self.sparsity)
-        grid_fits = bool(self.sparsity_grid) and min(self.sparsity_grid) >= 0
-        require(grid_fits, "sparsity_grid", "weights of 0 or more", self.sparsity_grid)
-        require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
-        require_closing(self)
-        require(self.eta >= 0, "eta", "0 or more", self.eta)
-        require(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
-        require(self.beta >= 0, "beta", "0 or more", self.beta)
-        require(self.ceiling >= 1, "ceiling", "1 or more", self.ceiling)
-        require(self.depth >= 1, "depth", "1 or more", self.depth)
-        require(self.mixup >= 0, "mixup", "0 or more", self.mixup)
-        require(self.lr >= 0, "lr", "0 or more", self.lr)
-        require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
-        require(self.min_steps >= 0, "min_steps", "0 or more", self.min_steps)
-        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
-
-
-@dataclass(frozen=True, eq=False)
-class _Outcome:
-    """One trained set of masks, folded."""
-
-    model: nn.Module
-    history: list[HistoryRow]
-    values: list[Tensor]
 
 
 def purify(
@@ -188,47 +63,43 @@ def purify(
     pull_open = config.eta * task.num_classes / max(len(clean.fit), task.num_classes)
     closing = _closing(original, clean, config, **shared) if config.ratio != 0 and config.epochs else None
 
-    def trained(starts: list[Tensor], sparsity: float, *, taught: bool) -> _Outcome:
+    def trained(starts: list[Tensor], sparsity: float, *, taught: bool) -> Outcome:
         pull = sparsity - pull_open
-        return _train_masks(
+        return train_masks(
             original, clean.fit, config, sites, floors, starts=starts, pull=pull, taught=taught, **shared
         )
 
-    def change(made: _Outcome) -> float:
+    def change(made: Outcome) -> float:
         return -expected_drop(original, made.model, chooser(clean), **shared)
 
     weakest = min(config.sparsity_grid) if config.sparsity is None else config.sparsity
 
-    def begun(factor: float) -> tuple[float, tuple[float, _Outcome, float]]:
+    def begun(factor: float) -> tuple[float, tuple[float, Outcome, float]]:
         starts, ratio = [torch.ones(site.shape, device=device) for site in sites], 0.0
         if closing is not None:
             ratio = min(closing.ratio * factor, 1.0)
             _close(starts, sites, floors, closing.at(ratio))
         if not config.taught_lr:
-            return 0.0, (0.0, _Outcome(original, [], starts), ratio)
+            return 0.0, (0.0, Outcome(original, [], starts), ratio)
         made = trained(starts, weakest, taught=True)
         return (reached := change(made)), (reached, made, ratio)
 
-    def ended(sparsity: float) -> tuple[float, _Outcome]:
+    def ended(sparsity: float) -> tuple[float, Outcome]:
         if not config.lr or (config.taught_lr and config.sparsity is None and not sparsity):
             return reached, beginning
         made = trained(beginning.values, sparsity, taught=False)
-        return change(made), _Outcome(made.model, beginning.history + made.history, made.values)
+        return change(made), Outcome(made.model, beginning.history + made.history, made.values)
 
-    within = functools.partial(
-        strongest_within, reference=0.0, max_drop=config.max_drop, images=VIEWS * choosers(clean)
-    )
+    within = functools.partial(strongest_training, clean=clean, reference=0.0, max_drop=config.max_drop, views=VIEWS)
     # With nothing closed or learnt every candidate is the same.
     free = closing is not None and config.ratio is None and config.taught_lr
     factors = config.factors if free else (min(config.factors),)
-    _, (reached, beginning, ratio), factor_trials = within(tried(factors, clean), begun)
+    _, (reached, beginning, ratio), factor_trials = within(factors, begun)
     strengths = config.sparsity_grid if config.sparsity is None else (config.sparsity,)
     if config.taught_lr and config.sparsity is None:
         strengths = (0.0, *strengths)
     # Without steps every strength gives the same masks.
-    sparsity, made, trials = within(
-        tried(strengths, clean) if config.epochs and config.lr else (min(strengths),), ended
-    )
+    sparsity, made, trials = within(strengths if config.epochs and config.lr else (min(strengths),), ended)
     closed = [float((v <= floor).float().mean()) for v, floor in zip(made.values, floors, strict=True)]
     facts: dict[str, Any] = {
         "ratio": ratio,
@@ -295,90 +166,6 @@ def _close(starts: list[Tensor], sites: list[MaskSite], floors: list[float], clo
             # A mask of whole units closes in proportion to the kernels that do.
             share = part.float() if start.dim() > 1 else part.float().mean(1)
             start.lerp_(torch.full_like(start, floor), share)
-
-
-def depth_schedule(count: int, *, alpha: float, beta: float, depth: float = PAPER_DEPTH) -> list[float]:
-    """``mu(l) = alpha * exp(-beta * l)`` at ``count`` layers, ``l`` evenly from 1 to ``depth``."""
-    step = (depth - 1) / max(count - 1, 1)
-    return [alpha * math.exp(-beta * (1 + index * step)) for index in range(count)]
-
-
-def _train_masks(
-    original: nn.Module,
-    data: CleanSet,
-    config: NFTConfig,
-    sites: list[MaskSite],
-    floors: list[float],
-    *,
-    starts: list[Tensor],
-    pull: float,
-    taught: bool,
-    task: Task,
-    seed: int,
-    device: torch.device | str,
-    progress: Progress,
-) -> _Outcome:
-    """Masks trained on a copy of ``original`` with ``loss + pull * ||m||_1``, folded into another.
-
-    The two pulls are one: on [0, 1], ``||1 - m||_1`` is a constant minus ``||m||_1``.
-    """
-    follow = config.statistics == "batch" and not taught
-    masked = working_copy(original, device)
-    masks = attach_masks(masked, sites, starts)
-    farthest = torch.zeros((), device=device)
-
-    def step(network: nn.Module, loss_of: LossOf) -> Tensor:
-        with running_statistics(network, frozen=not follow):
-            loss = loss_of()
-            (loss + pull * torch.stack([mask.values.sum() for mask in masks]).sum()).backward()
-        return loss.detach()
-
-    @torch.no_grad()
-    def clamp() -> None:
-        farthest.copy_(torch.stack([farthest, *(mask.values.abs().max() for mask in masks)]).max())
-        for mask, floor in zip(masks, floors, strict=True):
-            mask.values.clamp_(floor, config.ceiling)
-
-    min_steps = config.min_steps // 2 if taught else config.min_steps
-    epochs = epochs_for(len(data), config.epochs, min_steps, config.batch_size)
-    history = tune(
-        masked,
-        data,
-        task=task,
-        tuning=Tuning(
-            epochs,
-            config.batch_size,
-            config.taught_lr if taught else config.lr,
-            momentum=config.momentum,
-            schedule="cosine",
-            precision=config.precision,
-        ),
-        seed=seed,
-        device=device,
-        progress=progress,
-        name="taught masks" if taught else "masks",
-        step=step,
-        mixup=config.mixup,
-        teacher=original if taught else None,
-        fixed_statistics=taught,
-        after_step=clamp,
-        kept={"farthest": farthest},
-    )
-    if not float(farthest) < JUMP:
-        raise MethodDiverged(
-            "NFT's masks diverged",
-            expected=f"masks that move less than {JUMP:g} a step",
-            got=f"{float(farthest):g}",
-            hint="Lower its learning rate",
-        )
-    values = [mask.values.detach() for mask in masks]
-    folded = working_copy(original, device)
-    fold_masks(folded, sites, values)
-    if follow and epochs:
-        renew_statistics(
-            folded, data, task=task, batch_size=config.batch_size, seed=seed, device=device, progress=progress
-        )
-    return _Outcome(folded, history, values)
 
 
 METHOD = Method(

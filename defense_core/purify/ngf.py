@@ -20,9 +20,11 @@ import torch
 from torch import nn
 
 from defense_core.data import Splits
-from defense_core.loop import HistoryRow, accuracy, finished, predictions, working_copy
+from defense_core.inference import accuracy, correct
+from defense_core.loop import HistoryRow, finished, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, cautious_accuracy, chooser, choosers, strongest_within, tried
+from defense_core.purify.base import Method, Purified
+from defense_core.purify.choice import cautious_accuracy, chooser, strongest_training
 from defense_core.purify.ngf_block import last_layers, tune_block
 from defense_core.purify.ngf_head import linear_head, tune_on_features
 from defense_core.purify.ngf_run import NGFConfig, Run
@@ -93,25 +95,25 @@ def _choose_layers(model: nn.Module, clean: Splits, run: Run) -> tuple[nn.Module
     """``block`` at each number of layers, and the one that the rule takes."""
     config, chosen = run.config, chooser(clean)
 
-    def correct(network: nn.Module) -> torch.Tensor:
-        return predictions(network, chosen, task=run.task, device=run.device) == chosen.labels.cpu()
+    def right(network: nn.Module) -> torch.Tensor:
+        return correct(network, chosen, task=run.task, device=run.device)
 
-    before = correct(model)
+    before = right(model)
     names = last_layers(model, run)
 
     def attempt(strength: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
         tuned = working_copy(model, run.device)
         rows = tune_block(tuned, names[-int(strength) - 1 :], run)
-        return cautious_accuracy(before, correct(tuned)), (tuned, rows)
+        return cautious_accuracy(before, right(tuned)), (tuned, rows)
 
     most = len(names) - 1
     wanted = config.layers_grid if config.layers is None else (config.layers,)
-    count, (tuned, history), trials = strongest_within(
-        tried(tuple(sorted({float(min(layers, most)) for layers in wanted})), clean),
+    count, (tuned, history), trials = strongest_training(
+        tuple(sorted({float(min(layers, most)) for layers in wanted})),
         attempt,
+        clean=clean,
         reference=float(before.float().mean()),
         max_drop=config.max_drop,
-        images=choosers(clean),
     )
     return tuned, history, {"layers": names[-int(count) - 1 :], "trials": trials}
 

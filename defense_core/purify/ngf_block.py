@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.errors import ConfigError
+from defense_core.inference import channels_last
 from defense_core.layer_gradients import layer_gradients
 from defense_core.layers import evaluating, unit_layers
-from defense_core.loop import HistoryRow, channels_last, seeded
+from defense_core.loop import HistoryRow, seeded
 from defense_core.per_sample import recorded
 from defense_core.purify.natural_step import sample_weights
 from defense_core.purify.ngf_head import linear_head

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_core.errors import ConfigError
+from defense_core.inference import autocast, channels_last
 from defense_core.layers import classifier_head, evaluating
-from defense_core.loop import HistoryRow, autocast, channels_last
+from defense_core.loop import HistoryRow
 from defense_core.per_sample import recorded
 from defense_core.purify.natural_step import head_step, sample_weights, true_head_step
 from defense_core.purify.ngf_run import Run, passes

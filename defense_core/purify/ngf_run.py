@@ -13,7 +13,8 @@ from defense_core.config import require
 from defense_core.course import Course, Kept, random_state
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
-from defense_core.loop import HistoryRow, Precision, epochs_for, in_batches
+from defense_core.inference import Precision
+from defense_core.loop import HistoryRow, epochs_for, in_batches
 from defense_core.progress import Progress
 from defense_core.purify.unlearning import require_closing
 from defense_core.task import Task
@@ -41,7 +42,7 @@ class NGFConfig:
         unlearn_lr: rate of the clean unlearning that ranks the units.
         unlearn_epochs: its passes over the fit split.
         layers: hidden layers of ``"block"``, or ``None`` to choose their number from
-            ``layers_grid`` by :func:`~defense_core.purify.base.strongest_within`.
+            ``layers_grid`` by :func:`~defense_core.purify.choice.strongest_within`.
         layers_grid: candidates.
         max_drop: permitted drop of accuracy on the *select* split for ``"block"``, in [0, 1].
         fisher: ``"empirical"``, or ``"true"``: the model's own labels, solved by conjugate

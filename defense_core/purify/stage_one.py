@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
+from defense_core.inference import Precision, accuracy, correct
 from defense_core.layers import Scope, unit_layers
-from defense_core.loop import HistoryRow, Precision, Tuning, accuracy, predictions, tune, working_copy
+from defense_core.loop import HistoryRow, Tuning, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import chooser, choosers, strongest_within
+from defense_core.purify.choice import chooser, choosers, strongest_within
 from defense_core.purify.zeroing import Variant, set_weights, weight_changes, zero, zero_masks
 from defense_core.task import Task
 
@@ -125,9 +126,8 @@ def stage_one(
 ) -> StageOne:
     """Unlearn on a copy, measure how far each weight moved, and choose ``n``."""
 
-    def correct(network: nn.Module) -> Tensor:
-        answers = predictions(network, chooser(clean), task=task, device=device, precision=config.precision)
-        return answers == chooser(clean).labels.cpu()
+    def right(network: nn.Module) -> Tensor:
+        return correct(network, chooser(clean), task=task, device=device, precision=config.precision)
 
     unlearned = working_copy(model, device)
     history = unlearn(unlearned, clean.fit, config, task=task, seed=seed, device=device, progress=progress)
@@ -135,7 +135,7 @@ def stage_one(
     layers = unit_layers(pruned, scope=config.scope)
     changes = weight_changes(layers, dict(unlearned.named_parameters()))
     del unlearned
-    before = correct(pruned)
+    before = right(pruned)
     reference = float(before.float().mean())
     original = [layer.weight.detach().clone() for layer in layers]
 
@@ -143,7 +143,7 @@ def stage_one(
         set_weights(layers, original)
         zero(layers, zero_masks(layers, changes, n=n, m=config.m, variant=config.variant))
         choosing.advance()
-        return float(correct(pruned).float().mean()), None
+        return float(right(pruned).float().mean()), None
 
     ratios = config.n_grid if config.n is None else (config.n,)
     with progress.phase("choose n", total=len(ratios)) as choosing:
@@ -155,7 +155,7 @@ def stage_one(
             images=choosers(clean),
         )
     given = working_copy(model, device).eval()
-    return StageOne(given, changes, history, n, trials, before, correct, config)
+    return StageOne(given, changes, history, n, trials, before, right, config)
 
 
 def unlearn(

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.data import CleanSet
-from defense_core.loop import batch_indices, channels_last
+from defense_core.inference import channels_last
+from defense_core.loop import batch_indices
 from defense_core.progress import Progress
 from defense_core.task import Task
 

@@ -19,17 +19,11 @@ from torch import nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
-from defense_core.loop import (
-    HistoryRow,
-    Tuning,
-    epochs_for,
-    finished,
-    gradient_norm_step,
-    tune,
-    working_copy,
-)
+from defense_core.gradient_steps import gradient_norm_step
+from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import Method, Purified, cautious_accuracy, choosers, strongest_within, tried
+from defense_core.purify.base import Method, Purified
+from defense_core.purify.choice import cautious_accuracy, strongest_training
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
@@ -42,8 +36,8 @@ class TSBDConfig(StageOneConfig):
         n, n_grid, stage1_keep, m, variant, scope, unlearn_lr, unlearn_depth, unlearn_epochs: as in
             :class:`~defense_core.purify.stage_one.StageOneConfig`.
         lr: repair rate, or ``None`` to choose it from ``lr_grid`` by
-            :func:`~defense_core.purify.base.strongest_within` on the
-            :func:`~defense_core.purify.base.cautious_accuracy`.
+            :func:`~defense_core.purify.choice.strongest_within` on the
+            :func:`~defense_core.purify.choice.cautious_accuracy`.
         lr_grid: candidates.
         max_drop: permitted drop of that accuracy on the *select* split, in [0, 1].
         epochs: passes of the repair.
@@ -109,12 +103,12 @@ def purify(
         rows = repair(repaired, clean.fit, config, lr=lr, task=task, seed=seed, device=device, progress=progress)
         return cautious_accuracy(first.before, first.correct(repaired)), (repaired, rows)
 
-    lr, (repaired, rows), lr_trials = strongest_within(
-        tried(config.lr_grid if config.lr is None else (config.lr,), clean),
+    lr, (repaired, rows), lr_trials = strongest_training(
+        config.lr_grid if config.lr is None else (config.lr,),
         attempt_rate,
+        clean=clean,
         reference=first.accuracy,
         max_drop=config.max_drop,
-        images=choosers(clean),
     )
     facts: dict[str, Any] = {
         "n": first.n,

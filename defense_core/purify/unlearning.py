@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
+from defense_core.inference import Precision
 from defense_core.layers import UnitLayer, unit_layers
-from defense_core.loop import Precision, Tuning, epochs_for, tune, working_copy
+from defense_core.loop import Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.base import choosers, strongest_within
+from defense_core.purify.choice import choosers, strongest_within
 from defense_core.purify.zeroing import set_weights, weight_changes, zero, zero_masks
 from defense_core.task import Task
 

@@ -16,7 +16,8 @@ from defense_core.checkpoints import Checkpoints
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import NonFiniteOutputs, QuarantineError, StateDictMismatch
-from defense_core.loop import autocast, channels_last, working_copy
+from defense_core.inference import autocast, channels_last
+from defense_core.loop import working_copy
 from defense_core.progress import Phase, Progress
 from defense_core.scan.bounded import bounded_change
 from defense_core.task import ImageClassification

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
-from defense_core.loop import Tuning, predictions, tune, working_copy
+from defense_core.inference import correct
+from defense_core.loop import Tuning, tune, working_copy
 from defense_core.scan.base import InvertedTrigger, Observation, Subject
 
 MIN_SUCCESS = 0.9
@@ -228,5 +229,4 @@ def _unlearnt(subject: Subject, held_out: CleanSet, trigger: InvertedTrigger, fo
 
 def _right(subject: Subject, clean: CleanSet) -> Tensor:
     """Which images the model classifies correctly, bool (N,)."""
-    found = predictions(subject.model, clean, task=subject.task, device=subject.device, precision="auto")
-    return found.cpu() == clean.labels.cpu()
+    return correct(subject.model, clean, task=subject.task, device=subject.device, precision="auto")

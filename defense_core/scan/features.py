@@ -21,8 +21,9 @@ from defense_core.config import require
 from defense_core.curvature import fisher_diagonal
 from defense_core.data import CleanSet
 from defense_core.errors import ConfigError, MethodDiverged
+from defense_core.inference import channels_last
 from defense_core.layers import unit_layers
-from defense_core.loop import channels_last, working_copy
+from defense_core.loop import working_copy
 from defense_core.purify.unlearning import unlearning_changes
 from defense_core.purify.zeroing import neuron_weight_change
 from defense_core.scan.base import Observation, Subject

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from defense_core.data import CleanSet
-from defense_core.loop import accuracy
+from defense_core.inference import accuracy
 from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, OutOfTime, subject_of
 from defense_core.scan.detectors import DETECTORS, Regime, Settings, searched_and_held_out

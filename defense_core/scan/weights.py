@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.errors import NonFiniteOutputs
+from defense_core.inference import channels_last
 from defense_core.layers import classifier_head, is_finite, unit_layers
-from defense_core.loop import channels_last
 from defense_core.purify.clp import channel_bounds
 from defense_core.purify.masks import following_norms
 from defense_core.scan.base import Observation, Subject, outlying

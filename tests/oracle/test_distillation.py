@@ -15,7 +15,7 @@ from defense_core.distillation import TEMPERATURE, distillation
 from defense_core.loop import Tuning, tune, working_copy
 from defense_core.progress import NullProgress
 from defense_core.purify import distil, stage_one
-from defense_core.purify.base import calibrating_temperature, expected_drop
+from defense_core.purify.choice import calibrating_temperature, expected_drop
 from defense_core.purify.distil import DistilConfig
 from defense_core.task import ImageClassification
 
@@ -104,7 +104,7 @@ def purify(drops: list[float], monkeypatch: pytest.MonkeyPatch, **settings: Any)
     """Facts where the candidates, in the order in which they are made, are expected to lose so much."""
     remaining = iter(drops)
     monkeypatch.setattr(distil, "expected_drop", lambda *_, **__: next(remaining))
-    monkeypatch.setattr(stage_one, "predictions", lambda *_, **__: torch.arange(100) % 2)
+    monkeypatch.setattr(stage_one, "correct", lambda *_, **__: torch.arange(100) % 2 == 0)
     monkeypatch.setattr(stage_one, "unlearn", lambda *_, **__: [])
     data = clean(200)
     splits = Splits(data.subset(torch.arange(100)), data.subset(torch.arange(100, 200)), data.subset(torch.arange(0)))

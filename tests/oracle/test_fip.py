@@ -15,7 +15,7 @@ from defense_core.errors import ConfigError
 from defense_core.layers import frozen_statistics
 from defense_core.per_sample import per_sample_gradients, samples_apart
 from defense_core.progress import NullProgress
-from defense_core.purify import Purified, fast_fip, fip, fisher_guided, tsbd
+from defense_core.purify import Purified, fast_fip, fip, fisher_guided, fisher_terms, tsbd
 from defense_core.singular import fold, parametrise, ruled_layers, shift_gradients, shift_layers
 from defense_core.task import ImageClassification
 
@@ -92,12 +92,12 @@ def test_gradient_of_a_step_is_that_of_the_objective() -> None:
         + eta_r / 2 * sum((fisher[name] * (value - anchors[name]).square()).sum() for name, value in named.items()),
         list(named.values()),
     )
-    step = fisher_guided.regularised_step(
+    step = fisher_terms.regularised_step(
         eta_f,
         trace,
         every=every,
         max_norm=1e9,
-        retain=fisher_guided.retainer(anchors, fisher, eta_r=eta_r, lr=0.01),
+        retain=fisher_terms.retainer(anchors, fisher, eta_r=eta_r, lr=0.01),
         taken=torch.zeros((), dtype=torch.int64),
     )
     for expected in (want, without, without, want):
@@ -111,9 +111,9 @@ def test_gradient_of_a_step_is_that_of_the_objective() -> None:
 def test_trace_gradient_is_clipped_and_the_rest_is_not() -> None:
     model = nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[100.0, 0.0]])
-    fisher_guided.add_clipped(model, (model.weight * torch.tensor([[30.0, 40.0]])).sum(), max_norm=5.0)
+    fisher_terms.add_clipped(model, (model.weight * torch.tensor([[30.0, 40.0]])).sum(), max_norm=5.0)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[103.0, 4.0]]))
-    fisher_guided.add_clipped(model, (model.weight * torch.tensor([[0.3, 0.4]])).sum(), max_norm=5.0)
+    fisher_terms.add_clipped(model, (model.weight * torch.tensor([[0.3, 0.4]])).sum(), max_norm=5.0)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[103.3, 4.4]]))
 
 
@@ -136,7 +136,7 @@ def test_trace_term_estimates_the_exact_trace_of_its_samples() -> None:
 def test_stiffness_is_capped_at_what_the_rate_can_follow() -> None:
     model = nn.Linear(2, 1, bias=False)
     anchors = {"weight": model.weight.detach() - 1}
-    penalty = fisher_guided.retainer(anchors, {"weight": torch.tensor([[1e6, 2.0]])}, eta_r=1.0, lr=0.1)
+    penalty = fisher_terms.retainer(anchors, {"weight": torch.tensor([[1e6, 2.0]])}, eta_r=1.0, lr=0.1)
     penalty(model)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[10.0, 2.0]]))
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_core.loop import LossOf, gradient_norm_step, plain_step
+from defense_core.gradient_steps import LossOf, gradient_norm_step, plain_step
 
 
 def smooth_network() -> nn.Module:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from defense_core.errors import MethodDiverged
 from defense_core.loop import Tuning, batch_indices, learning_rates
-from defense_core.purify.base import strongest_within
+from defense_core.purify.choice import strongest_within
 
 
 def rates(schedule: str, epochs: int, steps: int, lr: float = 0.1) -> list[float]:

@@ -15,7 +15,8 @@ from defense_core.errors import ConfigError
 from defense_core.loop import working_copy
 from defense_core.progress import NullProgress
 from defense_core.purify.masks import attach_masks, fold_masks, mask_sites
-from defense_core.purify.nft import NFTConfig, depth_schedule, purify
+from defense_core.purify.nft import purify
+from defense_core.purify.nft_masks import NFTConfig, depth_schedule
 from defense_core.purify.statistics import renew_statistics
 from defense_core.task import ImageClassification
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from defense_core.data import CleanSet, Splits
-from defense_core.purify.base import cautious_accuracy, choosers, strongest_within, tried
+from defense_core.purify.choice import cautious_accuracy, choosers, strongest_training, strongest_within
 
 
 @pytest.mark.parametrize(("seed", "images"), [(0, 1), (1, 79), (2, 200)])
@@ -39,8 +39,28 @@ def test_the_bound_is_never_tighter_than_three_images(lost, chosen):
 def test_without_a_select_split_only_the_weakest_training_is_tried():
     some = CleanSet(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), 2)
     nothing = some.subset(torch.tensor([], dtype=torch.int64))
-    assert tried((0.2, 0.01, 0.05), Splits(some, nothing, nothing)) == (0.01,)
-    assert tried((0.2, 0.01, 0.05), Splits(some, some, nothing)) == (0.2, 0.01, 0.05)
+
+    def tried(splits: Splits) -> list[float]:
+        _, _, trials = strongest_training(
+            (0.2, 0.01, 0.05), lambda each: (0.9, each), clean=splits, reference=0.9, max_drop=0.0
+        )
+        return [row["strength"] for row in trials]
+
+    assert tried(Splits(some, nothing, nothing)) == [0.01]
+    assert tried(Splits(some, some, nothing)) == [0.01, 0.05, 0.2]
+
+
+def test_each_view_of_an_image_counts_as_one_in_the_bound():
+    some = CleanSet(torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.arange(20) % 2, 2)
+    accuracies = {1.0: 0.9, 2.0: 0.9 - 2 / 20}
+    chosen = [
+        strongest_training(
+            (1.0, 2.0), lambda each: (accuracies[each], each),
+            clean=Splits(some, some, some), reference=0.9, max_drop=0.0, views=views,
+        )[0]
+        for views in (1, 6)
+    ]  # fmt: skip
+    assert chosen == [2.0, 1.0], "two of 20 images, but 12 of 120 views"
 
 
 def test_ten_images_that_are_all_there_is_may_lose_one():

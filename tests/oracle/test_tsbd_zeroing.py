@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from defense_core.architectures import build
 from defense_core.data import CleanSet
+from defense_core.inference import accuracy
 from defense_core.layers import UnitLayer, unit_layers
-from defense_core.loop import accuracy
 from defense_core.progress import NullProgress
 from defense_core.purify import stage_one, tsbd
 from defense_core.purify.stage_one import unlearn

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from defense_core.architectures import build
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import ConfigError
+from defense_core.inference import channels_last
 from defense_core.layers import unit_layers
-from defense_core.loop import channels_last, working_copy
+from defense_core.loop import working_copy
 from defense_core.progress import NullProgress
 from defense_core.purify import METHODS, nft
 from defense_core.purify.masks import attach_masks, mask_sites

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from defense_core.architectures import build
 from defense_core.data import CleanSet
 from defense_core.errors import Cancelled, ConfigError, MethodDiverged
-from defense_core.loop import Tuning, accuracy, autocast, finished, plain_step, predictions, seeded, tune, working_copy
+from defense_core.gradient_steps import plain_step
+from defense_core.inference import accuracy, autocast, predictions
+from defense_core.loop import Tuning, finished, seeded, tune, working_copy
 from defense_core.progress import NullProgress
 from defense_core.task import ImageClassification
 

@@ -1,0 +1,197 @@
+"""How a purifier chooses its own strength: what it may look at, what accuracy a change costs, and the rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from defense_core.data import CleanSet, Splits
+from defense_core.errors import MethodDiverged
+from defense_core.inference import autocast, channels_last, outputs_of
+from defense_core.layers import evaluating
+from defense_core.progress import Progress
+from defense_core.selection import permitted_drop
+from defense_core.task import Task
+
+T = TypeVar("T")
+TEMPERATURES = tuple(0.5 * 1.1**step for step in range(25))
+"""Candidates between 0.5 and 5."""
+LEAST_SEEN = 30
+"""Images of a training count as so many, at least: of ten that are all there is, one may be lost and not three."""
+VIEWS = 6
+"""Of each image, by which a drop of accuracy is estimated: itself and augmented ones."""
+
+
+def chooser(clean: Splits) -> CleanSet:
+    """The split on which hyper-parameters are chosen: *select*, or *fit* where every class
+    has one image only and nothing could be set aside."""
+    return clean.select if len(clean.select) else clean.fit
+
+
+def choosers(clean: Splits) -> int:
+    """How many images :func:`strongest_within` is told that it chooses on."""
+    return len(clean.select) or max(len(clean.fit), LEAST_SEEN)
+
+
+def cautious_accuracy(before: Tensor, after: Tensor) -> float:
+    """Accuracy after a change, less one standard error of the paired difference.
+
+    On a select split of 200 images that error is about two points, and a search that goes up as long
+    as the plain accuracy holds would follow the luck of the split.
+
+    Args:
+        before: which images the unpurified model labels as stated, bool (N,).
+        after: the same for the candidate.
+
+    Returns:
+        ``mean(after) - sqrt(b + c) / N``, where ``b`` and ``c`` count the images that changed sides.
+    """
+    changed = int((before != after).sum())
+    return float(after.float().mean()) - math.sqrt(changed) / len(after)
+
+
+@torch.no_grad()
+def expected_drop(
+    given: nn.Module,
+    candidate: nn.Module,
+    data: CleanSet,
+    *,
+    task: Task,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
+    views: int = VIEWS,
+    temperature: float = 1.0,
+) -> float:
+    """How much accuracy ``candidate`` is expected to lose against ``given``, by the given model's own probabilities.
+
+    Counting which of 200 images changed sides has a standard error of two points. The mean of ``p(a) - p(b)``, where
+    ``p`` are the given model's probabilities and ``a`` and ``b`` the classes that it and the candidate choose, has a
+    fraction of it and needs no label, so augmented views count too. Where the given model is calibrated it is the
+    expected drop; where it is too sure of itself, an upper bound.
+
+    Args:
+        given, candidate: compared in eval mode, as they are.
+        data: images that the candidate was not trained on.
+        views: the images themselves and so many less one augmented views of each.
+        temperature: by which the given model's logits are divided.
+
+    Returns:
+        A difference of accuracies in [0, 1].
+    """
+    images, generator = data.images.to(device), torch.Generator().manual_seed(seed)
+    context = autocast(given, "auto", device)
+    total = 0.0
+    with evaluating(given), evaluating(candidate), progress.phase("expected drop", total=views) as phase:
+        for view in range(views):
+            for part in (images if view == 0 else task.augmented(images, generator)).split(512):
+                inputs = channels_last(task.inputs(part))
+                with context():
+                    outputs, answers = given(inputs), candidate(inputs)
+                known = (outputs.float() / temperature).softmax(-1)
+                lost = known.amax(-1) - known.gather(-1, answers.argmax(-1, keepdim=True)).squeeze(-1)
+                total += float(lost.sum())
+            phase.advance()
+    return total / (views * len(images))
+
+
+@torch.no_grad()
+def calibrating_temperature(model: nn.Module, data: CleanSet, *, task: Task, device: torch.device | str) -> float:
+    """The temperature at which ``model``'s probabilities fit the labels of ``data`` best (Guo et al., ICML 2017).
+
+    Args:
+        data: images that the model was not trained on.
+
+    Returns:
+        Of ``TEMPERATURES``, the one of smallest cross-entropy.
+
+    Raises:
+        MethodDiverged: the model returned NaN or Inf.
+    """
+    batches = outputs_of(model, data, task=task, device=device, precision="auto")
+    logits, labels = torch.cat([outputs.float().cpu() for outputs in batches]), data.labels.cpu()
+    losses = [float(nn.functional.cross_entropy(logits / each, labels)) for each in TEMPERATURES]
+    return TEMPERATURES[losses.index(min(losses))]
+
+
+def strongest_within(
+    strengths: tuple[float, ...],
+    attempt: Callable[[float], tuple[float, T]],
+    *,
+    reference: float,
+    max_drop: float,
+    images: int,
+    patience: int = 1,
+) -> tuple[float, T, list[dict[str, float | None]]]:
+    """The declared rule for every hyper-parameter that trades accuracy for removal.
+
+    Strengths are tried in ascending order while the accuracy on the *select* split stays
+    within ``max_drop`` of the unpurified model's; the last one that did is taken, or the
+    weakest where even that did not. Going up rather than down spends trials only while they
+    buy something. On a small split the bound is never tighter than three images. A candidate
+    that diverges is too strong, like one that costs too much; the weakest may not diverge.
+
+    Args:
+        strengths: candidates, at least one.
+        attempt: accuracy on the select split at a strength, in [0, 1], and what was made.
+        reference: accuracy of the unpurified model on the same images.
+        max_drop: permitted drop, in [0, 1].
+        images: size of the select split.
+        patience: candidates in a row that may cost too much before the rest are left untried;
+            above 1 for a method that is not gentlest at its weakest.
+
+    Returns:
+        The strength, what was made at it, and one row per trial; ``accuracy`` is ``None``
+        where the trial diverged.
+
+    Raises:
+        MethodDiverged: even the weakest candidate diverged.
+    """
+    allowed = permitted_drop(max_drop, images)
+    first, *others = sorted(strengths)
+    chosen = first
+    reached, made = attempt(first)
+    trials: list[dict[str, float | None]] = [{"strength": first, "accuracy": reached}]
+    failures = int(reference - reached > allowed)
+    for strength in others:
+        if failures >= patience:
+            break
+        try:
+            reached, candidate = attempt(strength)
+        except MethodDiverged:
+            trials.append({"strength": strength, "accuracy": None})
+            break
+        trials.append({"strength": strength, "accuracy": reached})
+        failures = failures + 1 if reference - reached > allowed else 0
+        if not failures:
+            chosen, made = strength, candidate
+    return chosen, made, trials
+
+
+def strongest_training(
+    strengths: tuple[float, ...],
+    attempt: Callable[[float], tuple[float, T]],
+    *,
+    clean: Splits,
+    reference: float,
+    max_drop: float,
+    views: int = 1,
+) -> tuple[float, T, list[dict[str, float | None]]]:
+    """:func:`strongest_within` for what decides a training on the *fit* split: the weakest alone is tried where no
+    *select* split was set aside, because images that the training has seen would permit anything.
+
+    Args:
+        strengths, attempt, reference, max_drop: see there.
+        views: of each image, where the accuracy is an estimate from several.
+    """
+    return strongest_within(
+        strengths if len(clean.select) else (min(strengths),),
+        attempt,
+        reference=reference,
+        max_drop=max_drop,
+        images=views * choosers(clean),
+    )
