@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DATA ?= $(QUARANTINE_DATA)
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help setup demo test test-pages check docs compile format images image-base test-images bench-demo bench-fetch bench-gate-mutants bench-hooks bench-hostile bench-overhead bench-preemption bench-purify bench-scan bench-speed bench-sweep bench-tamper bench-tsbd bench-verify tables clean
+.PHONY: help setup demo test test-pages check docs compile format images image-base test-images bench-demo bench-fetch bench-floor bench-gate-mutants bench-hooks bench-hostile bench-overhead bench-preemption bench-purify bench-scan bench-speed bench-sweep bench-tamper bench-tsbd bench-verify tables clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -88,6 +88,9 @@ PRESET ?= cpu
 
 bench-purify: setup  ## purification-PRESET.json; PRESET is cpu or gpu, DATA the folder with CIFAR-10 as parquet
 	$(BIN)/python -m benchmarks.purification --preset $(PRESET) --data $(DATA)
+
+bench-floor: setup  ## floor.json: the same triggers on a clean model; DATA as for bench-purify
+	$(BIN)/python -m benchmarks.floor --data $(DATA)
 
 bench-scan: setup  ## scan.json, scan-summary.json and the pools that come along; DATA as for bench-purify
 	$(BIN)/python -m benchmarks.scan --family digits

@@ -94,7 +94,8 @@ class Setting:
 
 
 NARROW = {"width": 16, "num_classes": 10}
-VIT = {"num_classes": 10}
+VIT = {"dim": 96, "depth": 4, "heads": 4, "num_classes": 10}
+"""A twelfth of the arithmetic of ``vit_tiny`` as it is, whose two victims alone would take a core four hours."""
 VIT_TRAINING = VictimTraining(epochs=30, batch_size=128, lr=0.05, weight_decay=1e-4)
 WIDE = {"width": 64, "num_classes": 10}
 WIDE_TRAINING = VictimTraining(epochs=40, batch_size=128, lr=0.1, weight_decay=5e-4)
@@ -118,7 +119,8 @@ PRESETS: dict[str, tuple[Setting, ...]] = {
 def tiny(setting: Setting) -> Setting:
     """The same on next to nothing, to prove that a preset runs; its figures mean nothing."""
     training = replace(setting.training, epochs=1)
-    return replace(setting, images=400, training=training, architecture_args={**setting.architecture_args, "width": 4})
+    narrow = {"width": 4} if "width" in setting.architecture_args else {"depth": 1}
+    return replace(setting, images=400, training=training, architecture_args={**setting.architecture_args, **narrow})
 
 
 def jobs(settings: Sequence[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]]:
@@ -140,9 +142,22 @@ def jobs(settings: Sequence[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]
 
 
 def described(setting: Setting) -> str:
-    """``preact_resnet18(width=16)``."""
-    width = setting.architecture_args.get("width")
-    return setting.architecture + (f"(width={width})" if width else "")
+    """``preact_resnet18(width=16)``: the network and what is not its default, the number of classes left out."""
+    others = (f"{name}={value}" for name, value in setting.architecture_args.items() if name != "num_classes")
+    return f"{setting.architecture}({' '.join(others)})"
+
+
+def recipe_of(attack: str, setting: Setting) -> Recipe:
+    """How the victim of ``attack`` is trained."""
+    spec, rate = ATTACKS[attack]
+    return Recipe(
+        attack=spec,
+        images=setting.images,
+        rate=rate,
+        architecture=setting.architecture,
+        architecture_args=setting.architecture_args,
+        training=training_for(attack) if setting.training == CONVOLUTIONAL else setting.training,
+    )
 
 
 def key_of(row: Mapping[str, Any]) -> str:
@@ -182,7 +197,7 @@ class Case:
     @classmethod
     def of(cls, subject: Victim, clean: Splits, test: CleanSet, *, device: str, progress: Progress) -> Case:
         """Measure what the rows share."""
-        return cls(subject, clean, _measured(subject.model, subject, test, device=device), device, progress)
+        return cls(subject, clean, measured(subject.model, subject, test, device=device), device, progress)
 
     @functools.cached_property
     def perturbations(self) -> Perturbations:
@@ -192,7 +207,8 @@ class Case:
         )
 
 
-def _measured(model: nn.Module, subject: Victim, test: CleanSet, *, device: str) -> dict[str, float]:
+def measured(model: nn.Module, subject: Victim, test: CleanSet, *, device: str) -> dict[str, float]:
+    """``acc``, ``asr`` and ``ra`` of a model under the victim's trigger."""
     assert subject.probe is not None
     found = evaluate(model, test, task=subject.task, probes=(subject.probe,), device=device).to_results()
     probe = found["probes"][0]
@@ -229,7 +245,7 @@ def figures(
             subject.model, result.model, clean, task=subject.task, device=device, progress=progress,
             perturbations=case.perturbations,
         ).to_mapping()  # fmt: skip
-    after = _measured(result.model, subject, test, device=device)
+    after = measured(result.model, subject, test, device=device)
     return {
         **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},
@@ -299,19 +315,10 @@ def run(
         if key in known or not wanted(job):
             continue
         if (group := _group(job)) not in cases:
-            spec, rate = ATTACKS[job["attack"]]
-            training = setting.training
-            if training == CONVOLUTIONAL:
-                training = training_for(job["attack"])
-            recipe = Recipe(
-                attack=spec, images=setting.images, rate=rate, architecture=setting.architecture,
-                architecture_args=setting.architecture_args, training=training,
-            )  # fmt: skip
-            subject = victim(recipe, train, test, device=device, progress=progress)
+            subject = victim(recipe_of(job["attack"], setting), train, test, device=device, progress=progress)
             clean = clean_splits(subject, setting, job["seed"])
             cases = {group: Case.of(subject, clean, test, device=device, progress=progress)}
-        measured = figures(cases[group], test, job["method"], seed=job["seed"])
-        known[key] = {**job, **measured}
+        known[key] = {**job, **figures(cases[group], test, job["method"], seed=job["seed"])}
         logging.info("%s", {name: value for name, value in known[key].items() if name != "select"})
         # Another process may have measured other rows meanwhile.
         known = {**{key_of(row): row for row in read_rows(name, folder=folder)}, **known}

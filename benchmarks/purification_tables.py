@@ -51,14 +51,25 @@ def by_attack(rows: Rows) -> Table:
     return columns, lines
 
 
-def victims(rows: Rows) -> Table:
-    """ACC, ASR and RA of the backdoored models."""
+def victims(rows: Rows, floor: Mapping[str, Row]) -> Table:
+    """ACC, ASR and RA of the backdoored models, what the same triggers do to a clean one, and the means.
+
+    Args:
+        floor: rows of ``floor.json`` by attack.
+    """
     first = {row["attack"]: row for row in reversed(rows)}
-    order = dict.fromkeys(row["attack"] for row in rows)
-    figures = ("acc_before", "asr_before", "ra_before")
-    return ("attack", "ACC", "ASR", "RA"), [
-        [name, *(f"{first[name][field]:.3f}" for field in figures)] for name in order
-    ]
+    names = list(dict.fromkeys(row["attack"] for row in rows))
+
+    def cells(some: Sequence[str]) -> list[str]:
+        poisoned = (
+            f"{_mean([first[name] for name in some], f'{figure}_before'):.3f}" for figure in ("acc", "asr", "ra")
+        )
+        if not all(name in floor for name in some):
+            return [*poisoned, "–", "–"]
+        return [*poisoned, *(f"{_mean([floor[name] for name in some], figure):.3f}" for figure in ("asr", "ra"))]
+
+    columns = ("attack", "ACC", "ASR", "RA", "ASR on a clean model", "RA there")
+    return columns, [*([name, *cells([name])] for name in names), ["mean", *cells(names)]]
 
 
 def part(rows: Rows, *, clean_fraction: float, architecture: str) -> list[Row]:

@@ -30,6 +30,7 @@ MARKED = re.compile(r"<!-- (?P<name>[a-z-]+) -->\n(?P<body>.*?)<!-- /(?P=name) -
 MANY_IMAGES = 100
 """Clean images of the scan's table by attack."""
 NARROW, WIDE = "preact_resnet18(width=16)", "preact_resnet18(width=64)"
+VIT = "vit_tiny(dim=96 depth=4 heads=4)"
 """Networks of the purification benchmark's presets."""
 
 Rows = Sequence[Mapping[str, Any]]
@@ -194,6 +195,11 @@ def _purification_cpu(
     return lambda: purification("purification-cpu", table, clean_fraction=clean_fraction, architecture=architecture)
 
 
+def _victims(rows: Rows) -> purification_tables.Table:
+    content = load("floor")
+    return purification_tables.victims(rows, {row["attack"]: row for row in content["rows"]} if content else {})
+
+
 def _purification_gpu(table: Callable[[Rows], purification_tables.Table]) -> Callable[[], str]:
     return lambda: purification("purification-gpu", table, clean_fraction=0.05, architecture=WIDE)
 
@@ -280,10 +286,10 @@ def tamper_summary() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "purification-cpu": _purification_cpu(purification_tables.by_method),
     "purification-cpu-attacks": _purification_cpu(purification_tables.by_attack),
-    "purification-cpu-victims": _purification_cpu(purification_tables.victims),
+    "purification-cpu-victims": _purification_cpu(_victims),
     "purification-cpu-one-percent": _purification_cpu(purification_tables.by_method, 0.01),
     "purification-cpu-one-per-class": _purification_cpu(purification_tables.by_method, 10 / 20_000),
-    "purification-cpu-vit": _purification_cpu(purification_tables.by_method, 0.05, "vit_tiny"),
+    "purification-cpu-vit": _purification_cpu(purification_tables.by_method, 0.05, VIT),
     "purification-gpu": _purification_gpu(purification_tables.by_method),
     "purification-gpu-attacks": _purification_gpu(purification_tables.by_attack),
     "speed": lambda: measured(
