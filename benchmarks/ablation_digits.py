@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 
 from benchmarks.results import write_results
+from benchmarks.zoo import load_digits_set
 from defense_core import config
 from defense_core.attacks import poison, probe_from_spec
-from defense_core.data import CleanSet, split_clean_set
+from defense_core.data import split_clean_set
 from defense_core.evaluate import evaluate
 from defense_core.loop import Tuning, tune, working_copy
 from defense_core.networks.small_cnn import small_cnn
@@ -58,16 +58,9 @@ RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 """What the tables call a run, the method, and what differs from its defaults."""
 
 
-def digits() -> CleanSet:
-    """All 1,797 images as uint8 (N, 1, 8, 8)."""
-    content = load_digits()
-    pixels = torch.from_numpy((content.images / 16 * 255).round().astype("uint8")).unsqueeze(1)
-    return CleanSet(pixels, torch.from_numpy(content.target).long(), 10)
-
-
 def rows_of(seed: int) -> list[dict[str, Any]]:
     """Train one victim and purify it with everything in ``RUNS``."""
-    data, probe = digits(), probe_from_spec(TRIGGER, num_classes=10)
+    data, probe = load_digits_set(), probe_from_spec(TRIGGER, num_classes=10)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     train, clean, test = (data.subset(order[part]) for part in (slice(900), slice(900, 1297), slice(1297, None)))
     torch.manual_seed(seed)

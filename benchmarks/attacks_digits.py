@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 
 from benchmarks.results import write_results
+from benchmarks.zoo import load_digits_set
 from defense_core import architectures
 from defense_core.attacks.catalogue import attack_from_spec
 from defense_core.attacks.plant import plant
@@ -54,9 +54,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="attack kinds, separated by commas")
     only = set(filter(None, parser.parse_args().only.split(",")))
     started, progress = datetime.now(UTC), default_progress()
-    content = load_digits()
-    pixels = torch.from_numpy((content.images / 16 * 255).round().astype("uint8")).unsqueeze(1)
-    digits = CleanSet(pixels, torch.from_numpy(content.target).long(), 10)
+    digits = load_digits_set()
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     train, test = digits.subset(order[:TRAINING_IMAGES]), digits.subset(order[TRAINING_IMAGES:])
     network = architectures.build("small_cnn", {"width": 32, "in_channels": 1, "num_classes": 10})

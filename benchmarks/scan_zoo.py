@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 
-from benchmarks.zoo import Recipe, load_cifar10, training_for, victim
+from benchmarks.zoo import Recipe, load_cifar10, load_digits_set, training_for, victim
 from defense_core.attacks.victim import VictimTraining
 from defense_core.data import CleanSet
 from defense_core.progress import default_progress
@@ -298,9 +297,7 @@ def _digits_backdoored(architecture: str) -> Iterator[ZooModel]:
 
 def load_digits_sets() -> tuple[CleanSet, CleanSet]:
     """(train, test): 1,497 and 300 of scikit-learn's digits."""
-    content = load_digits()
-    pixels = torch.from_numpy((content.images / 16 * 255).round().astype("uint8")).unsqueeze(1)
-    digits = CleanSet(pixels, torch.from_numpy(content.target).long(), 10)
+    digits = load_digits_set()
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     return digits.subset(order[:1497]), digits.subset(order[1497:])
 

@@ -106,6 +106,16 @@ def load_cifar10(folder: Path) -> tuple[CleanSet, CleanSet]:
     return train, test
 
 
+def load_digits_set() -> CleanSet:
+    """All 1,797 of scikit-learn's digits as uint8 (N, 1, 8, 8)."""
+    # The GPU preset runs without scikit-learn.
+    from sklearn.datasets import load_digits
+
+    content = load_digits()
+    pixels = torch.from_numpy((content.images / 16 * 255).round().astype("uint8")).unsqueeze(1)
+    return CleanSet(pixels, torch.from_numpy(content.target).long(), 10)
+
+
 def cache_folder() -> Path:
     """Where trained victims are kept: ``QUARANTINE_CACHE``, else the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "model-quarantine"

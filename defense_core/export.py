@@ -29,9 +29,10 @@ from defense_core.data import CleanSet
 from defense_core.errors import DataError, ExportError, NonFiniteWeights
 from defense_core.files import sha256_bytes, write_atomic
 from defense_core.layers import is_finite
-from defense_core.parity import Parity, ParityBounds, ParityProbe, check_parity, parity_steps
+from defense_core.parity import Parity, ParityBounds, check_parity, parity_steps
 from defense_core.progress import NullProgress, Progress
 from defense_core.task import ImageClassification
+from defense_core.triggered import NamedTrigger
 from defense_core.verdict import Finding, Verdict, combine
 
 OPSET = 18
@@ -96,7 +97,7 @@ def export_onnx(
     task: ImageClassification,
     input_size: tuple[int, int, int],
     clean: CleanSet,
-    probes: Sequence[ParityProbe] = (),
+    probes: Sequence[NamedTrigger] = (),
     bounds: ParityBounds = ParityBounds(),
     opset: int = OPSET,
     bundle_digest: str | None = None,

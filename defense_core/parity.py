@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
@@ -28,23 +28,11 @@ from defense_core.errors import DataError, ExportError, NonFiniteOutputs
 from defense_core.layers import evaluating
 from defense_core.progress import Phase
 from defense_core.task import Task
+from defense_core.triggered import NamedTrigger, require_own_names, triggered
 from defense_core.verdict import Finding, Verdict
 
 CLEAN = "clean"
 """Name of the row for images as they are."""
-
-
-class ParityProbe(Protocol):
-    """A known trigger, as far as parity needs it."""
-
-    @property
-    def name(self) -> str:
-        """What the row is called."""
-        ...
-
-    def apply(self, images: Tensor) -> Tensor:
-        """Triggered uint8 images (N, C, H, W)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -139,7 +127,7 @@ def check_parity(
     *,
     task: Task,
     clean: CleanSet,
-    probes: Sequence[ParityProbe],
+    probes: Sequence[NamedTrigger],
     bounds: ParityBounds,
     phase: Phase,
 ) -> ParityCheck:
@@ -156,8 +144,8 @@ def check_parity(
         ExportError: the network itself does not take one of the batch sizes.
     """
     images = clean.images.cpu()[_spread(len(clean), bounds.max_images)]
-    sets = [(CLEAN, images), *((probe.name, _triggered(probe, images)) for probe in probes)]
-    _check_names([name for name, _ in sets])
+    require_own_names([probe.name for probe in probes], but=CLEAN)
+    sets = [(CLEAN, images), *((probe.name, triggered(probe, images)) for probe in probes)]
     try:
         run = _Session(data)
         with evaluating(model):
@@ -270,33 +258,11 @@ class _Session:
         return answer
 
 
-def _triggered(probe: ParityProbe, images: Tensor) -> Tensor:
-    changed = probe.apply(images.clone())
-    if changed.dtype != torch.uint8 or changed.shape != images.shape:
-        raise DataError(
-            f"probe {probe.name} returns something else than images",
-            expected=f"uint8 {tuple(images.shape)}",
-            got=f"{changed.dtype} {tuple(changed.shape)}",
-        )
-    return changed
-
-
 def _spread(count: int, limit: int) -> Tensor:
     """At most ``limit`` indices, evenly spaced, so that a set sorted by class is not cut off."""
     if not count:
         raise DataError("there is nothing to compare on", expected="at least one image", got="none")
     return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
-
-
-def _check_names(names: list[str]) -> None:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise DataError(
-            "probe names repeat",
-            expected=f"one name a probe, other than {CLEAN!r}",
-            got=", ".join(repeated),
-            hint="Rename one",
-        )
 
 
 def _first_line(error: Exception) -> str:

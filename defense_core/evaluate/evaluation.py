@@ -17,15 +17,11 @@ from defense_core.evaluate.metrics import PairedCounts, Proportion, der, der_int
 from defense_core.evaluate.records import ClassAccuracy, Evaluation, ProbeResult
 from defense_core.progress import NullProgress, Phase, Progress
 from defense_core.task import Task
+from defense_core.triggered import NamedTrigger, require_own_names, triggered
 
 
-class Probe(Protocol):
+class Probe(NamedTrigger, Protocol):
     """A known trigger with the labels that its backdoor answers with."""
-
-    @property
-    def name(self) -> str:
-        """What reports call it; unique among the probes of one evaluation."""
-        ...
 
     @property
     def kind(self) -> str:
@@ -35,10 +31,6 @@ class Probe(Protocol):
     @property
     def target(self) -> int | None:
         """The one target class, or ``None`` where every class has its own (all-to-all)."""
-        ...
-
-    def apply(self, images: Tensor) -> Tensor:
-        """Triggered uint8 images (N, C, H, W)."""
         ...
 
     def expected(self, labels: Tensor) -> Tensor:
@@ -112,7 +104,7 @@ def _judge_probe(
 ) -> ProbeResult:
     counted = clean.subset(probe.eligible(clean.labels).nonzero().flatten())
     labels, wanted = counted.labels.cpu(), probe.expected(counted.labels).cpu()
-    answers = [runner.predict(each, counted.images, lambda images: _triggered(probe, images)) for each in models]
+    answers = [runner.predict(each, counted.images, lambda images: triggered(probe, images)) for each in models]
     obeyed = [answer == wanted for answer in answers]
     resisted = [answer == labels for answer in answers]
     asr_paired = _paired(obeyed, slice(None))
@@ -167,17 +159,6 @@ class _Runner:
         return outputs
 
 
-def _triggered(probe: Probe, images: Tensor) -> Tensor:
-    changed = probe.apply(images.clone())
-    if changed.dtype != torch.uint8 or changed.shape != images.shape:
-        raise DataError(
-            f"probe {probe.name} returns something else than images",
-            expected=f"uint8 {tuple(images.shape)}",
-            got=f"{changed.dtype} {tuple(changed.shape)}",
-        )
-    return changed
-
-
 def _check(clean: CleanSet, probes: Sequence[Probe], task: Task) -> None:
     if not len(clean):
         raise DataError("there is nothing to evaluate on", expected="at least one labelled image", got="none")
@@ -187,12 +168,7 @@ def _check(clean: CleanSet, probes: Sequence[Probe], task: Task) -> None:
             expected=f"{task.num_classes} classes",
             got=f"{clean.num_classes} classes",
         )
-    names = [probe.name for probe in probes]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise DataError(
-            "probe names repeat", expected="one name a probe", got=", ".join(repeated), hint="Rename one of them"
-        )
+    require_own_names([probe.name for probe in probes])
 
 
 def _copy(model: nn.Module, device: torch.device | str) -> nn.Module:
