@@ -30,7 +30,7 @@ MARKED = re.compile(r"<!-- (?P<name>[a-z-]+) -->\n(?P<body>.*?)<!-- /(?P=name) -
 MANY_IMAGES = 100
 """Clean images of the scan's table by attack."""
 NARROW, WIDE = "preact_resnet18(width=16)", "preact_resnet18(width=64)"
-VIT = "vit_tiny(dim=96 depth=4 heads=4)"
+VIT = "vit_tiny(patch_size=8 dim=96 depth=4 heads=4)"
 """Networks of the purification benchmark's presets."""
 
 Rows = Sequence[Mapping[str, Any]]
