@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from components._runtime.plan import Plan
+from components._runtime.plan import DEFAULT_METHODS, Plan
 from defense_core.config import from_mapping
 from pipelines import options as o
 from pipelines.model_options import tuned_spec
@@ -40,9 +40,9 @@ class Request:
 def run_request(
     *,
     policy: Annotated[str, typer.Option(help="strict, standard, observe, or a policy file.")] = "standard",
-    methods: Annotated[
-        str, typer.Option(help="Purifiers in order of preference, comma-separated.")
-    ] = "tsbd,fine_tuning",
+    methods: Annotated[str, typer.Option(help="Purifiers in order of preference, comma-separated.")] = ",".join(
+        DEFAULT_METHODS
+    ),
     test: o.Test = "",
     probe: o.Probes = [],
     register: Annotated[str, typer.Option(help="Registered model that gets a new version.")] = "quarantined-model",

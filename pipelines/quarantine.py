@@ -13,6 +13,7 @@ from typing import Any
 
 from kfp import dsl
 
+from components._runtime.plan import DEFAULT_METHODS
 from components.control_model.component import control_model
 from components.evaluate_model.component import evaluate_model
 from components.export_onnx.component import export_onnx
@@ -40,7 +41,7 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
     pool: str = "",
     spec: str = "{}",
     probes: str = "[]",
-    methods: list[str] = ["tsbd", "fine_tuning"],  # noqa: B006 - KFP reads the default, nothing changes it
+    methods: list[str] = list(DEFAULT_METHODS),  # noqa: B006 - KFP reads the default, nothing changes it
     configs: str = "{}",
     scan: str = "{}",
     loading: str = "{}",

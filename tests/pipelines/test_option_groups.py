@@ -8,8 +8,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from components._runtime.plan import Loading, Plan
+from components._runtime.plan import DEFAULT_METHODS, Loading, Plan
 from defense_core.limits import LoadLimits
+from defense_core.purify import METHODS
 from pipelines.model_options import ESSENTIAL, loading_of, pinned_loading, tuned_spec
 from pipelines.option_groups import takes
 from pipelines.plan_options import Request, run_request
@@ -135,3 +136,15 @@ def test_a_request_is_a_plan_but_for_its_sources() -> None:
         seed=3,
     )
     assert plan.policy["name"] == "strict"
+
+
+def test_without_methods_several_purifiers_and_the_control_run() -> None:
+    @takes(run_request, into="request")
+    def command(*, request: Request) -> Any:
+        return request.plan(model="s3://models/a.pt", clean="s3://data/clean.npz").methods
+
+    assert command() == Plan(model="a", clean="b", policy={}).methods == DEFAULT_METHODS
+    rows = [METHODS[name] for name in DEFAULT_METHODS]
+    assert [row.name for row in rows if row.control] == [DEFAULT_METHODS[-1]]
+    assert not any(row.baseline for row in rows)
+    assert len(rows) > 2

@@ -170,7 +170,7 @@ def test_a_run_that_is_not_over_in_time(quarantine: Call, kfp: KfpServer) -> Non
         (("--test", "file:///t.npz"), "--test is not reachable from a cluster"),
         (("--evidence", "evidence"), "--evidence is not reachable from a cluster"),
         (("--policy", "nowhere.yaml"), "nowhere.yaml"),
-        (("--set", "nft.n=1"), "configs"),
+        (("--set", "fip.lr=1"), "configs"),
         (("--set", "tsbd.nn=1"), "tsbd.nn"),
         (("--pool", "pool.json"), "--pool is not reachable from a cluster"),
         (("--controls", "kept"), "--controls is not reachable from a cluster"),
