@@ -97,6 +97,7 @@ NARROW = {"width": 16, "num_classes": 10}
 VIT = {"patch_size": 8, "dim": 96, "depth": 4, "heads": 4, "num_classes": 10}
 """A fiftieth of the arithmetic of ``vit_tiny`` as it is, whose two victims alone would take a core four hours."""
 VIT_TRAINING = VictimTraining(epochs=30, batch_size=128, lr=0.05, weight_decay=1e-4)
+"""Too short for a patch of 3x3 pixels: BadNets ends at ASR 0.09 (ACC 0.55), so attacks of the whole image stand there."""
 WIDE = {"width": 64, "num_classes": 10}
 WIDE_TRAINING = VictimTraining(epochs=40, batch_size=128, lr=0.1, weight_decay=5e-4)
 SMALL_DATA = ("badnets", "blended", "wanet", "low_frequency")
@@ -107,7 +108,7 @@ PRESETS: dict[str, tuple[Setting, ...]] = {
         *(Setting(0.05, tuple(ATTACKS), (seed,), architecture_args=NARROW) for seed in range(3)),
         Setting(0.01, SMALL_DATA, architecture_args=NARROW),
         Setting(ONE_PER_CLASS, SMALL_DATA, architecture_args=NARROW),
-        Setting(0.05, ("badnets", "blended"), architecture="vit_tiny", architecture_args=VIT, training=VIT_TRAINING),
+        Setting(0.05, ("blended", "sig"), architecture="vit_tiny", architecture_args=VIT, training=VIT_TRAINING),
     ),
     "gpu": (
         Setting(0.05, FIRST, architecture_args=WIDE, images=45_000, training=WIDE_TRAINING),
