@@ -97,7 +97,7 @@ NARROW = {"width": 16, "num_classes": 10}
 VIT = {"patch_size": 8, "dim": 96, "depth": 4, "heads": 4, "num_classes": 10}
 """A fiftieth of the arithmetic of ``vit_tiny`` as it is, whose two victims alone would take a core four hours."""
 VIT_TRAINING = VictimTraining(epochs=30, batch_size=128, lr=0.05, weight_decay=1e-4)
-"""Too short for a patch of 3x3 pixels: BadNets ends at ASR 0.09 (ACC 0.55), so attacks of the whole image stand there."""
+"""Too short for a patch of 3x3 pixels: BadNets ends at ASR 0.09 (ACC 0.55). Attacks of the whole image stand there."""
 WIDE = {"width": 64, "num_classes": 10}
 WIDE_TRAINING = VictimTraining(epochs=40, batch_size=128, lr=0.1, weight_decay=5e-4)
 SMALL_DATA = ("badnets", "blended", "wanet", "low_frequency")
