@@ -16,6 +16,7 @@ from defense_core import __version__
 from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, ConfigError, QuarantineError
 from defense_core.verdict import Verdict
 from pipelines import options as o
+from pipelines import panels
 from pipelines.gate_cli import app as gate_app
 from pipelines.hooks_cli import app as hooks_app
 from pipelines.inspect_cli import inspect
@@ -34,7 +35,7 @@ from pipelines.verify_cli import app as verify_app
 
 app = typer.Typer(
     name="quarantine",
-    help="Purify, measure and gate an untrusted model before it reaches the registry.\n\n"
+    help="Scan, purify, measure and gate an untrusted model before it reaches the registry.\n\n"
     "Exit codes: 0 pass, 1 fail, 2 unknown (cannot be decided), 3 usage or bad input.",
     no_args_is_help=True,
     add_completion=False,
@@ -42,18 +43,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(lab_app, name="lab")
+app.add_typer(lab_app, name="lab", rich_help_panel=panels.STEP)
 app.add_typer(gate_app)
 app.add_typer(promote_app)
-app.add_typer(hooks_app, name="hooks")
-app.add_typer(policy_app, name="policy")
+app.add_typer(hooks_app, name="hooks", rich_help_panel=panels.CLUSTER)
+app.add_typer(policy_app, name="policy", rich_help_panel=panels.EVIDENCE)
 app.add_typer(verify_app)
 app.add_typer(report_app)
 app.add_typer(scan_app)
 app.add_typer(submit_app)
-app.add_typer(schedule_app, name="schedule")
+app.add_typer(schedule_app, name="schedule", rich_help_panel=panels.CLUSTER)
 app.add_typer(sweep_app)
-app.command()(inspect)
 
 # typer brings a click of its own, under a private name; this is the base of its usage errors.
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -69,7 +69,60 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@app.command()
+@app.command(rich_help_panel=panels.WHOLE)
+@takes(run_request, into="request")
+@takes(pinned_loading, into="loading")
+def run(
+    *,
+    model: Annotated[str, typer.Option(help="s3://bucket/key[?versionId=…], models:/name/3, or a path.")],
+    clean: Annotated[str, typer.Option(help="Clean set: s3://… or a path, .parquet or .npz, or an image folder.")],
+    out: Annotated[Path, typer.Option(help="Work folder: evidence, report, artifacts, and mlflow.db.")] = Path(
+        "quarantine-run"
+    ),
+    request: Request,
+    signing_key: o.SigningKey = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    loading: Loading,
+    as_json: o.AsJson = False,
+) -> None:
+    """Run the whole pipeline on this machine: the same definition that runs on a cluster."""
+    from pipelines.local import run_local
+    from pipelines.summary import print_line, print_run
+
+    result = run_local(
+        request.plan(model=model, clean=clean, seed=seed, device=device, loading=loading),
+        out,
+        model_name=request.model_name,
+        alias=request.alias,
+        controls=request.controls,
+        signing_key=signing_key,
+        on_line=(lambda line: None) if as_json else print_line,
+    )
+    print_run(result, as_json=as_json)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command(rich_help_panel=panels.WHOLE)
+def demo(
+    out: Annotated[Path, typer.Option(help="Work folder.")] = Path("demo-output"),
+    seed: o.Seed = 0,
+    as_json: o.AsJson = False,
+) -> None:
+    """Plant a backdoor into a digits classifier and take it through the whole pipeline, offline."""
+    from components._runtime.signing_keys import PUBLIC_NAME
+    from pipelines.demo import KEYS, run_demo
+    from pipelines.summary import print_line, print_run
+
+    result = run_demo(out, seed=seed, on_line=(lambda line: None) if as_json else print_line)
+    print_run(result, as_json=as_json, public_key=out / KEYS / PUBLIC_NAME)
+    raise typer.Exit(result.exit_code)
+
+
+app.command(rich_help_panel=panels.STEP)(inspect)
+
+
+@app.command(rich_help_panel=panels.STEP)
 @takes(tuned_spec, into="spec")
 @takes(loading_of, into="loading")
 def purify(
@@ -111,7 +164,7 @@ def purify(
     _finish(evidence, as_json, f"{method}: purified model in {out} ({chosen}); see {out / 'result.json'}")
 
 
-@app.command()
+@app.command(rich_help_panel=panels.STEP)
 @takes(model_spec, into="spec")
 @takes(loading_of, into="loading")
 def evaluate(
@@ -156,7 +209,7 @@ def evaluate(
     _finish(evidence, as_json, f"evidence in {out}")
 
 
-@app.command()
+@app.command(rich_help_panel=panels.STEP)
 @takes(model_spec, into="spec")
 @takes(loading_of, into="loading")
 def export(
@@ -191,57 +244,7 @@ def export(
     _finish(evidence, as_json, f"ONNX file and evidence in {out}")
 
 
-@app.command()
-@takes(run_request, into="request")
-@takes(pinned_loading, into="loading")
-def run(
-    *,
-    model: Annotated[str, typer.Option(help="s3://bucket/key[?versionId=…], models:/name/3, or a path.")],
-    clean: Annotated[str, typer.Option(help="Clean set: s3://… or a path, .parquet or .npz, or an image folder.")],
-    out: Annotated[Path, typer.Option(help="Work folder: evidence, report, artifacts, and mlflow.db.")] = Path(
-        "quarantine-run"
-    ),
-    request: Request,
-    signing_key: o.SigningKey = None,
-    seed: o.Seed = 0,
-    device: o.Device = "auto",
-    loading: Loading,
-    as_json: o.AsJson = False,
-) -> None:
-    """Run the whole pipeline on this machine: the same definition that runs on a cluster."""
-    from pipelines.local import run_local
-    from pipelines.summary import print_line, print_run
-
-    result = run_local(
-        request.plan(model=model, clean=clean, seed=seed, device=device, loading=loading),
-        out,
-        model_name=request.model_name,
-        alias=request.alias,
-        controls=request.controls,
-        signing_key=signing_key,
-        on_line=(lambda line: None) if as_json else print_line,
-    )
-    print_run(result, as_json=as_json)
-    raise typer.Exit(result.exit_code)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Work folder.")] = Path("demo-output"),
-    seed: o.Seed = 0,
-    as_json: o.AsJson = False,
-) -> None:
-    """Plant a backdoor into a digits classifier and take it through the whole pipeline, offline."""
-    from components._runtime.signing_keys import PUBLIC_NAME
-    from pipelines.demo import KEYS, run_demo
-    from pipelines.summary import print_line, print_run
-
-    result = run_demo(out, seed=seed, on_line=(lambda line: None) if as_json else print_line)
-    print_run(result, as_json=as_json, public_key=out / KEYS / PUBLIC_NAME)
-    raise typer.Exit(result.exit_code)
-
-
-@app.command(name="compile")
+@app.command(name="compile", rich_help_panel=panels.CLUSTER)
 def compile_pipeline(
     out: Annotated[Path, typer.Option(help="Folder for the compiled pipeline.")] = Path("build"),
     node_pools: o.NodePoolsFile = "",
@@ -254,7 +257,7 @@ def compile_pipeline(
         typer.echo(path)
 
 
-@app.command()
+@app.command(rich_help_panel=panels.STEP)
 def methods(as_json: o.AsJson = False) -> None:
     """List the purification methods and their settings."""
     from defense_core.config import to_mapping

@@ -10,6 +10,7 @@ import typer
 from defense_core.errors import ConfigError, PolicyError
 from defense_core.verdict import Verdict
 from pipelines import options as o
+from pipelines import panels
 
 app = typer.Typer()
 
@@ -19,7 +20,7 @@ At = Annotated[
 Evidence = Annotated[Path, typer.Option(help="Folder of evidence files, one <name>.json a step.")]
 
 
-@app.command()
+@app.command(rich_help_panel=panels.STEP)
 def gate(
     policy: Annotated[str, typer.Option(help="strict, standard, observe, or a policy file.")],
     evidence: Evidence,
@@ -59,7 +60,7 @@ def gate(
     raise typer.Exit(verdict.exit_code)
 
 
-@app.command()
+@app.command(rich_help_panel=panels.EVIDENCE)
 def approve(
     evidence: Evidence,
     rule: Annotated[str, typer.Option(help="Id of the rule that need not hold for this model.")],

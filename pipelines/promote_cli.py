@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from pipelines import options as o
+from pipelines import panels
 from pipelines.option_groups import takes
 from pipelines.promotion_options import PromotionOrder, promotion_order
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=panels.WHOLE)
 @takes(promotion_order, into="order")
 def promote(
     *,

@@ -10,13 +10,14 @@ import typer
 from defense_core.errors import ConfigError
 from defense_core.verdict import Verdict
 from pipelines import options as o
+from pipelines import panels
 
 app = typer.Typer()
 
 Page = Annotated[Path, typer.Option(help="HTML file to write; one file that needs no network.")]
 
 
-@app.command()
+@app.command(rich_help_panel=panels.EVIDENCE)
 def report(
     out: Page,
     evidence: Annotated[str, typer.Option(help="Folder of one run's evidence, one <name>.json a step.")] = "",
@@ -43,7 +44,7 @@ def report(
     _finish(out, page, made.to_mapping(), made.headline, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=panels.EVIDENCE)
 def fleet(
     out: Page,
     evidence: Annotated[str, typer.Option(help="Folder below which runs lie, each with its evidence.")] = "",

@@ -10,13 +10,14 @@ import typer
 from components._runtime.plan import Loading
 from defense_core.verdict import Verdict
 from pipelines import options as o
+from pipelines import panels
 from pipelines.model_options import loading_of, model_spec
 from pipelines.option_groups import takes
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=panels.STEP)
 @takes(model_spec, into="spec")
 @takes(loading_of, into="loading")
 def scan(
@@ -91,7 +92,7 @@ def _print(evidence: dict[str, Any], out: Path, *, as_json: bool) -> None:
     console.print(f"scan.json and pictures in {out}", markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=panels.STEP)
 def calibrate(
     out: Annotated[Path, typer.Option(help="Pool file to write, JSON.")],
     clean: Annotated[
@@ -155,7 +156,7 @@ def calibrate(
     typer.echo(f"{out}: {len(pool.references)} references of {pool.stratum.architecture}, {pool.digest}")
 
 
-@app.command()
+@app.command(rich_help_panel=panels.STEP)
 @takes(model_spec, into="spec")
 @takes(loading_of, into="loading")
 def control(

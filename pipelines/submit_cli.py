@@ -11,6 +11,7 @@ import typer
 
 from defense_core.errors import EXIT_PASS, Cancelled
 from pipelines import options as o
+from pipelines import panels
 from pipelines.cluster_options import ClusterJob, cluster_job, cluster_settings
 from pipelines.kfp_settings import KfpSettings
 from pipelines.option_groups import takes
@@ -63,7 +64,7 @@ def following(
     return Following(name, experiment, wait, poll_s, timeout_s, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=panels.CLUSTER)
 @takes(cluster_settings, into="cluster")
 @takes(cluster_job, into="job")
 @takes(following, into="how")
@@ -76,7 +77,7 @@ def submit(cluster: KfpSettings, job: ClusterJob, how: Following) -> None:
     run_on_cluster(cluster, job, how)
 
 
-@app.command(name="submit-promotion")
+@app.command(name="submit-promotion", rich_help_panel=panels.CLUSTER)
 @takes(cluster_settings, into="cluster")
 @takes(promotion_job, into="job")
 @takes(following, into="how")

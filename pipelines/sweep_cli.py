@@ -10,6 +10,7 @@ import typer
 
 from defense_core.errors import ConfigError
 from pipelines import options as o
+from pipelines import panels
 
 if TYPE_CHECKING:
     from pipelines.sweep import SweepReport
@@ -21,7 +22,7 @@ _SCOPE, _PACE = "What is looked at", "Pace"
 SHOWN = 50
 
 
-@app.command()
+@app.command(rich_help_panel=panels.CLUSTER)
 def sweep(
     tracking_uri: Annotated[
         str,

@@ -10,6 +10,7 @@ import typer
 
 from defense_core.errors import ConfigError
 from pipelines import options as o
+from pipelines import panels
 
 if TYPE_CHECKING:
     from components._runtime.verification_files import Check
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=panels.EVIDENCE)
 def verify(
     release: Annotated[str, typer.Argument(help="Release folder, or models:/name/3 or models:/name@alias.")],
     public_key: Annotated[
@@ -79,7 +80,7 @@ def _promotion_check(promotion: str) -> Callable[[Check], None]:
     return lambda check: check_promotion(check, envelope, promotion)
 
 
-@app.command()
+@app.command(rich_help_panel=panels.EVIDENCE)
 def keygen(
     out: Annotated[Path, typer.Option(help="Folder for signing.key (mode 0600) and signing.pub.")],
     as_json: o.AsJson = False,

@@ -27,6 +27,7 @@ from components.select_model.step import select_model
 from defense_core import __version__
 from defense_core.bundle import load_bundle
 from defense_core.purify import METHODS
+from pipelines import panels
 from tests.pipelines.commands import Answer, Call
 from tests.small_model import DENYING, PLAN_OPTIONS, POLICY, make_inputs
 
@@ -99,6 +100,14 @@ def test_help_lists_every_command_and_the_exit_codes(quarantine: Call) -> None:
     for command in COMMANDS:
         assert f" {command} " in answer.out
     assert "0 pass, 1 fail, 2 unknown" in answer.out
+
+
+def test_every_command_stands_under_a_heading(quarantine: Call) -> None:
+    text = quarantine("--help").out
+    headings = (panels.WHOLE, panels.STEP, panels.CLUSTER, panels.EVIDENCE)
+    places = [text.index(heading) for heading in headings]
+    assert places == sorted(places)
+    assert "─ Commands ─" not in text
 
 
 def test_version(quarantine: Call) -> None:
