@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.config import require
 from defense_core.data import Splits
@@ -29,6 +30,8 @@ from defense_core.task import Task
 
 LONGER = 2
 """The distillation takes so many times the passes of the repair."""
+WITHOUT_NORM = 30.0
+"""Networks without BatchNorm are distilled at so many times the rate: no statistics amplify a small step there."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class DistilConfig(TSBDConfig):
         n: neuron ratio; ``None``: TSBD's, times the largest of ``n_factors`` after whose distillation the accuracy
             holds (:func:`~defense_core.purify.choice.expected_drop` on the *select* split, ``max_drop``).
         n_factors: candidates, 1 or more.
-        distil_lr: rate of the distillation, which takes twice the passes of ``epochs``.
+        distil_lr: rate of the distillation, which takes twice the passes of ``epochs``; in networks without BatchNorm
+            thirty times as much is taken.
         lr: rate of the repair that follows; ``None``: the largest of ``lr_grid`` by the same bound, or no repair.
         max_drop: permitted drop, in [0, 1].
         n_grid, stage1_keep, m, variant, scope, unlearn_lr, unlearn_depth, unlearn_epochs, lr_grid, epochs, min_steps,
@@ -81,6 +85,8 @@ def purify(
     first = stage_one(model, clean, config, task=task, seed=seed, device=device, progress=progress)
     shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
 
+    normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
+
     def change(network: nn.Module) -> float:
         return -expected_drop(first.model, network, chooser(clean), **shared)
 
@@ -90,7 +96,7 @@ def purify(
         tuning = Tuning(
             LONGER * epochs_for(len(clean.fit), config.epochs, config.min_steps, config.batch_size),
             config.batch_size,
-            config.distil_lr,
+            config.distil_lr * (1.0 if normalised else WITHOUT_NORM),
             weight_decay=config.weight_decay,
             schedule="cosine",
             precision=config.precision,

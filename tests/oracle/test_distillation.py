@@ -100,7 +100,9 @@ def test_without_fixed_statistics_they_move() -> None:
 # -- how much is zeroed ---------------------------------------------
 
 
-def purify(drops: list[float], monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
+def purify(
+    drops: list[float], monkeypatch: pytest.MonkeyPatch, *, given: nn.Module | None = None, **settings: Any
+) -> dict[str, Any]:
     """Facts where the candidates, in the order in which they are made, are expected to lose so much."""
     remaining = iter(drops)
     monkeypatch.setattr(distil, "expected_drop", lambda *_, **__: next(remaining))
@@ -109,7 +111,24 @@ def purify(drops: list[float], monkeypatch: pytest.MonkeyPatch, **settings: Any)
     data = clean(200)
     splits = Splits(data.subset(torch.arange(100)), data.subset(torch.arange(100, 200)), data.subset(torch.arange(0)))
     few = {"epochs": 1, "min_steps": 0, "n_grid": (0.1,), "n_factors": (1.0, 1.5, 2.0, 3.0), "max_drop": 0.03}
-    return distil.purify(network(), splits, DistilConfig(**(few | settings)), **COMMON).facts
+    return distil.purify(given or network(), splits, DistilConfig(**(few | settings)), **COMMON).facts
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "rate"),
+    [
+        ("small_cnn", {"width": 4}, 0.001),
+        ("vit_tiny", {"image_size": 8, "dim": 8, "depth": 1, "heads": 1, "in_channels": 1}, 0.03),
+    ],
+)
+def test_networks_without_batch_normalisation_are_distilled_thirty_times_as_fast(
+    architecture: str, arguments: dict[str, Any], rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(distil, "tune", lambda *_, tuning, **__: rates.append(tuning.lr) or [])
+    given = build(architecture, {**arguments, "num_classes": 2})
+    purify([0.0, 1.0], monkeypatch, given=given, n_factors=(1.0,))
+    assert rates == [pytest.approx(rate)]
 
 
 @pytest.mark.parametrize(
