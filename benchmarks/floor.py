@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.purification import NARROW, PRESETS, measured, recipe_of
+from benchmarks.purification import PRESETS, measured, recipe_of
 from benchmarks.results import FOLDER, write_results
-from benchmarks.zoo import Recipe, load_cifar10, victim
+from benchmarks.zoo import load_cifar10, victim
 from defense_core.data import CleanSet
 from defense_core.progress import default_progress
 
@@ -24,10 +24,8 @@ from defense_core.progress import default_progress
 def floors(train: CleanSet, test: CleanSet, *, device: str) -> Iterator[dict[str, Any]]:
     """One row an attack: ``acc``, ``asr`` and ``ra`` of the clean model under the victim's trigger."""
     progress = default_progress()
-    clean = victim(
-        Recipe(attack=None, rate=0.0, architecture_args=NARROW), train, test, device=device, progress=progress
-    )
     setting = PRESETS["cpu"][0]
+    clean = victim(recipe_of(None, setting), train, test, device=device, progress=progress)
     for attack in setting.attacks:
         subject = victim(recipe_of(attack, setting), train, test, device=device, progress=progress)
         row = {"attack": attack, **measured(clean.model, subject, test, device=device)}

@@ -148,11 +148,12 @@ def described(setting: Setting) -> str:
     return f"{setting.architecture}({' '.join(others)})"
 
 
-def recipe_of(attack: str, setting: Setting) -> Recipe:
-    """How the victim of ``attack`` is trained."""
-    spec, rate = ATTACKS[attack]
+def recipe_of(attack: str | None, setting: Setting, *, seed: int = 0) -> Recipe:
+    """How the victim of ``attack`` is trained, or the clean model."""
+    spec, rate = ATTACKS[attack] if attack is not None else (None, 0.0)
     return Recipe(
         attack=spec,
+        seed=seed,
         images=setting.images,
         rate=rate,
         architecture=setting.architecture,

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.purification import ATTACKS, NARROW, Setting, clean_splits
+from benchmarks.purification import NARROW, Setting, clean_splits, recipe_of
 from benchmarks.results import write_results
-from benchmarks.zoo import CONVOLUTIONAL, Recipe, Victim, cifar10_task, load_cifar10, victim
+from benchmarks.zoo import CONVOLUTIONAL, Victim, cifar10_task, load_cifar10, victim
 from defense_core import architectures
 from defense_core.data import CleanSet, split_clean_set
 from defense_core.errors import MethodDiverged
@@ -137,8 +137,7 @@ def main() -> None:
     train, test = load_cifar10(options.data)
     setting = Setting(0.05, (ATTACK,), architecture_args=NARROW, training=CONVOLUTIONAL)
     if options.part in ("ratios", "both"):
-        spec, rate = ATTACKS[ATTACK]
-        subject = victim(Recipe(attack=spec, rate=rate), train, test, device=options.device, progress=NullProgress())
+        subject = victim(recipe_of(ATTACK, setting), train, test, device=options.device, progress=NullProgress())
         rows = list(ratios(subject, setting, device=options.device, repeats=options.repeats))
         write_results("speed", rows, command="python -m benchmarks.speed --data DATA --part ratios", started=started)
     if options.part in ("costs", "both"):

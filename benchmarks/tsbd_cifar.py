@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.purification import ATTACKS, DEVELOPMENT, NARROW, Case, Setting, clean_splits, figures
+from benchmarks.purification import DEVELOPMENT, NARROW, Case, Setting, clean_splits, figures, recipe_of
 from benchmarks.results import read_rows, write_results
-from benchmarks.zoo import Recipe, load_cifar10, victim
+from benchmarks.zoo import load_cifar10, victim
 from defense_core import config
 from defense_core.progress import default_progress
 from defense_core.purify import METHODS
@@ -60,8 +60,7 @@ def main() -> None:
     jobs = list(ablation_jobs() if options.ablation else comparison_jobs())
     for job in jobs:
         if key_of(job) not in known:
-            spec, rate = ATTACKS[job["attack"]]
-            recipe = Recipe(attack=spec, rate=rate, seed=job["victim_seed"])
+            recipe = recipe_of(job["attack"], SETTING, seed=job["victim_seed"])
             subject = victim(recipe, train, test, device=options.device, progress=default_progress())
             settings = ABLATIONS[job["ablation"]] if options.ablation else {}
             clean = clean_splits(subject, SETTING, job["seed"])

@@ -34,9 +34,9 @@ STUBBORN = {"input_aware": 30, "badnets_all_to_all": 45}
 """Epochs of the attacks that the 15 of the others teach too little: ASR 0.84 and 0.43."""
 
 
-def training_for(attack: str) -> VictimTraining:
-    """How the convolutional victim of this attack is trained."""
-    return replace(CONVOLUTIONAL, epochs=STUBBORN.get(attack, CONVOLUTIONAL.epochs))
+def training_for(attack: str | None) -> VictimTraining:
+    """How the convolutional victim of this attack, or the clean model, is trained."""
+    return replace(CONVOLUTIONAL, epochs=STUBBORN.get(attack or "", CONVOLUTIONAL.epochs))
 
 
 @dataclass(frozen=True)

@@ -195,3 +195,11 @@ def strongest_training(
         max_drop=max_drop,
         images=views * choosers(clean),
     )
+
+
+def strongest_expected(
+    strengths: tuple[float, ...], attempt: Callable[[float], tuple[float, T]], *, clean: Splits, max_drop: float
+) -> tuple[float, T, list[dict[str, float | None]]]:
+    """:func:`strongest_training` where ``attempt`` gives the change of accuracy that :func:`expected_drop` estimates
+    from its ``VIEWS`` of every image: 0 for the given model, negative for a loss."""
+    return strongest_training(strengths, attempt, clean=clean, reference=0.0, max_drop=max_drop, views=VIEWS)

@@ -23,7 +23,7 @@ from defense_core.data import Splits
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.choice import VIEWS, chooser, expected_drop, strongest_training
+from defense_core.purify.choice import chooser, expected_drop, strongest_expected
 from defense_core.purify.stage_one import stage_one
 from defense_core.purify.tsbd import TSBDConfig, repair
 from defense_core.task import Task
@@ -121,7 +121,7 @@ def purify(
         rows = repair(network, clean.fit, config, lr=lr, **shared)
         return change(network), (network, rows)
 
-    within = functools.partial(strongest_training, clean=clean, reference=0.0, max_drop=config.max_drop, views=VIEWS)
+    within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
     factors = config.n_factors if config.n is None and config.epochs else (1.0,)
     factor, (reached, student, rows, masks), n_trials = within(factors, distilled)
     rates = (config.lr,) if config.lr is not None else (0.0, *config.lr_grid) if config.epochs else (0.0,)

@@ -15,7 +15,7 @@ from defense_core.data import CleanSet, Splits
 from defense_core.inference import Precision, accuracy
 from defense_core.loop import HistoryRow, Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.choice import VIEWS, chooser, expected_drop, strongest_training
+from defense_core.purify.choice import chooser, expected_drop, strongest_expected
 from defense_core.purify.fisher_terms import TraceTerm, finite_trace, regularised_step, retainer
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
@@ -217,7 +217,7 @@ def minimise(
         made = descended(working_copy(beginning.network, device), lr, f"lr={lr:g}", taught=False)
         return made.change, replace(made, rows=beginning.rows + made.rows, facts=beginning.facts | made.facts)
 
-    within = functools.partial(strongest_training, clean=clean, reference=0.0, max_drop=config.max_drop, views=VIEWS)
+    within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
     # With nothing zeroed or learnt every candidate is the same.
     factors = config.n_factors if first is not None and config.taught_lr else (min(config.n_factors),)
     _, beginning, factor_trials = within(factors, begun)

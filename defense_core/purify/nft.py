@@ -27,7 +27,7 @@ from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import finished, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.choice import VIEWS, chooser, expected_drop, strongest_training
+from defense_core.purify.choice import chooser, expected_drop, strongest_expected
 from defense_core.purify.masks import MaskSite, mask_sites
 from defense_core.purify.nft_masks import NFTConfig, Outcome, depth_schedule, train_masks
 from defense_core.purify.unlearning import close_most_moved, closed_weights
@@ -90,7 +90,7 @@ def purify(
         made = trained(beginning.values, sparsity, taught=False)
         return change(made), Outcome(made.model, beginning.history + made.history, made.values)
 
-    within = functools.partial(strongest_training, clean=clean, reference=0.0, max_drop=config.max_drop, views=VIEWS)
+    within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
     # With nothing closed or learnt every candidate is the same.
     free = closing is not None and config.ratio is None and config.taught_lr
     factors = config.factors if free else (min(config.factors),)
