@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import read_rows, write_results
-from benchmarks.scan import clean_images, shipped_pool
+from benchmarks.scan import shipped_pool
+from benchmarks.scan_readings import clean_images
 from benchmarks.scan_zoo import FAMILIES, load_digits_sets
 from benchmarks.zoo import load_cifar10, recipe_task, victim
 from defense_core.progress import NullProgress

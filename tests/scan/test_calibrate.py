@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +101,74 @@ def test_a_class_that_is_unusual_for_its_kind_is_found_though_another_is_higher(
     assert by_class.p_value == pytest.approx(1 / 60)
     assert by_class.targets[0] == target
     assert by_gap.p_value > 0.05
+
+
+def slow_value(scores: list[float], references: list[list[float]]) -> float:
+    """A model's value in one detector, number by number from its definition."""
+
+    def median(values: list[float]) -> float:
+        return statistics.median(values)
+
+    def spread(values: list[float]) -> float:
+        return 1.4826 * median([abs(value - median(values)) for value in values])
+
+    own = [score - median(scores) for score in scores]
+    others = [[score - median(each) for score in each] for each in references]
+    spreads = [spread([each[i] for each in others]) for i in range(len(own))]
+    z = [
+        (own[i] - median([each[i] for each in others])) / (spreads[i] + 0.25 * median(spreads) + 1e-9)
+        for i in range(len(own))
+    ]
+    return max(z) / (max(1.0, spread(z)) if len(z) >= 4 else 1.0)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_standing_is_that_of_the_slow_computation(classes: int, scale: float) -> None:
+    draw = numpy.random.default_rng(classes)
+    names = tuple(range(classes))
+    table = [draw.normal(0.0, 1.0, classes).tolist() for _ in range(20)]
+    scores = draw.normal(0.0, scale, classes).tolist()
+    readings = [Reading(0.0, tuple(each), names) for each in table]
+    references = tuple(Reference(f"r{i}", {}, {}, {"none": {"margin": each}}) for i, each in enumerate(readings))
+    pool = Pool(replace(STRATUM, num_classes=classes), "", references, {})
+    place = standing(pool, ("none",), {"margin": Reading(0.0, tuple(scores), names)}, "margin", by_class=True)
+    null = [slow_value(each, table[:i] + table[i + 1 :]) for i, each in enumerate(table)]
+    centre = statistics.median(null)
+    assert place is not None
+    assert place.p_value == conformal(slow_value(scores, table), null)
+    reach = float(numpy.quantile(null, 0.9)) - centre
+    assert place.score == pytest.approx((slow_value(scores, table) - centre) / reach)
+
+
+def test_a_clean_model_that_differs_in_every_class_is_rarely_suspected() -> None:
+    """Models whose classes all vary four times as much as the references', without and with one class lifted."""
+    draw = numpy.random.default_rng(1)
+    odd = [draw.normal(0.0, 1.2, 10) for _ in range(60)]
+    lifted = [each + 12.0 * (numpy.arange(10) == 6) for each in odd]
+
+    def suspected(models: list[numpy.ndarray]) -> int:
+        places = [standing(POOL, ("none",), {"margin": reading(each)}, "margin", by_class=True) for each in models]
+        return sum(place is not None and place.p_value <= 0.05 for place in places)
+
+    easy = 3.0 * (numpy.arange(10) == 4)
+    # Of 60; all of them without the division. Not 5 %, since the spread of ten classes is itself known badly.
+    assert suspected([each + easy for each in odd]) <= 15
+    assert suspected([each + easy for each in lifted]) >= 55
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_one_of_two_classes_can_stand_out(classes: int) -> None:
+    draw = numpy.random.default_rng(3)
+    names = tuple(range(classes))
+    models = [Reading(0.0, tuple(draw.normal(0.0, 1.0, classes)), names) for _ in range(60)]
+    references = tuple(Reference(f"r{i}", {}, {}, {"none": {"margin": each}}) for i, each in enumerate(models))
+    pool = Pool(replace(STRATUM, num_classes=classes), "", references, {})
+    lifted = Reading(0.0, (20.0, *(0.0 for _ in names[1:])), names)
+    place = standing(pool, ("none",), {"margin": lifted}, "margin", by_class=True)
+    assert place is not None
+    assert place.p_value == pytest.approx(1 / 61)
+    assert place.targets[0] == 0
 
 
 def test_a_channel_takes_its_most_suspicious_arm_and_counts_it_alike_for_the_references() -> None:
