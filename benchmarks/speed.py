@@ -20,7 +20,7 @@ import torch
 from benchmarks.purification import NARROW, Setting, clean_splits, recipe_of
 from benchmarks.results import write_results
 from benchmarks.zoo import CONVOLUTIONAL, Victim, cifar10_task, load_cifar10, victim
-from defense_core import architectures
+from defense_core import architectures, config
 from defense_core.data import CleanSet, split_clean_set
 from defense_core.errors import MethodDiverged
 from defense_core.evaluate import evaluate
@@ -30,13 +30,15 @@ from defense_core.purify import METHODS, Purified, purify
 ATTACK = "blended"
 PAIRS = (
     ("ngf", "fine_tuning"),
+    ("ngf, masked", "fine_tuning"),
+    ("ngf, head", "fine_tuning"),
     ("fip", "fine_tuning"),
     ("nft", "fine_tuning"),
     ("tsbd", "fine_tuning"),
     ("distil", "fine_tuning"),
     ("fast_fip", "fip"),
 )
-"""Method and what it is compared with."""
+"""Method and what it is compared with; after a comma the part that NGF tunes, where it is not its default."""
 CLEAN_IMAGES = (250, 500, 1000, 2000)
 NETWORKS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("resnet20", {"num_classes": 10}),
@@ -51,10 +53,11 @@ def purified(method: str, subject: Victim, setting: Setting, *, device: str) -> 
     """The outcome and the seconds of one purification."""
     clean = clean_splits(subject, setting, 0)
     started = time.perf_counter()
+    name, _, part = method.partition(", ")
+    settings = config.from_mapping(METHODS[name].config, {"part": part} if part else {})
     result = purify(
-        subject.model, clean, METHODS[method].config(), method=method, task=subject.task, seed=0, device=device,
-        progress=NullProgress(),
-    )  # fmt: skip
+        subject.model, clean, settings, method=name, task=subject.task, seed=0, device=device, progress=NullProgress()
+    )
     return result, time.perf_counter() - started
 
 

@@ -1,0 +1,50 @@
+"""Results files and Markdown tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.results import FOLDER
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A results file; ``None`` where it has not been measured yet."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def grid(rows: Rows, columns: Sequence[str]) -> str:
+    """Rows as a Markdown table of ``columns``."""
+    return table(columns, ([text(row.get(column)) for column in columns] for row in rows))
+
+
+def measured(name: str, columns: Sequence[str]) -> str:
+    """All rows of a results file, with the command and the machine."""
+    content = load(name)
+    if content is None:
+        return "Not yet measured.\n"
+    return grid(content["rows"], columns) + source(content)
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    drawn = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join([*drawn, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+
+
+def source(content: Mapping[str, Any]) -> str:
+    """Where a results file comes from: the line under its table."""
+    return (
+        f"\n`{content['command']}` at commit `{content['commit']}`, {content['device']}, {content['started'][:10]}.\n"
+    )
+
+
+def text(value: Any) -> str:
+    """A cell: three digits of a float, a dash for what is not known."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
