@@ -81,6 +81,11 @@ def classifier_head(model: nn.Module) -> nn.Module | None:
     return convolutions[-1] if convolutions else None
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any layer normalises by the batch or by statistics of former ones."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm layers leave their running statistics alone; their modes stay as they are.

@@ -148,7 +148,7 @@ def tune(
         One row per epoch: ``{"phase", "step", "loss", "lr"}``.
 
     Raises:
-        MethodDiverged: the loss became NaN or Inf.
+        MethodDiverged: the loss became NaN or Inf, or the rate is more than float32 holds.
         Cancelled: a stop was requested; checked after each step.
     """
     data = data.to(device)
@@ -160,6 +160,10 @@ def tune(
     order, total = torch.arange(len(data)), torch.zeros((), device=device)
     steps_per_epoch = len(in_batches(order, tuning.batch_size))
     rates = list(learning_rates(tuning, steps_per_epoch))
+    if max(rates, default=0.0) > torch.finfo(torch.float32).max:
+        raise MethodDiverged(
+            f"{name} cannot begin", expected="a learning rate that float32 holds", got=tuning.lr, hint="Lower it"
+        )
     context = autocast(model, tuning.precision, device)
     model.train(not fixed_statistics)
     with seeded(seed, device), progress.phase(name, total=tuning.epochs * steps_per_epoch) as phase:

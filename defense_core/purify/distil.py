@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.config import require
 from defense_core.data import Splits
+from defense_core.layers import has_batch_norm
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
@@ -85,8 +85,6 @@ def purify(
     first = stage_one(model, clean, config, task=task, seed=seed, device=device, progress=progress)
     shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
 
-    normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
-
     def change(network: nn.Module) -> float:
         return -expected_drop(first.model, network, chooser(clean), **shared)
 
@@ -96,7 +94,7 @@ def purify(
         tuning = Tuning(
             LONGER * epochs_for(len(clean.fit), config.epochs, config.min_steps, config.batch_size),
             config.batch_size,
-            config.distil_lr * (1.0 if normalised else WITHOUT_NORM),
+            config.distil_lr * (1.0 if has_batch_norm(model) else WITHOUT_NORM),
             weight_decay=config.weight_decay,
             schedule="cosine",
             precision=config.precision,

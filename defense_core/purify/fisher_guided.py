@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.inference import Precision, accuracy
+from defense_core.layers import has_batch_norm
 from defense_core.loop import HistoryRow, Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.choice import chooser, expected_drop, strongest_expected
@@ -21,6 +22,8 @@ from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
 Start = Literal["zeroed", "given"]
+WITHOUT_NORM = 10.0
+"""Networks without BatchNorm learn the given model's answers at so many times the rate."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class FisherGuidedConfig:
         n_factors: candidates by which the neuron ratio that stage 1 permits is multiplied, 1 or more: the
             strongest by :func:`~defense_core.purify.choice.strongest_within` on the
             :func:`~defense_core.purify.choice.expected_drop` after the first descent.
-        taught_lr: rate of the first descent; 0: there is none, as in the paper.
+        taught_lr: rate of the first descent, in networks without BatchNorm ten times as much; 0: there is none, as in
+            the paper.
         eta_f: weight of the Fisher trace, or ``None`` for ``trace_share / Tr F(thetabar)``, at
             which the term starts at ``trace_share`` nats whatever the network's scale.
         trace_share: see ``eta_f``.
@@ -208,7 +212,8 @@ def minimise(
             found = {"n": min(first.n * factor, 1.0), "n_trials": first.trials, **first.counts(masks)}
         if not config.taught_lr or not config.epochs:
             return 0.0, _Descent(start, 0.0, [], found)
-        made = descended(start, config.taught_lr, f"factor={factor:g}", taught=True)
+        rate = config.taught_lr * (1.0 if has_batch_norm(given) else WITHOUT_NORM)
+        made = descended(start, rate, f"factor={factor:g}", taught=True)
         return made.change, replace(made, facts=found | made.facts)
 
     def ended(lr: float) -> tuple[float, _Descent]:

@@ -366,6 +366,18 @@ def test_answers_are_learnt_first_and_labels_where_that_leaves_room(
     assert next(remaining, None) is None
 
 
+@pytest.mark.parametrize("method", ["fip", "fast_fip"])
+@pytest.mark.parametrize(("kind", "times"), [("cnn", 1.0), ("vit", 10.0)])
+def test_networks_without_batch_normalisation_learn_answers_ten_times_as_fast(
+    method: str, kind: str, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(fisher_guided, "tune", lambda *_, tuning, **__: rates.append(tuning.lr) or [])
+    monkeypatch.setattr(fisher_guided, "expected_drop", lambda *_, **__: 0.0)
+    run(method, network(kind), epochs=1, min_steps=0, n_factors=(1.0,), lr_grid=(0.5,), taught_lr=0.003)
+    assert rates == [pytest.approx(0.003 * times), 0.5]
+
+
 def test_only_the_descent_by_labels_moves_the_statistics_of_batch_normalisation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
