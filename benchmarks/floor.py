@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.purification import PRESETS, measured, recipe_of
+from benchmarks.presets import PRESETS, recipe_of
+from benchmarks.purification import measured
 from benchmarks.results import FOLDER, write_results
 from benchmarks.zoo import load_cifar10, victim
 from defense_core.data import CleanSet

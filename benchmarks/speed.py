@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.purification import NARROW, Setting, clean_splits, recipe_of
+from benchmarks.presets import NARROW, Setting, recipe_of
+from benchmarks.purification import clean_splits
 from benchmarks.results import write_results
 from benchmarks.zoo import CONVOLUTIONAL, Victim, cifar10_task, load_cifar10, victim
 from defense_core import architectures, config

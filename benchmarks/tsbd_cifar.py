@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.purification import DEVELOPMENT, NARROW, Case, Setting, clean_splits, figures, recipe_of
+from benchmarks.presets import DEVELOPMENT, NARROW, Setting, recipe_of
+from benchmarks.purification import Case, clean_splits, figures
 from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import load_cifar10, victim
 from defense_core import config

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from benchmarks import purification
-from benchmarks.purification import ATTACKS, PRESETS, completed, jobs, run, tiny
+from benchmarks.presets import ATTACKS, ONE_PER_CLASS, PRESETS, tiny
+from benchmarks.purification import completed, jobs, run
 from defense_core.purify import METHODS
 
 
@@ -74,7 +74,7 @@ def test_presets_hold_what_is_promised() -> None:
     assert {(row["attack"], row["method"], row["seed"]) for row in wide} == {
         (attack, method, seed) for attack in ATTACKS for method in METHODS for seed in range(3)
     }
-    for fraction in (0.01, purification.ONE_PER_CLASS):
+    for fraction in (0.01, ONE_PER_CLASS):
         assert len({row["attack"] for row in rows if row["clean_fraction"] == fraction}) == 4
     assert len({row["attack"] for row in rows if row["architecture"].startswith("vit")}) == 2
 
