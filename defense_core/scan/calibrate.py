@@ -28,8 +28,6 @@ DEVIATION_FLOOR = 0.25
 """Of the median deviation over classes: a class on which the references agree by chance is no oracle."""
 LEAST_REFERENCES = 3
 """With fewer, not even a deviation can be stated."""
-LEAST_CLASSES_FOR_SPREAD = 4
-"""With fewer, the suspected class itself would be half of the spread that its distance is measured in."""
 RANGE_MARGIN = 0.5
 """A covariate may lie beyond the references' range by this share of it."""
 
@@ -115,8 +113,8 @@ def _standardised(own: Reading, others: Sequence[Reading], *, by_class: bool) ->
         return value, null, _classes_by_score(own)
     table = numpy.array([_centred(each.class_scores) for each in others])
     row = _centred(own.class_scores)
-    scores = _apart(row, table)
-    null = numpy.array([_apart(table[i], numpy.delete(table, i, axis=0)).max() for i in range(len(table))])
+    scores = _class_z(row, table)
+    null = numpy.array([_class_z(table[i], numpy.delete(table, i, axis=0)).max() for i in range(len(table))])
     order = numpy.argsort(-scores, kind="stable")
     outstanding = [own.classes[i] for i in order[:3] if scores[i] >= 0.5 * scores[order[0]] and scores[i] > null.max()]
     return float(scores.max()), null, tuple(outstanding or [own.classes[order[0]]])
@@ -140,26 +138,12 @@ def _centred(scores: Sequence[float]) -> Floats:
     return centred
 
 
-def _apart(row: Floats, table: Floats) -> Floats:
-    """How far each class stands apart: its robust z among the references' scores of the same class, divided by the
-    spread of the model's own z over its classes where that is above 1, the references' own.
-
-    A model that was trained otherwise than all references differs from them in every class at once; a backdoor lifts
-    one class, or few, above the others.
-    """
+def _class_z(row: Floats, table: Floats) -> Floats:
+    """Robust z of each class's score among the references' scores of the same class."""
     centre = numpy.median(table, axis=0)
-    deviation = _deviation(table - centre)
+    deviation = 1.4826 * numpy.median(numpy.abs(table - centre), axis=0)
     z: Floats = (row - centre) / (deviation + DEVIATION_FLOOR * numpy.median(deviation) + 1e-9)
-    if len(z) < LEAST_CLASSES_FOR_SPREAD:
-        return z
-    apart: Floats = z / max(1.0, float(_deviation(z - numpy.median(z))))
-    return apart
-
-
-def _deviation(differences: Floats) -> Floats:
-    """Median absolute difference along the first axis, as a standard deviation."""
-    deviation: Floats = 1.4826 * numpy.median(numpy.abs(differences), axis=0)
-    return deviation
+    return z
 
 
 def _classes_by_score(own: Reading) -> tuple[int, ...]:
