@@ -159,11 +159,7 @@ def tune(
     )
     order, total = torch.arange(len(data)), torch.zeros((), device=device)
     steps_per_epoch = len(in_batches(order, tuning.batch_size))
-    rates = list(learning_rates(tuning, steps_per_epoch))
-    if max(rates, default=0.0) > torch.finfo(torch.float32).max:
-        raise MethodDiverged(
-            f"{name} cannot begin", expected="a learning rate that float32 holds", got=tuning.lr, hint="Lower it"
-        )
+    rates = _finite_rates(tuning, steps_per_epoch, name)
     context = autocast(model, tuning.precision, device)
     model.train(not fixed_statistics)
     with seeded(seed, device), progress.phase(name, total=tuning.epochs * steps_per_epoch) as phase:
@@ -255,6 +251,15 @@ def epochs_for(images: int, epochs: int, min_steps: int, batch_size: int) -> int
     if epochs == 0:
         return 0
     return max(epochs, math.ceil(min_steps / len(in_batches(torch.arange(images), batch_size))))
+
+
+def _finite_rates(tuning: Tuning, steps_per_epoch: int, name: str) -> list[float]:
+    rates = list(learning_rates(tuning, steps_per_epoch))
+    if max(rates, default=0.0) > torch.finfo(torch.float32).max:
+        raise MethodDiverged(
+            f"{name} cannot begin", expected="a learning rate that float32 holds", got=tuning.lr, hint="Lower it"
+        )
+    return rates
 
 
 def learning_rates(tuning: Tuning, steps_per_epoch: int) -> Iterator[float]:
