@@ -15,6 +15,8 @@ from defense_core.layers import CONVOLUTIONS, evaluating
 from defense_core.task import Task
 
 Precision = Literal["auto", "fp32", "bf16"]
+NATIVE_BFLOAT16 = ("amx_bf16", "avx512_bf16")
+"""CPUs that multiply bfloat16: up to ten times faster than float32 with the first, 1.2 to 2 times with the second."""
 LARGE_NETWORK = 1_000_000
 """Parameters from which a network without convolutions gains from bfloat16 (a ViT of 5 million: six times)."""
 
@@ -112,4 +114,4 @@ def _multiplies_bfloat16(kind: str) -> bool:
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.12
-    return kind == "cpu" and bool(capabilities.get("amx_bf16", False))
+    return kind == "cpu" and any(capabilities.get(name, False) for name in NATIVE_BFLOAT16)

@@ -39,7 +39,7 @@ class Tuning:
         schedule: ``constant``; ``cosine`` to zero; ``onecycle``: linear to the peak over the
             first third, then linear to zero.
         precision: ``fp32``; ``bf16`` autocast; ``auto``: bf16 where the device multiplies
-            bfloat16 natively (CUDA, CPUs with AMX) and the network is convolutional, or a transformer
+            bfloat16 natively (CUDA, CPUs with AMX or AVX-512 BF16) and the network is convolutional, or a transformer
             or another network with large matrices.
         max_grad_norm: clip the gradient's global L2 norm to this; 0 leaves it.
     """

@@ -242,3 +242,21 @@ def test_precision_is_what_was_asked_for() -> None:
     linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     with autocast(linear, "auto", "cpu")():
         assert linear(inputs).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_vnni": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_a_convolutional_network_runs_in_bfloat16_where_the_cpu_multiplies_it(
+    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    model = nn.Conv2d(1, 2, 1)
+    with autocast(model, "auto", "cpu")():
+        assert model(torch.zeros(1, 1, 2, 2)).dtype == dtype
