@@ -24,6 +24,7 @@ from defense_core.progress import Progress
 from defense_core.task import Mixed, Task
 
 HistoryRow = dict[str, Any]
+Schedule = Literal["constant", "cosine", "onecycle"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Tuning:
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine", "onecycle"] = "constant"
+    schedule: Schedule = "constant"
     precision: Precision = "auto"
     max_grad_norm: float = 0.0
 
@@ -170,7 +171,7 @@ def tune(
             phase.advance(course.done)
         if course.finished:
             return course.history
-        shown = math.nan
+        shown = math.nan  # the loss of the last whole epoch
         for epoch in range(len(course.history), tuning.epochs):
             if course.done == epoch * steps_per_epoch:  # a checkpoint may lie within the epoch, or at its end
                 order.copy_(torch.randperm(len(data), generator=generator))
@@ -213,7 +214,7 @@ def tune(
                     after_step()
                 course.step()
                 phase.advance(loss=shown)
-            shown = float(total) / steps_per_epoch
+            shown = sign * float(total) / steps_per_epoch
             if not math.isfinite(shown):
                 raise MethodDiverged(
                     f"{name} diverged in epoch {epoch + 1}",
@@ -221,9 +222,7 @@ def tune(
                     got=shown,
                     hint="Lower its learning rate",
                 )
-            course.history.append(
-                {"phase": name, "step": epoch + 1, "loss": sign * shown, "lr": rates[course.done - 1]}
-            )
+            course.history.append({"phase": name, "step": epoch + 1, "loss": shown, "lr": rates[course.done - 1]})
             if after_epoch is not None and after_epoch(epoch + 1):
                 break
         return course.finish()

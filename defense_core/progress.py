@@ -15,6 +15,7 @@ has asked to stop, so every method cancels within one step. And progress may be 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +35,8 @@ class Phase(Protocol):
     """One stretch of work with a known or unknown number of steps."""
 
     def advance(self, steps: int = 1, **metrics: float) -> None:
-        """Count ``steps`` more as done. Raises Cancelled if a stop was requested."""
+        """Count ``steps`` more as done; a metric that is NaN is not known yet. Raises Cancelled if a stop was
+        requested."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -66,7 +68,7 @@ class _Phase:
 
     def advance(self, steps: int = 1, **metrics: float) -> None:
         self.done += steps
-        self._show(steps, metrics)
+        self._show(steps, {name: value for name, value in metrics.items() if not math.isnan(value)})
         if self._stop():
             raise Cancelled(
                 f"stopped during {self.name}", got=f"a stop request at step {self.done}", hint="Nothing was written"

@@ -15,7 +15,7 @@ from defense_core.config import require
 from defense_core.curvature import random_sign_trace
 from defense_core.data import CleanSet
 from defense_core.gradient_steps import LossOf, Step, gradient_norm_step, plain_step
-from defense_core.loop import Tuning, finished, tune, working_copy
+from defense_core.loop import Schedule, Tuning, finished, tune, working_copy
 from defense_core.per_sample import samples_apart
 from defense_core.progress import Progress
 from defense_core.task import ImageClassification
@@ -43,7 +43,7 @@ class VictimTraining:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Literal["constant", "cosine", "onecycle"] = "onecycle"
+    schedule: Schedule = "onecycle"
     adaptive: Adaptive = "none"
     radius: float = 0.05
     fisher_weight: float = 0.01

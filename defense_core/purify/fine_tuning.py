@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from defense_core.config import require
 from defense_core.data import Splits
 from defense_core.gradient_steps import Step, plain_step
 from defense_core.inference import Precision, accuracy
-from defense_core.loop import HistoryRow, Tuning, finished, tune, working_copy
+from defense_core.loop import HistoryRow, Schedule, Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.choice import chooser, strongest_training
@@ -42,7 +42,7 @@ class FineTuningConfig:
     epochs: int = 20
     batch_size: int = 128
     weight_decay: float = 5e-4
-    schedule: Literal["constant", "cosine", "onecycle"] = "cosine"
+    schedule: Schedule = "cosine"
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:

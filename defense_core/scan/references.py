@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from defense_core import config
 from defense_core.architectures import initialise
 from defense_core.config import require
 from defense_core.data import CleanSet
-from defense_core.loop import Tuning, finished, tune, working_copy
+from defense_core.loop import Schedule, Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.scan.detectors import DETECTORS, Regime, Settings, regime_of
 from defense_core.scan.observe import Observed, observe, wanted
@@ -44,17 +44,19 @@ class ReferenceTraining:
 
     def varied(self, number: int) -> tuple[Tuning, float, Augment]:
         """(schedule, share of the images, augmentation) of reference ``number``: half to one and a half times the
-        epochs, half to all of the images, and other rates, decays, batches and augmentations, all drawn by the number.
+        epochs, half to all of the images, and other rates, schedules, decays, batches and augmentations, all drawn by
+        the number. A rate that stays is a quarter of one that falls to zero.
 
         A pool whose models were all trained alike gives false alarms on a clean model that was trained otherwise.
         """
         draw = random.Random(number)  # noqa: S311 - recipes, not secrets
+        schedule: Schedule = draw.choice(get_args(Schedule))
         tuning = Tuning(
             epochs=max(1, round(self.epochs * draw.uniform(0.5, 1.5))),
-            batch_size=max(2, round(self.batch_size * draw.choice((0.5, 1.0)))),
-            lr=self.lr * draw.choice((0.5, 1.0)),
+            batch_size=max(2, round(self.batch_size * draw.choice((0.5, 1.0, 2.0)))),
+            lr=self.lr * draw.choice((0.5, 1.0)) * (0.25 if schedule == "constant" else 1.0),
             weight_decay=self.weight_decay * draw.choice((0.2, 1.0, 2.0)),
-            schedule="onecycle",
+            schedule=schedule,
         )
         augment: tuple[Augment, ...] = ("none", "crop", "crop_flip")
         return tuning, draw.uniform(0.5, 1.0), draw.choice(augment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 
@@ -76,6 +77,14 @@ def test_log_progress_tells_how_far_it_is(lines: pytest.LogCaptureFixture) -> No
         phase.advance(loss=0.125)
     assert [line.split(" ")[1] for line in lines.messages] == ["1/2", "2/2", "2/2"]
     assert lines.messages[0].endswith("loss=0.2500")
+
+
+def test_what_is_not_known_yet_is_not_shown(lines: pytest.LogCaptureFixture) -> None:
+    with LogProgress(every_s=0).phase("repair", total=2) as phase:
+        phase.advance(loss=math.nan)
+        phase.advance(loss=0.125)
+    assert "loss" not in lines.messages[0]
+    assert lines.messages[1].endswith("loss=0.1250")
 
 
 def test_log_progress_is_silent_about_what_failed(lines: pytest.LogCaptureFixture) -> None:
