@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.results import FOLDER
+from benchmarks.results import FOLDER, runs_of
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -24,10 +24,13 @@ def grid(rows: Rows, columns: Sequence[str]) -> str:
 
 def measured(name: str, columns: Sequence[str]) -> str:
     """All rows of a results file, with the command and the machine."""
+    return figures(name, lambda rows: grid(rows, columns))
+
+
+def figures(name: str, draw: Callable[[Rows], str]) -> str:
+    """What ``draw`` makes of the rows of a results file, with the command and the machine."""
     content = load(name)
-    if content is None:
-        return "Not yet measured.\n"
-    return grid(content["rows"], columns) + source(content)
+    return "Not yet measured.\n" if content is None else draw(content["rows"]) + source(content)
 
 
 def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -37,10 +40,9 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def source(content: Mapping[str, Any]) -> str:
-    """Where a results file comes from: the line under its table."""
-    return (
-        f"\n`{content['command']}` at commit `{content['commit']}`, {content['device']}, {content['started'][:10]}.\n"
-    )
+    """Where a results file comes from, run by run: the line under its table."""
+    runs = dict.fromkeys(f"`{run['commit']}`, {run['device']}, {run['started'][:10]}" for run in runs_of(content))
+    return f"\n`{content['command']}` at commit {'; '.join(runs)}.\n"
 
 
 def text(value: Any) -> str:

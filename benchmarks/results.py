@@ -22,6 +22,9 @@ def write_results(
 ) -> Path:
     """Write ``<folder>/<name>.json``, whole or not at all.
 
+    The file names the commit, the machine and the time of this run. Where rows of earlier runs are among ``rows``, as
+    :func:`read_rows` gave them, it lists every run under ``runs``, and each row's ``measured`` is its run's number.
+
     Args:
         name: name of the file, without ending.
         rows: one mapping of field names to JSON values per row.
@@ -32,26 +35,34 @@ def write_results(
     Raises:
         StorageError: the file cannot be written.
     """
-    content = {
-        "schema": 1,
-        "command": command,
-        "commit": commit(),
-        "device": device(),
-        "started": started.astimezone(UTC).isoformat(timespec="seconds"),
-        "rows": [dict(row) for row in rows],
-    }
+    here = {"commit": commit(), "device": device(), "started": started.astimezone(UTC).isoformat(timespec="seconds")}
+    made = [row.get("measured", here) for row in rows]
+    runs = [here, *(run for number, run in enumerate(made) if run != here and run not in made[:number])]
+    content: dict[str, Any] = {"schema": 1, "command": command, **here}
+    if len(runs) > 1:
+        content["runs"] = runs
+        content["rows"] = [{**row, "measured": runs.index(run)} for row, run in zip(rows, made, strict=True)]
+    else:
+        content["rows"] = [{field: value for field, value in row.items() if field != "measured"} for row in rows]
     path = folder / f"{name}.json"
     write_atomic(path, (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
     return path
 
 
 def read_rows(name: str, *, folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """Rows of a results file; none where there is no such file."""
+    """Rows of a results file, each with the commit, the machine and the time of its run under ``measured``; none where
+    there is no such file."""
     path = folder / f"{name}.json"
     if not path.is_file():
         return []
-    rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["rows"]
-    return rows
+    content = json.loads(path.read_text("utf-8"))
+    runs = runs_of(content)
+    return [{**row, "measured": runs[row.get("measured", 0)]} for row in content["rows"]]
+
+
+def runs_of(content: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Commit, machine and time of every run that a results file holds rows of, the latest first."""
+    return list(content.get("runs", [{field: content[field] for field in ("commit", "device", "started")}]))
 
 
 def commit() -> str:

@@ -32,6 +32,8 @@ def summaries(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     families = sorted({row["model"].split("/")[0] for row in rows})
     for family in families:
         own = [row for row in rows if row["model"].startswith(f"{family}/") and row["split"] == "test"]
+        # A family is judged in one run.
+        measured = {field: value for field, value in own[0].items() if field == "measured"}
         kinds = ["all", WORKING, *sorted({row["kind"] for row in own} - {"clean"})]
         for kind in kinds:
             for detector in sorted({row["detector"] for row in own}):
@@ -44,7 +46,7 @@ def summaries(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                         and row["statistic"] is not None
                         and (kind == "all" or row["kind"] in (kind, "clean") or (kind == WORKING and row["asr"] >= 0.9))
                     ]
-                    found += _summary(family, kind, detector, count, part)
+                    found += ({**row, **measured} for row in _summary(family, kind, detector, count, part))
     return found
 
 

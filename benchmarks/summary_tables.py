@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from benchmarks.markdown import Rows, grid, load, source, table, text
+from benchmarks.markdown import Rows, grid, load, table, text
 
 MANY_IMAGES = 100
 """Clean images of the scan's table by attack."""
@@ -46,19 +46,11 @@ def tsbd_summary(rows: Rows) -> str:
     return table(columns, lines())
 
 
-def tsbd_cifar() -> str:
-    content = load("tsbd-cifar")
-    return "Not yet measured.\n" if content is None else tsbd_summary(content["rows"]) + source(content)
-
-
-def ablation_digits() -> str:
-    """Means over seeds of each run, and the worst ASR."""
-    content = load("ablation-digits")
-    if content is None:
-        return "Not yet measured.\n"
-    runs: dict[str, list[Mapping[str, Any]]] = {}
-    for row in content["rows"]:
-        runs.setdefault(row["run"], []).append(row)
+def ablation_digits(rows: Rows) -> str:
+    """Means over seeds of each ablation, and the worst ASR."""
+    ablations: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        ablations.setdefault(row["run"], []).append(row)
 
     def mean(rows: Rows, value: Callable[[Mapping[str, Any]], float]) -> str:
         return text(statistics.fmean(map(value, rows)))
@@ -66,29 +58,26 @@ def ablation_digits() -> str:
     lines = [
         [
             name,
-            str(len(rows)),
-            mean(rows, lambda row: row["acc_before"] - row["acc_after"]),
-            mean(rows, lambda row: row["asr_after"]),
-            text(max(row["asr_after"] for row in rows)),
-            mean(rows, lambda row: row["der"]),
+            str(len(members)),
+            mean(members, lambda row: row["acc_before"] - row["acc_after"]),
+            mean(members, lambda row: row["asr_after"]),
+            text(max(row["asr_after"] for row in members)),
+            mean(members, lambda row: row["der"]),
         ]
-        for name, rows in runs.items()
+        for name, members in ablations.items()
     ]
-    return table(("run", "seeds", "ACC drop", "ASR", "worst ASR", "DER"), lines) + source(content)
+    return table(("run", "seeds", "ACC drop", "ASR", "worst ASR", "DER"), lines)
 
 
-def cost_summary() -> str:
+def cost_summary(rows: Rows) -> str:
     """Seconds by network and clean images, a column a method."""
-    content = load("cost")
-    if content is None:
-        return "Not yet measured.\n"
     case_of = ("architecture", "width", "parameters", "clean_images")
     cases: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in content["rows"]:
+    for row in rows:
         case = tuple(row[field] for field in case_of)
         cases.setdefault(case, dict(zip(case_of, case, strict=True)))[row["method"]] = row["seconds"]
-    methods = dict.fromkeys(row["method"] for row in content["rows"])
-    return grid(list(cases.values()), (*case_of, *methods)) + source(content)
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return grid(list(cases.values()), (*case_of, *methods))
 
 
 def readme_rows() -> str:
@@ -150,81 +139,67 @@ def readme_rows() -> str:
     return table(("measured", "figure"), lines)
 
 
-def hostile_summary() -> str:
+def hostile_summary(rows: Rows) -> str:
     """Files by class: how many, what the scan says, and what went wrong."""
-    content = load("hostile")
-    if content is None:
-        return "Not yet measured.\n"
-    labels = dict.fromkeys(row["label"] for row in content["rows"])
+    labels = dict.fromkeys(row["label"] for row in rows)
     states = ("dangerous", "inconclusive", "clean")
 
     def lines() -> Iterable[list[str]]:
         for label in (*labels, "all hostile"):
-            rows = [row for row in content["rows"] if label in (row["label"], f"all {row['kind']}")]
-            verdicts = [sum(row["verdict"] == state for row in rows) for state in states]
-            wrong = [sum(bool(row[field]) for row in rows) for field in ("payload_ran", "crashed")]
-            yield [label, *map(str, (len(rows), *verdicts, *wrong))]
+            members = [row for row in rows if label in (row["label"], f"all {row['kind']}")]
+            verdicts = [sum(row["verdict"] == state for row in members) for state in states]
+            wrong = [sum(bool(row[field]) for row in members) for field in ("payload_ran", "crashed")]
+            yield [label, *map(str, (len(members), *verdicts, *wrong))]
 
     columns = ("class", "files", *states, "payloads run", "crashes")
-    return table(columns, lines()) + source(content)
+    return table(columns, lines())
 
 
-def scan_summary(kinds: bool) -> str:
+def scan_summary(rows: Rows, *, kinds: bool) -> str:
     """The scan's ranking and rates: by detector and number of images, or the combined scan by attack."""
-    content = load("scan-summary")
-    if content is None:
-        return "Not yet measured.\n"
-    at_detail = [
-        row for row in content["rows"] if row["clean_images"] in (0, MANY_IMAGES) or row["detector"] == "combined"
-    ]
+    at_detail = [row for row in rows if row["clean_images"] in (0, MANY_IMAGES) or row["detector"] == "combined"]
     if kinds:
         combined = [row for row in at_detail if row["detector"] == "combined" and row["clean_images"] == MANY_IMAGES]
-        rows = [row for row in combined if row["kind"] != "all"]
+        shown = [row for row in combined if row["kind"] != "all"]
         first: tuple[str, ...] = ("family", "kind", "asr", "models")
     else:
-        rows = [row for row in at_detail if row["kind"] == "all"]
+        shown = [row for row in at_detail if row["kind"] == "all"]
         first = ("family", "detector", "clean_images", "models")
     rest = ("auroc", "auroc_low", "auroc_high", "tpr_at_5", "tpr_measured", "fpr_measured")
     more = () if kinds else ("fail", "fail_of_clean", "passed", "cross_entropy")
-    return grid(rows, (*first, *rest, *more, "target_accuracy", "seconds_median")) + source(content)
+    return grid(shown, (*first, *rest, *more, "target_accuracy", "seconds_median"))
 
 
-def scan_stability() -> str:
+def scan_stability(rows: Rows) -> str:
     """By family and truth: on how many models five sets of clean images give one verdict."""
-    content = load("scan-stability")
-    if content is None:
-        return "Not yet measured.\n"
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in content["rows"]:
+    for row in rows:
         truth = "clean" if row["kind"] == "clean" else "backdoored"
         groups.setdefault((row["model"].split("/")[0], truth), []).append(row)
     lines = [
         {
             "family": family,
             "models": truth,
-            "scanned": len(rows),
-            "same verdict": sum(row["same"] for row in rows) / len(rows),
-            "agreeing scans": statistics.fmean(row["agreeing"] for row in rows),
+            "scanned": len(members),
+            "same verdict": sum(row["same"] for row in members) / len(members),
+            "agreeing scans": statistics.fmean(row["agreeing"] for row in members),
         }
-        for (family, truth), rows in groups.items()
+        for (family, truth), members in groups.items()
     ]
-    return grid(lines, tuple(lines[0])) + source(content)
+    return grid(lines, tuple(lines[0]))
 
 
-def tamper_summary() -> str:
+def tamper_summary(rows: Rows) -> str:
     """Mutations by kind, and how many were found and named."""
-    content = load("tamper")
-    if content is None:
-        return "Not yet measured.\n"
     kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for row in content["rows"]:
+    for row in rows:
         kinds.setdefault(str(row["kind"]).replace("_", " "), []).append(row)
 
-    def line(name: str, rows: Rows) -> list[str]:
-        return [name, str(len(rows)), *(str(sum(bool(row[key]) for row in rows)) for key in ("found", "named_file"))]
+    def line(name: str, some: Rows) -> list[str]:
+        return [name, str(len(some)), *(str(sum(bool(row[key]) for row in some)) for key in ("found", "named_file"))]
 
-    lines = [line(name, rows) for name, rows in sorted(kinds.items())]
-    return table(("mutation", "made", "found", "file named"), [*lines, line("all", content["rows"])]) + source(content)
+    lines = [line(name, members) for name, members in sorted(kinds.items())]
+    return table(("mutation", "made", "found", "file named"), [*lines, line("all", rows)])
 
 
 def _change(rows: Rows) -> str:

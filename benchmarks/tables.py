@@ -10,9 +10,10 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from benchmarks import purification_tables
-from benchmarks.markdown import Rows, load, measured, source, table
+from benchmarks.markdown import Rows, figures, load, measured, source, table
 from benchmarks.results import FOLDER
 from benchmarks.summary_tables import (
     NARROW,
@@ -23,7 +24,7 @@ from benchmarks.summary_tables import (
     scan_stability,
     scan_summary,
     tamper_summary,
-    tsbd_cifar,
+    tsbd_summary,
 )
 
 ROOT = FOLDER.parent.parent
@@ -80,7 +81,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "speed": lambda: measured(
         "speed", ("method", "baseline", "ratio", "seconds", "baseline_seconds", "der", "baseline_der")
     ),
-    "cost": cost_summary,
+    "cost": lambda: figures("cost", cost_summary),
     "demo": lambda: measured("demo", ("step", "seconds", "peak_mb")),
     "demo-quality": lambda: measured(
         "demo-quality", ("seed", "method", "acc_before", "acc_after", "asr_before", "asr_after", "ra_after", "der")
@@ -89,22 +90,22 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "overhead": lambda: measured(
         "overhead", ("step", "seconds", "direct_seconds", "import_seconds", "overhead_seconds")
     ),
-    "tsbd-cifar": tsbd_cifar,
-    "ablation-digits": ablation_digits,
+    "tsbd-cifar": lambda: figures("tsbd-cifar", tsbd_summary),
+    "ablation-digits": lambda: figures("ablation-digits", ablation_digits),
     "tsbd-ablation": lambda: measured(
         "tsbd-ablation", ("attack", "ablation", "acc_before", "acc_after", "asr_after", "ra_after", "der", "seconds")
     ),
     "gate-mutants": lambda: measured("gate-mutants", ("module", "mutants", "killed")),
-    "hostile": hostile_summary,
+    "hostile": lambda: figures("hostile", hostile_summary),
     "verify": lambda: measured("verify", ("what", "seconds", "baseline_seconds", "bytes")),
     "sweep": lambda: measured(
         "sweep", ("sweep", "versions", "seconds", "cpu_seconds", "server_cpu_seconds", "peak_mb", "models_listed")
     ),
-    "tamper": tamper_summary,
+    "tamper": lambda: figures("tamper", tamper_summary),
     "scan-growth": lambda: measured("scan-growth", ("detector", "seconds_10_classes", "seconds_100_classes", "ratio")),
-    "scan-stability": scan_stability,
-    "scan-summary": lambda: scan_summary(kinds=False),
-    "scan-attacks": lambda: scan_summary(kinds=True),
+    "scan-stability": lambda: figures("scan-stability", scan_stability),
+    "scan-summary": lambda: figures("scan-summary", partial(scan_summary, kinds=False)),
+    "scan-attacks": lambda: figures("scan-summary", partial(scan_summary, kinds=True)),
     "preemption": lambda: measured(
         "preemption", ("method", "kill_at_fraction", "same_digest", "same_results", "resumed_at_step")
     ),

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import write_results
+from benchmarks import results
+from benchmarks.markdown import source
+from benchmarks.results import read_rows, write_results
 
 STARTED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -30,3 +32,27 @@ def test_figures_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_results("fetch", [{"seconds": float("nan")}], command="two", started=STARTED, folder=tmp_path)
     assert json.loads((tmp_path / "fetch.json").read_text())["command"] == "one"
+
+
+def test_rows_keep_the_run_that_measured_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [("a1", "2-core A", 1), ("b2", "2-core B", 2), ("b2", "2-core B", 3)]
+    for number, (commit, device, day) in enumerate(runs):
+        monkeypatch.setattr(results, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(results, "device", lambda device=device: device)
+        rows = [*read_rows("fetch", folder=tmp_path), {"number": number}]
+        write_results("fetch", rows, command="bench", started=STARTED.replace(day=day), folder=tmp_path)
+    measured = {row["number"]: row["measured"] for row in read_rows("fetch", folder=tmp_path)}
+    assert [(measured[n]["commit"], measured[n]["device"], int(measured[n]["started"][8:10])) for n in range(3)] == runs
+    content = json.loads((tmp_path / "fetch.json").read_text())
+    assert (content["commit"], content["started"][:10]) == ("b2", "2026-01-03")
+    assert source(content) == (
+        "\n`bench` at commit `b2`, 2-core B, 2026-01-03; `a1`, 2-core A, 2026-01-01; `b2`, 2-core B, 2026-01-02.\n"
+    )
+
+
+def test_a_file_whose_rows_are_all_new_names_one_run(tmp_path: Path) -> None:
+    write_results("fetch", [{"number": 0}], command="bench", started=STARTED, folder=tmp_path)
+    write_results("fetch", [{"number": 1}], command="bench", started=STARTED.replace(day=3), folder=tmp_path)
+    content = json.loads((tmp_path / "fetch.json").read_text())
+    assert "runs" not in content
+    assert content["rows"] == [{"number": 1}]
