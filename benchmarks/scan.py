@@ -25,8 +25,8 @@ import torch
 from benchmarks.results import read_rows, write_results
 from benchmarks.scan_readings import clean_images, images_for, read, recall
 from benchmarks.scan_summary import fitted_probability, summaries
-from benchmarks.scan_zoo import FAMILIES, ZooModel, load_digits_sets
-from benchmarks.zoo import Victim, load_cifar10, recipe_task, victim
+from benchmarks.scan_zoo import FAMILIES, sets_of
+from benchmarks.zoo import Victim, ZooModel, recipe_task, victim
 from defense_core import config
 from defense_core.evaluate import evaluate
 from defense_core.progress import NullProgress
@@ -235,7 +235,7 @@ def main() -> None:
     arguments = parser.parse_args()
     started, settings = datetime.now(UTC), Settings()
     models = FAMILIES[arguments.family]()
-    sets = load_cifar10(arguments.data) if arguments.family == "cifar10" else load_digits_sets()
+    sets = sets_of(arguments.family, arguments.data)
     path = shipped_pool(arguments.family, models)
 
     def load(model: ZooModel) -> Victim:

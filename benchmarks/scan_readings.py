@@ -9,8 +9,7 @@ import safetensors.torch
 import torch
 
 from benchmarks.memory import peak_mb, reset_peak
-from benchmarks.scan_zoo import ZooModel
-from benchmarks.zoo import Victim, cache_folder, recipe_task
+from benchmarks.zoo import Victim, ZooModel, cache_folder, recipe_task
 from defense_core import config
 from defense_core.data import CleanSet
 from defense_core.files import atomic_directory

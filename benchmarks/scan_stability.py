@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.results import read_rows, write_results
 from benchmarks.scan import shipped_pool
 from benchmarks.scan_readings import clean_images
-from benchmarks.scan_zoo import FAMILIES, load_digits_sets
-from benchmarks.zoo import load_cifar10, recipe_task, victim
+from benchmarks.scan_zoo import FAMILIES, sets_of
+from benchmarks.zoo import recipe_task, victim
 from defense_core.progress import NullProgress
 from defense_core.scan.detectors import MANY
 from defense_core.scan.judgement import ScanConfig, scan
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     started = datetime.now(UTC)
     models = FAMILIES[options.family]()
-    sets = load_cifar10(options.data) if options.family == "cifar10" else load_digits_sets()
+    sets = sets_of(options.family, options.data)
     pool = load_pool(shipped_pool(options.family, models))
     rows: list[dict[str, Any]] = []
     for model in [model for model in models if model.split == "test"][:: options.every]:

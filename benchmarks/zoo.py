@@ -22,7 +22,7 @@ from defense_core.attacks.victim import VictimTraining, train_victim
 from defense_core.data import CleanSet, load_clean_set
 from defense_core.files import atomic_directory
 from defense_core.progress import Progress
-from defense_core.task import ImageClassification
+from defense_core.task import Augment, ImageClassification
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -61,6 +61,37 @@ class Recipe:
     training: VictimTraining = CONVOLUTIONAL
 
 
+@dataclass(frozen=True)
+class VariedRecipe(Recipe):
+    """A recipe whose augmentation and data vary too.
+
+    Attributes:
+        augment: as in :class:`defense_core.task.ImageClassification`.
+        data: ``cifar10``, or ``digits``: scikit-learn's.
+    """
+
+    augment: Augment = "crop_flip"
+    data: str = "cifar10"
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """One model that the scan is calibrated or tested on.
+
+    Attributes:
+        name: unique.
+        kind: ``clean`` or the attack's name.
+        split: ``pool``: its statistics are the null distribution; ``calibration``: the probability is fitted on it;
+            ``test``: figures are quoted on it.
+        recipe: how it is trained.
+    """
+
+    name: str
+    kind: str
+    split: str
+    recipe: Recipe
+
+
 @dataclass(frozen=True, eq=False)
 class Victim:
     """A trained model with what is needed to attack and to defend it.
@@ -93,8 +124,9 @@ def digits_task() -> ImageClassification:
 
 def recipe_task(recipe: Recipe) -> ImageClassification:
     """The task of the recipe's data, with its own augmentation where it names one."""
-    task = digits_task() if getattr(recipe, "data", "cifar10") == "digits" else cifar10_task()
-    return replace(task, augment=getattr(recipe, "augment", task.augment))
+    if not isinstance(recipe, VariedRecipe):
+        return cifar10_task()
+    return replace(digits_task() if recipe.data == "digits" else cifar10_task(), augment=recipe.augment)
 
 
 def load_cifar10(folder: Path) -> tuple[CleanSet, CleanSet]:
