@@ -14,12 +14,11 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import onnx
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from defense_core.errors import DataError, ExportError, NonFiniteWeights
 from defense_core.files import sha256_bytes, write_atomic
 from defense_core.layers import is_finite
 from defense_core.parity import Parity, ParityBounds, check_parity, parity_steps
+from defense_core.plain_onnx import checked_bytes, cleaned, nodes
 from defense_core.progress import NullProgress, Progress
 from defense_core.task import ImageClassification
 from defense_core.triggered import NamedTrigger
@@ -43,8 +43,6 @@ OPSETS = (18, 23)
 
 MAX_BYTES = 2**31 - 2**20
 """A protobuf message ends at 2 GiB; the rest is left for the graph itself."""
-
-STANDARD_DOMAINS = ("", "ai.onnx")
 
 logger = logging.getLogger("quarantine")
 
@@ -135,7 +133,7 @@ def export_onnx(
         phase.advance()
         proto = cleaned(proto)
         proto.metadata_props.extend(_metadata(task, input_size, bundle_digest))
-        data = _checked_bytes(proto)
+        data = checked_bytes(proto)
         phase.advance()
         check = check_parity(data, network, task=task, clean=clean, probes=probes, bounds=bounds, phase=phase)
     write_atomic(Path(path), data)
@@ -144,7 +142,7 @@ def export_onnx(
         sha256=sha256_bytes(data),
         bytes=len(data),
         opset=opset,
-        operators=tuple(sorted({node.op_type for node in _nodes(proto.graph)})),
+        operators=tuple(sorted({node.op_type for node in nodes(proto.graph)})),
         dynamic_batch=check.dynamic_batch,
         parity=check.rows,
         findings=check.findings,
@@ -198,83 +196,6 @@ def _converted(
     return proto
 
 
-def cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without the exporter's notes: stack traces, paths, code lines, documentation strings.
-
-    They name folders of the exporting machine and differ from one machine to the next.
-    """
-    plain = onnx.ModelProto()
-    plain.CopyFrom(proto)
-    _drop_notes(plain)
-    plain.producer_name = "pytorch"
-    plain.producer_version = torch.__version__.split("+")[0]
-    for graph in _graphs(plain.graph):
-        _drop_notes(graph)
-        graph.name = "network"
-        for item in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
-            _drop_notes(item)
-    return plain
-
-
-def _drop_notes(item: Any) -> None:
-    item.ClearField("doc_string")
-    item.ClearField("metadata_props")
-
-
-def plain_onnx_problems(proto: onnx.ModelProto) -> Iterator[str]:
-    """Everything that makes ``proto`` more than standard operators with weights inside (empty: plain)."""
-    for opset in proto.opset_import:
-        if opset.domain not in STANDARD_DOMAINS:
-            yield f"operator set {opset.domain!r}"
-    for function in proto.functions:
-        yield f"function {function.domain}::{function.name}"
-    if proto.training_info:
-        yield "a training graph"
-    for graph in _graphs(proto.graph):
-        yield from _problems_of_graph(graph)
-    for kind, values, name in (("input", proto.graph.input, "image"), ("output", proto.graph.output, "logits")):
-        names = [value.name for value in values]
-        if names != [name]:
-            yield f"{kind}s {names} instead of {name}"
-
-
-def _problems_of_graph(graph: onnx.GraphProto) -> Iterator[str]:
-    for node in graph.node:
-        if node.domain not in STANDARD_DOMAINS:
-            yield f"operator {node.domain}::{node.op_type}"
-    for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            yield f"weight {tensor.name} in another file"
-        elif tensor.data_type == onnx.TensorProto.FLOAT and not _finite(tensor):
-            yield f"weight {tensor.name} with NaN or Inf"
-    if graph.sparse_initializer:
-        yield "sparse weights"
-
-
-def _finite(tensor: onnx.TensorProto) -> bool:
-    return bool(numpy.isfinite(onnx.numpy_helper.to_array(tensor)).all())
-
-
-def _checked_bytes(proto: onnx.ModelProto) -> bytes:
-    problems = list(plain_onnx_problems(proto))
-    if problems:
-        raise ExportError(
-            "the exported graph is not plain ONNX",
-            expected="standard operators, one file",
-            got="; ".join(problems[:10]),
-        )
-    data: bytes = proto.SerializeToString(deterministic=True)
-    try:
-        onnx.checker.check_model(data, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(
-            "the exported graph is not valid",
-            expected="a graph that onnx.checker accepts",
-            got=str(error).strip()[:300],
-        ) from error
-    return data
-
-
 def _metadata(
     task: ImageClassification, input_size: tuple[int, int, int], bundle_digest: str | None
 ) -> Iterable[onnx.StringStringEntryProto]:
@@ -313,17 +234,3 @@ def _check_inputs(model: nn.Module, input_size: tuple[int, int, int], clean: Cle
         )
     if tuple(clean.images.shape[1:]) != tuple(input_size):
         raise DataError("images do not fit the network", expected=tuple(input_size), got=tuple(clean.images.shape[1:]))
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """``graph`` and every graph inside its operators."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _graphs(inner)
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for each in _graphs(graph):
-        yield from each.node

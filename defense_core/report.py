@@ -16,6 +16,7 @@ from defense_core.config import canonical_json, digest, to_mapping
 from defense_core.evaluate.compare import ComparisonRow, Estimate
 from defense_core.evidence import UNPURIFIED
 from defense_core.report_commands import Command, commands
+from defense_core.report_facts import came_in, goes_out
 from defense_core.report_page import safe_svg, template
 from defense_core.report_provenance import Stage, broken, chain
 from defense_core.report_records import (
@@ -40,14 +41,12 @@ from defense_core.report_scan import (
 )
 from defense_core.report_sections import (
     WAIVED,
-    came_in,
     candidates,
     changed_layers,
     classes,
     decision_rules,
     failed_steps,
     figures,
-    goes_out,
     parity,
     tiles,
     training,

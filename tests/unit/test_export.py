@@ -30,8 +30,9 @@ from defense_core.errors import (
     NonFiniteWeights,
     StorageError,
 )
-from defense_core.export import Exported, cleaned, export_onnx, plain_onnx_problems
+from defense_core.export import Exported, export_onnx
 from defense_core.parity import ParityBounds, check_parity
+from defense_core.plain_onnx import cleaned, plain_onnx_problems
 from defense_core.progress import NullProgress
 from defense_core.task import ImageClassification
 from defense_core.verdict import Verdict
