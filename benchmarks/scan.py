@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,12 @@ def shipped_pool(family: str, models: list[ZooModel]) -> Path:
 
 def within_budget(observed: Observed, seconds: Mapping[str, float], budget_s: float) -> Observed:
     """What a scan would have seen that stops after ``budget_s``, by the seconds that each detector took."""
-    names, spent = list(observed.observations), 0.0
-    finished: list[str] = []
-    for name in names:
-        spent += seconds[name]
-        if spent > budget_s:
-            break
-        finished.append(name)
+    names = list(observed.observations)
+    finished = sum(spent <= budget_s for spent in accumulate(seconds[name] for name in names))
     return replace(
         observed,
-        observations={name: observed.observations[name] for name in finished},
-        unfinished=tuple(names[len(finished) :]),
+        observations={name: observed.observations[name] for name in names[:finished]},
+        unfinished=tuple(names[finished:]),
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy
 import pytest
@@ -106,9 +106,6 @@ def test_a_class_that_is_unusual_for_its_kind_is_found_though_another_is_higher(
 def slow_value(scores: list[float], references: list[list[float]]) -> float:
     """A model's value in one detector, number by number from its definition."""
 
-    def median(values: list[float]) -> float:
-        return statistics.median(values)
-
     def spread(values: list[float]) -> float:
         return 1.4826 * median([abs(value - median(values)) for value in values])
 
@@ -134,7 +131,7 @@ def test_a_standing_is_that_of_the_slow_computation(classes: int, scale: float) 
     pool = Pool(replace(STRATUM, num_classes=classes), "", references, {})
     place = standing(pool, ("none",), {"margin": Reading(0.0, tuple(scores), names)}, "margin", by_class=True)
     null = [slow_value(each, table[:i] + table[i + 1 :]) for i, each in enumerate(table)]
-    centre = statistics.median(null)
+    centre = median(null)
     assert place is not None
     assert place.p_value == conformal(slow_value(scores, table), null)
     reach = float(numpy.quantile(null, 0.9)) - centre
