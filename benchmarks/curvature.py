@@ -1,9 +1,8 @@
 """Exact Fisher quantities against the loop over single samples: ``curvature.json``.
 
-``python -m benchmarks.curvature``. Random images and a random ``preact_resnet18(width=16)``; one
-row per quantity, with the seconds of the fast rule and of the loop on the same samples, the
-largest difference relative to the largest entry, and their ratio. Both run with the threads that
-torch has been given.
+``python -m benchmarks.curvature``. Random images and random networks; one row per network and quantity, with the
+seconds of the fast rule and of the loop on the same samples, the largest difference relative to the largest entry, and
+their ratio. Both run with the threads that torch has been given.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +21,21 @@ from torch import Tensor, nn
 from benchmarks.results import write_results
 from defense_core.architectures import build
 from defense_core.curvature import fisher_diagonal
-from defense_core.singular import parametrise, ruled_layers, shift_gradients, shift_layers
+from defense_core.singular import ShiftLayer, parametrise, ruled_layers, shift_gradients, shift_layers
 from defense_core.task import ImageClassification
 
 TASK = ImageClassification((3, 32, 32), 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+Rule = Callable[[Tensor, Tensor], Tensor]
+"""Inputs and targets to a flat result."""
 CHUNK = 16
+NETWORKS: tuple[tuple[str, Mapping[str, Any], tuple[int, int, int]], ...] = (
+    ("preact_resnet18", {"width": 16, "num_classes": 10}, (3, 32, 32)),
+    ("small_cnn", {"width": 16, "in_channels": 1, "num_classes": 10}, (1, 8, 8)),
+)
+"""The benchmarks' network on CIFAR-10, in which arithmetic is what takes the time, and the demo's on digits."""
 
 
-def looped(model: nn.Module, inputs: Tensor, targets: Tensor, names: list[str]) -> Tensor:
+def looped(model: nn.Module, names: list[str], inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean squared gradient, one backward pass per sample, flat (P,)."""
     named = dict(model.named_parameters())
     parameters = [named[name] for name in names]
@@ -40,37 +47,43 @@ def looped(model: nn.Module, inputs: Tensor, targets: Tensor, names: list[str]) 
     return torch.cat([total.flatten() for total in sums]) / len(inputs)
 
 
-def by_layer(model: nn.Module, inputs: Tensor, targets: Tensor, names: list[str]) -> Tensor:
+def by_layer(model: nn.Module, names: list[str], inputs: Tensor, targets: Tensor) -> Tensor:
     """The same by the layers' rules."""
     found = fisher_diagonal(model, inputs, targets, losses=TASK.losses, names=names, chunk_size=CHUNK)
     return torch.cat([found[name].flatten() for name in names])
 
 
-def by_shift(model: nn.Module, inputs: Tensor, targets: Tensor, names: list[str]) -> Tensor:
+def by_shift(model: nn.Module, layers: list[ShiftLayer], inputs: Tensor, targets: Tensor) -> Tensor:
     """The same for the shifts of singular values, by their rule."""
-    layers = ruled_layers(model, shift_layers_of(names), inputs[:8], targets[:8], losses=TASK.losses)
+    ruled = ruled_layers(model, layers, inputs[:8], targets[:8], losses=TASK.losses)
     sums: dict[str, Tensor] = {}
     for some, labels in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
-        for name, rows in shift_gradients(model, layers, some, labels, losses=TASK.losses).items():
+        for name, rows in shift_gradients(model, ruled, some, labels, losses=TASK.losses).items():
             squares = rows.square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
-    return torch.cat([sums[name] for name in names]) / len(inputs)
+    return torch.cat([sums[layer.shift_name] for layer in layers]) / len(inputs)
 
 
-def shift_layers_of(names: list[str]) -> list[Any]:
-    """The layers whose shifts are called ``names``."""
-    return [layer for layer in shift_layers(network()) if layer.shift_name in names]
+def quantities(architecture: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Rule, Rule]]:
+    """(name, rule, loop) of each quantity, on random weights."""
+    plain, shifted = (build(architecture, arguments).eval() for _ in range(2))
+    names = [name for name, _ in plain.named_parameters()]
+    yield "empirical Fisher diagonal, all weights", partial(by_layer, plain, names), partial(looped, plain, names)
+    layers = shift_layers(shifted)
+    parametrise(shifted, layers)
+    shifts = [layer.shift_name for layer in layers]
+    yield (
+        "empirical Fisher diagonal, singular-value shifts",
+        partial(by_shift, shifted, layers),
+        partial(looped, shifted, shifts),
+    )
 
 
-def network() -> nn.Module:
-    """The network of the figures, random weights, eval mode."""
-    return build("preact_resnet18", {"width": 16, "num_classes": 10})
-
-
-def seconds_of(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Wall seconds and the result."""
+def seconds_of(rule: Rule, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+    """Wall seconds and the result, once the rule has been called on a few samples."""
+    rule(inputs[:CHUNK], targets[:CHUNK])
     started = time.perf_counter()
-    result = run()
+    result = rule(inputs, targets)
     return time.perf_counter() - started, result
 
 
@@ -82,33 +95,27 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     started = datetime.now(UTC)
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(options.samples, 3, 32, 32, generator=generator)
     targets = torch.randint(0, 10, (options.samples,), generator=generator)
-    plain, shifted = network(), network()
-    layers = shift_layers(shifted)
-    parametrise(shifted, layers)
     rows = []
-    for quantity, model, names, fast in (
-        ("empirical Fisher diagonal, all weights", plain, [name for name, _ in plain.named_parameters()], by_layer),
-        ("empirical Fisher diagonal, singular-value shifts", shifted, [layer.shift_name for layer in layers], by_shift),
-    ):
-        fast(model, inputs[:CHUNK], targets[:CHUNK], names)
-        looped(model, inputs[:CHUNK], targets[:CHUNK], names)
-        loop_seconds, want = seconds_of(lambda m=model, n=names: looped(m, inputs, targets, n))  # type: ignore[misc]
-        seconds, got = seconds_of(lambda m=model, n=names, f=fast: f(m, inputs, targets, n))  # type: ignore[misc]
-        rows.append(
-            {
-                "quantity": quantity,
-                "samples": options.samples,
-                "parameters": len(want),
-                "threads": torch.get_num_threads(),
-                "seconds": round(seconds, 3),
-                "loop_seconds": round(loop_seconds, 3),
-                "ratio": round(loop_seconds / seconds, 2),
-                "max_rel_error": float((got - want).abs().max() / want.max()),
-            }
-        )
-        logging.info("%s", rows[-1])
+    for architecture, arguments, size in NETWORKS:
+        inputs = torch.randn(options.samples, *size, generator=generator)
+        for quantity, rule, loop in quantities(architecture, arguments):
+            loop_seconds, want = seconds_of(loop, inputs, targets)
+            seconds, got = seconds_of(rule, inputs, targets)
+            rows.append(
+                {
+                    "quantity": quantity,
+                    "architecture": f"{architecture}(width={arguments['width']})",
+                    "samples": options.samples,
+                    "parameters": len(want),
+                    "threads": torch.get_num_threads(),
+                    "seconds": round(seconds, 3),
+                    "loop_seconds": round(loop_seconds, 3),
+                    "ratio": round(loop_seconds / seconds, 2),
+                    "max_rel_error": float((got - want).abs().max() / want.max()),
+                }
+            )
+            logging.info("%s", rows[-1])
     write_results("curvature", rows, command="python -m benchmarks.curvature", started=started)
 
 
