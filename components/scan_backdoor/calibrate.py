@@ -55,15 +55,7 @@ def calibrate_pool(
     images = load_clean_set(clean, input_size=first.input_size, num_classes=first.num_classes)
     stratum = Stratum(first.architecture, first.num_classes, first.input_size, first.class_names)
     shelf = out.with_name(f"{out.name}.partial")
-    asked = digest(
-        {
-            "settings": parsed,
-            "training": recipe,
-            "models": models,
-            "clean": images.digest,
-            "train": str(train),
-        }
-    )
+    asked = {"settings": parsed, "models": models, "clean": images.digest, "train": str(train)}
 
     def read(name: str, model: Any, facts: Mapping[str, Any]) -> Reference:
         return read_reference(
@@ -72,7 +64,8 @@ def calibrate_pool(
 
     def trained(data: CleanSet) -> Iterator[Reference]:
         for number in range(count):
-            kept = shelf / f"{asked.removeprefix('sha256:')[:16]}-{number:04}.json"
+            made = digest({**asked, "recipe": recipe.varied(number)})
+            kept = shelf / f"{made.removeprefix('sha256:')[:16]}-{number:04}.json"
             if kept.is_file():
                 yield from_mapping(Reference, json.loads(kept.read_text("utf-8")), where=kept.name)
                 continue
