@@ -99,6 +99,12 @@ def autocast(
     return lambda: torch.autocast(kind, dtype=torch.bfloat16)
 
 
+def logits(answer: Any) -> Tensor:
+    """A network's answer without the auxiliary heads that Inception networks add to it in training mode."""
+    found: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    return found
+
+
 def channels_last(inputs: Tensor) -> Tensor:
     """4-dimensional inputs in channels-last layout, others as they are."""
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs

@@ -13,6 +13,8 @@ from defense_core.errors import ConfigError
 def has_rule(module: nn.Module) -> bool:
     """Whether :func:`layer_gradients` knows the layer."""
     if isinstance(module, nn.Conv2d):
+        if type(module).forward is not nn.Conv2d.forward:
+            return False  # a kind of its own, which may pad or scale otherwise
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return type(module) in (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 

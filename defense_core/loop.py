@@ -18,7 +18,7 @@ from defense_core.data import CleanSet
 from defense_core.distillation import answers, distillation
 from defense_core.errors import MethodDiverged
 from defense_core.gradient_steps import Step, plain_step
-from defense_core.inference import Precision, autocast, channels_last, is_convolutional
+from defense_core.inference import Precision, autocast, channels_last, is_convolutional, logits
 from defense_core.layers import is_finite
 from defense_core.progress import Progress
 from defense_core.task import Mixed, Task
@@ -195,7 +195,7 @@ def tune(
                     taught: Tensor | None = taught,
                 ) -> Tensor:
                     with context():
-                        outputs = model(inputs if mixed is None else mixed.inputs)
+                        outputs = logits(model(inputs if mixed is None else mixed.inputs))
                     if taught is not None:
                         return sign * distillation(outputs, taught)
                     loss = task.losses(outputs, targets).mean()

@@ -52,7 +52,7 @@ def samples_apart(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(eq=False)
 class Recorded:
-    """What layers saw in the last forward pass.
+    """What layers saw in the forward passes since recording began.
 
     Attributes:
         inputs: module name to the first argument of each call.
@@ -61,6 +61,12 @@ class Recorded:
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def taken(self, name: str) -> Tensor:
+        """The first argument of the module's only call since this was last asked, which is then forgotten."""
+        self.outputs.pop(name)
+        (found,) = self.inputs.pop(name)
+        return found
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from components._runtime.loading import open_model, resolve_device
-from defense_core import architectures
+from defense_core import __version__, architectures
 from defense_core.config import canonical_json, digest, from_mapping
 from defense_core.data import CleanSet, load_clean_set
 from defense_core.errors import ConfigError
@@ -55,7 +55,7 @@ def calibrate_pool(
     images = load_clean_set(clean, input_size=first.input_size, num_classes=first.num_classes)
     stratum = Stratum(first.architecture, first.num_classes, first.input_size, first.class_names)
     shelf = out.with_name(f"{out.name}.partial")
-    asked = {"settings": parsed, "models": models, "clean": images.digest, "train": str(train)}
+    asked = {"settings": parsed, "models": models, "clean": images.digest, "version": __version__}
 
     def read(name: str, model: Any, facts: Mapping[str, Any]) -> Reference:
         return read_reference(
@@ -64,7 +64,7 @@ def calibrate_pool(
 
     def trained(data: CleanSet) -> Iterator[Reference]:
         for number in range(count):
-            made = digest({**asked, "recipe": recipe.varied(number)})
+            made = digest({**asked, "train": data.digest, "recipe": recipe.varied(number)})
             kept = shelf / f"{made.removeprefix('sha256:')[:16]}-{number:04}.json"
             if kept.is_file():
                 yield from_mapping(Reference, json.loads(kept.read_text("utf-8")), where=kept.name)

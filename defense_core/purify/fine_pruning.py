@@ -121,7 +121,7 @@ def mean_inputs(model: nn.Module, head: nn.Linear, data: CleanSet, *, task: Task
     with recorded({"head": head}) as seen, evaluating(model):
         for images, _ in data.batches(512):
             model(channels_last(task.inputs(images.to(device))))
-            total += seen.inputs["head"][0].detach().flatten(0, -2).double().sum(0)
+            total += seen.taken("head").detach().flatten(0, -2).double().sum(0)
     return total / len(data)
 
 

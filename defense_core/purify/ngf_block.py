@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.errors import ConfigError
 from defense_core.inference import channels_last
-from defense_core.layer_gradients import layer_gradients
+from defense_core.layer_gradients import has_rule, layer_gradients
 from defense_core.layers import evaluating, unit_layers
 from defense_core.loop import HistoryRow, seeded
 from defense_core.per_sample import recorded
@@ -24,7 +24,7 @@ def last_layers(model: nn.Module, run: Run) -> list[str]:
     """Names of the hidden convolutions and linear layers that run once, in order, then the head's."""
     modules = dict(model.named_modules())
     names = [layer.name.removesuffix(".weight") for layer in unit_layers(model, scope="all")]
-    hidden = {name: modules[name] for name in names if isinstance(modules.get(name), (nn.Conv2d, nn.Linear))}
+    hidden = {name: modules[name] for name in names if name in modules and has_rule(modules[name])}
     head = linear_head(model)
     with recorded(hidden) as seen, evaluating(model), torch.no_grad():
         model(channels_last(run.task.inputs(run.data.images[:2])))

@@ -37,7 +37,7 @@ def cached_features(model: nn.Module, run: Run) -> list[Tensor]:
                 images = run.task.augmented(run.data.images[batch.to(run.device)], generator)
                 with context():
                     model(channels_last(run.task.inputs(images)))
-                parts.append(seen.inputs["head"][0].detach().flatten(1).double())
+                parts.append(seen.taken("head").detach().flatten(1).double())
             views.append(torch.cat(parts))
             phase.advance()
     return views

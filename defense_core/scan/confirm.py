@@ -161,7 +161,8 @@ def _placebo(
 ) -> float | None:
     """Median success of the triggers that one search found for classes that nobody suspects; ``None`` without any."""
     size = float("inf") if trigger.mask is None else float(trigger.mask.sum())
-    shares = [float(success(subject, held_out, cut_to(other, size))[0].float().mean()) for other in others]
+    tried = [success(subject, held_out, cut_to(other, size))[0] for other in others]
+    shares = [float(each.float().mean()) for each in tried if len(each)]
     return sorted(shares)[len(shares) // 2] if shares else None
 
 
