@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.presets import NARROW, Setting, recipe_of
 from benchmarks.purification import clean_splits
-from benchmarks.results import write_results
+from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import CONVOLUTIONAL, Victim, cifar10_task, load_cifar10, victim
 from defense_core import architectures, config
 from defense_core.data import CleanSet, split_clean_set
@@ -62,10 +62,12 @@ def purified(method: str, subject: Victim, setting: Setting, *, device: str) -> 
     return result, time.perf_counter() - started
 
 
-def ratios(subject: Victim, setting: Setting, *, device: str, repeats: int) -> Iterator[dict[str, Any]]:
+def ratios(
+    subject: Victim, setting: Setting, pairs: Sequence[tuple[str, str]], *, device: str, repeats: int
+) -> Iterator[dict[str, Any]]:
     """One row a pair."""
     assert subject.probe is not None
-    names = dict.fromkeys(name for pair in PAIRS for name in pair)
+    names = dict.fromkeys(name for pair in pairs for name in pair)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     der = {}
     for _ in range(repeats):
@@ -77,7 +79,7 @@ def ratios(subject: Victim, setting: Setting, *, device: str, repeats: int) -> I
                 device=device,
             )  # fmt: skip
             der[name] = measured.to_results()["probes"][0]["der"]
-    for method, baseline in PAIRS:
+    for method, baseline in pairs:
         yield {
             "method": method,
             "baseline": baseline,
@@ -134,6 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10-{train,test}.parquet")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--method", default="", help="measure the ratios of this method's parts only, and keep the others"
+    )
     parser.add_argument("--part", choices=("ratios", "costs", "both"), default="both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -142,8 +147,12 @@ def main() -> None:
     setting = Setting(0.05, (ATTACK,), architecture_args=NARROW, training=CONVOLUTIONAL)
     if options.part in ("ratios", "both"):
         subject = victim(recipe_of(ATTACK, setting), train, test, device=options.device, progress=NullProgress())
-        rows = list(ratios(subject, setting, device=options.device, repeats=options.repeats))
-        write_results("speed", rows, command="python -m benchmarks.speed --data DATA --part ratios", started=started)
+        pairs = [pair for pair in PAIRS if pair[0].partition(", ")[0] == options.method or not options.method]
+        kept = [row for row in read_rows("speed") if (row["method"], row["baseline"]) in set(PAIRS) - set(pairs)]
+        rows = list(ratios(subject, setting, pairs, device=options.device, repeats=options.repeats))
+        write_results(
+            "speed", [*rows, *kept], command="python -m benchmarks.speed --data DATA --part ratios", started=started
+        )
     if options.part in ("costs", "both"):
         rows = list(costs(train, device=options.device))
         write_results("cost", rows, command="python -m benchmarks.speed --data DATA --part costs", started=started)
