@@ -94,6 +94,7 @@ bench-floor: setup  ## floor.json: the same triggers on a clean model; DATA as f
 
 bench-scan: setup  ## scan.json, scan-summary.json and the pools that come along; DATA as for bench-purify
 	$(BIN)/python -m benchmarks.scan --family digits
+	$(BIN)/python -m benchmarks.scan --family digits_vit
 	$(BIN)/python -m benchmarks.scan --family cifar10 --data $(DATA)
 
 bench-speed: setup  ## speed.json and cost.json

@@ -113,7 +113,7 @@ def readme_rows() -> str:
         lines.append(
             [
                 f"CIFAR-10, {len({row['attack'] for row in rows})} attacks, 5 % clean, the selected of five methods",
-                f"{_change(rows)}; worst attack ASR {worst['asr_after']:.3f} ({worst['attack']})",
+                f"{_change(rows)}; worst run ASR {worst['asr_after']:.3f} ({worst['attack']})",
             ]
         )
     for row in scanned["rows"] if scanned else ():

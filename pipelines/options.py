@@ -99,7 +99,7 @@ Controls = Annotated[
 ]
 ScanSettings = Annotated[
     list[str],
-    typer.Option("--scan-set", help="Of the backdoor scan: fpr=0.01, budget_s=60; repeatable.", metavar="KEY=VALUE"),
+    typer.Option("--scan-set", help="Of the backdoor scan: fpr=0.1, budget_s=60; repeatable.", metavar="KEY=VALUE"),
 ]
 
 DEFAULT_LIMITS = LoadLimits()
