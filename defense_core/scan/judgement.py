@@ -110,7 +110,10 @@ def judge(
     reasons = _reasons(
         config, pool, observed, p_value=p_value, targets=targets, confirmed=confirmed, channels=len(channels)
     )
-    unread = [name for name in planned if name not in standings and not set(CHANNELS[name]) & set(observed.unfinished)]
+    unmeasured = {name for name, each in observed.observations.items() if not _was_measured(each)}
+    missing = [name for name in planned if name not in standings and not set(CHANNELS[name]) & set(observed.unfinished)]
+    without_pairs = "pairs" in missing and "pairs" in unmeasured
+    unread = [name for name in missing if not (name == "pairs" and without_pairs)]
     if pool is not None and observed.observations and unread:
         reasons += (f"The pool holds no readings of {', '.join(unread)} with so few clean images: give 100 or more",)
     verdict = _verdict(config, p_value, confirmed, reasons)
@@ -126,7 +129,7 @@ def judge(
         detectors=tuple(_entry(each, standings) for each in observed.observations.values()),
         confirmations=confirmations,
         reasons=reasons if verdict is Verdict.UNKNOWN else (),
-        coverage=_coverage(regime, pool),
+        coverage=_coverage(regime, pool, without_pairs=without_pairs),
         regime=regime,
         images=0 if clean is None else len(clean),
         pool="" if pool is None else pool.digest,
@@ -150,7 +153,7 @@ def _planned(regime: Regime) -> tuple[str, ...]:
 
 def _standings(pool: Pool, observed: Observed, regime: Regime, class_names: tuple[str, ...]) -> dict[str, Standing]:
     """Standing of every channel of the verdict, and of every single detector."""
-    readings = {name: reading_of(observation) for name, observation in observed.observations.items()}
+    readings = {name: reading_of(each) for name, each in observed.observations.items() if _was_measured(each)}
     by_class = bool(class_names) and class_names == pool.stratum.class_names
     regimes = ("none",) if regime == "none" else ("none", regime)
     unfinished = set(observed.unfinished)
@@ -162,6 +165,11 @@ def _standings(pool: Pool, observed: Observed, regime: Regime, class_names: tupl
         if place is not None:
             found[name] = place
     return found
+
+
+def _was_measured(observation: Observation) -> bool:
+    """Whether a detector could look at all: what it says of a model that it could not look at ranks nowhere."""
+    return bool(observation.facts.get("measured", True))
 
 
 def _targets(standings: Mapping[str, Standing], suspected: list[str]) -> tuple[int, ...]:
@@ -255,18 +263,25 @@ def _entry(observation: Observation, standings: Mapping[str, Standing]) -> Detec
     )
 
 
-def _coverage(regime: Regime, pool: Pool | None) -> tuple[str, ...]:
-    """What was looked for, and what was not."""
+def _coverage(regime: Regime, pool: Pool | None, *, without_pairs: bool) -> tuple[str, ...]:
+    """What was looked for, and what was not; ``without_pairs``: the images were too few for pairs of classes."""
+    searched = "such a class, for small patches, faint or bending changes of all images"
     looked = {
         "none": "Looked for a class whose logit can be driven further than any other's, without any image",
         "few": "Looked for such a class, and with 10 clean images for small patches and faint changes of all images",
-        "many": "Looked for such a class, for small patches, faint or bending changes of all images, and for changes "
-        "that lead from one class to another",
+        "many": f"Looked for {searched}"
+        if without_pairs
+        else f"Looked for {searched}, and for changes that lead from one class to another",
     }[regime]
     sentences = [looked]
     if regime != "many":
         sentences.append(
             "Says nothing about backdoors from single classes or to every class: that takes 100 clean images"
+        )
+    elif without_pairs:
+        sentences.append(
+            "Says nothing about backdoors from single classes or to every class: with so many classes, none has two of "
+            "the images that are searched with"
         )
     sentences.append("Says nothing about triggers that need more than one change at a time, or that nobody has tested")
     if pool is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -87,7 +88,11 @@ def pairs(subject: Subject, config: PairsConfig) -> Observation:
         chosen = _chosen(subject, search, torch.tensor(both, dtype=torch.int64), generator, phase)
         if len(chosen) < 2:
             return Observation(
-                DETECTOR, 0.0, "there are too few clean images: no two pairs of classes could be searched and judged"
+                DETECTOR,
+                0.0,
+                "Not measured on this model: the clean images are too few for two pairs of classes to be searched and "
+                "judged",
+                facts=MappingProxyType({"measured": False}),
             )
         pools = _pools(subject, search, chosen[:, 0].unique().tolist())
         patches = Patches(

@@ -212,3 +212,23 @@ def test_a_picture_says_what_its_own_trigger_did() -> None:
     tried, other = (each.note for each in pictures if each.name.startswith("trigger"))
     assert tried == "Works on 100% of 90 held-out images"
     assert other == report.observations["additive"].why
+
+
+def test_a_search_that_had_too_few_images_is_not_claimed() -> None:
+    seen = observed()
+    even = {
+        name: replace(each, statistic=0.0, class_scores=(0.0,) * len(each.classes))
+        for name, each in seen.observations.items()
+    }
+    seen = replace(seen, observations=even)
+    blind = replace(seen.observations["pairs"], statistic=0.0, facts={"measured": False})
+    report = judged(replace(seen, observations={**seen.observations, "pairs": blind}))
+    assert report.verdict is Verdict.PASS
+    assert {channel.name for channel in report.channels} == {"margin", "inversion"}
+    assert all(channel.adjusted >= min(1.0, 2 * channel.p_value) for channel in report.channels)
+    assert min(channel.adjusted for channel in report.channels) == pytest.approx(
+        min(1.0, 3 * min(channel.p_value for channel in report.channels))
+    )
+    assert not any("lead from one class to another" in sentence for sentence in report.coverage)
+    assert any("none has two of the images" in sentence for sentence in report.coverage)
+    assert any("lead from one class to another" in sentence for sentence in judged(seen).coverage)
