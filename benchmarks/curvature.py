@@ -32,7 +32,7 @@ NETWORKS: tuple[tuple[str, Mapping[str, Any], tuple[int, int, int]], ...] = (
     ("preact_resnet18", {"width": 16, "num_classes": 10}, (3, 32, 32)),
     ("small_cnn", {"width": 16, "in_channels": 1, "num_classes": 10}, (1, 8, 8)),
 )
-"""The benchmarks' network on CIFAR-10, in which arithmetic is what takes the time, and the demo's on digits."""
+"""The benchmarks' network on CIFAR-10, in which arithmetic is what takes the time, and a small one on digits."""
 
 
 def looped(model: nn.Module, names: list[str], inputs: Tensor, targets: Tensor) -> Tensor:
