@@ -32,7 +32,9 @@ class ShiftedSpectrum(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        left, values, right = torch.linalg.svd(weight.detach().flatten(1), full_matrices=False)
+        # In float32 some processors' LAPACK turns the singular vectors by 1e-5.
+        factors = torch.linalg.svd(weight.detach().flatten(1).double(), full_matrices=False)
+        left, values, right = (factor.to(weight.dtype) for factor in factors)
         self.register_buffer("weight", weight.detach().clone())
         self.register_buffer("left", left)
         self.register_buffer("values", values)
