@@ -37,7 +37,10 @@ def write_results(
     """
     here = {"commit": commit(), "device": device(), "started": started.astimezone(UTC).isoformat(timespec="seconds")}
     made = [row.get("measured", here) for row in rows]
-    runs = [here, *(run for number, run in enumerate(made) if run != here and run not in made[:number])]
+    runs = [here]
+    for run in made:
+        if run not in runs:
+            runs.append(run)
     content: dict[str, Any] = {"schema": 1, "command": command, **here}
     if len(runs) > 1:
         content["runs"] = runs

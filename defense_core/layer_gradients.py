@@ -13,10 +13,14 @@ from defense_core.errors import ConfigError
 def has_rule(module: nn.Module) -> bool:
     """Whether :func:`layer_gradients` knows the layer."""
     if isinstance(module, nn.Conv2d):
-        if type(module).forward is not nn.Conv2d.forward:
-            return False  # a kind of its own, which may pad or scale otherwise
-        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return plain_convolution(module) and not isinstance(module.padding, str)
     return type(module) in (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def plain_convolution(module: nn.Conv2d) -> bool:
+    """Whether it is PyTorch's own convolution of a zero-padded image: a kind with a ``forward`` of its own may pad or
+    scale otherwise."""
+    return type(module).forward is nn.Conv2d.forward and module.padding_mode == "zeros"
 
 
 def layer_gradients(module: nn.Module, part: str, inputs: Tensor, gradient: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from defense_core.layer_gradients import plain_convolution
 from defense_core.layers import CONVOLUTIONS
 from defense_core.per_sample import Losses, recorded, samples_apart
 
@@ -209,7 +210,5 @@ def _agree(total: Tensor, gradient: Tensor) -> bool:
 
 def _has_rule(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
-        if type(module).forward is not nn.Conv2d.forward:
-            return False
-        return module.groups == 1 and module.padding_mode == "zeros"
+        return plain_convolution(module) and module.groups == 1
     return isinstance(module, nn.Linear)

@@ -247,6 +247,18 @@ class Observation:
         require(math.isfinite(self.statistic), f"statistic of {self.detector}", "a finite number", self.statistic)
         require(len(self.class_scores) == len(self.classes), "class_scores", "one a class", len(self.class_scores))
 
+    @property
+    def measured(self) -> bool:
+        """Whether the detector could look at all: what it says of a model that it could not look at ranks nowhere."""
+        return bool(self.facts.get("measured", True))
+
+
+def unmeasured(detector: str, reason: str) -> Observation:
+    """The observation of a detector that could not look at this model."""
+    return Observation(
+        detector, 0.0, f"Not measured on this model: {reason}", facts=MappingProxyType({"measured": False})
+    )
+
 
 def outlying(scores: Sequence[float], *, floor: float) -> tuple[float, tuple[int, ...]]:
     """How far the highest scores stand above the rest, and which they are.

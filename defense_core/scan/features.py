@@ -26,7 +26,7 @@ from defense_core.layers import unit_layers
 from defense_core.loop import working_copy
 from defense_core.purify.unlearning import unlearning_changes
 from defense_core.purify.zeroing import neuron_weight_change
-from defense_core.scan.base import Observation, Subject
+from defense_core.scan.base import Observation, Subject, unmeasured
 from defense_core.spectrum import Operator, hessian, top_eigenvalue
 from defense_core.universal import PIXELS_AT_ONCE
 
@@ -95,7 +95,7 @@ def activeness(subject: Subject, config: ActivenessConfig = ActivenessConfig()) 
     images = _images(subject, "activeness")
     layers = unit_layers(subject.model)
     if not layers:
-        return _unmeasured("activeness", "it has no hidden layer with units")
+        return unmeasured("activeness", "it has no hidden layer with units")
     try:
         changes = unlearning_changes(
             subject.model, images, epochs=1, lr=config.lr, batch_size=config.batch_size, precision="auto",
@@ -103,7 +103,7 @@ def activeness(subject: Subject, config: ActivenessConfig = ActivenessConfig()) 
             min_steps=config.steps,
         )  # fmt: skip
     except MethodDiverged as error:
-        return _unmeasured("activeness", f"the unlearning diverged ({error})")
+        return unmeasured("activeness", f"the unlearning diverged ({error})")
     moved = neuron_weight_change(layers, changes)
     ratios = [concentration(each, config.share) for each in moved]
     sizes = [float(layer.weight.norm()) / math.sqrt(layer.weight.numel()) for layer in layers]
@@ -161,7 +161,7 @@ def curvature(subject: Subject, config: CurvatureConfig = CurvatureConfig()) -> 
     model = working_copy(subject.model, subject.device).eval()
     names = [name for name, value in model.named_parameters() if value.dim() >= 2]
     if not names:
-        return _unmeasured("curvature", "it has no weights")
+        return unmeasured("curvature", "it has no weights")
     try:
         trace = scaled_trace(subject, model, images.subset(_spread(images, config.images)), names)
         with subject.progress.phase("curvature: Hessian", total=config.products) as phase:
@@ -173,7 +173,7 @@ def curvature(subject: Subject, config: CurvatureConfig = CurvatureConfig()) -> 
                 max_iterations=config.products, tolerance=config.tolerance,
             )  # fmt: skip
     except ConfigError as error:  # a BatchNorm without running statistics: no sample has a loss of its own
-        return _unmeasured("curvature", str(error))
+        return unmeasured("curvature", str(error))
     return Observation(
         detector="curvature",
         statistic=math.log(max(trace, SMALLEST)),
@@ -247,12 +247,3 @@ def _images(subject: Subject, detector: str) -> CleanSet:
 def _spread(images: CleanSet, count: int) -> Tensor:
     """Positions of at most ``count`` images, spread evenly over the set, so that a set sorted by class serves too."""
     return torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
-
-
-def _unmeasured(detector: str, reason: str) -> Observation:
-    return Observation(
-        detector=detector,
-        statistic=0.0,
-        why=f"Not measured on this model: {reason}",
-        facts=MappingProxyType({"measured": False}),
-    )

@@ -110,10 +110,10 @@ def judge(
     reasons = _reasons(
         config, pool, observed, p_value=p_value, targets=targets, confirmed=confirmed, channels=len(channels)
     )
-    unmeasured = {name for name, each in observed.observations.items() if not _was_measured(each)}
-    missing = [name for name in planned if name not in standings and not set(CHANNELS[name]) & set(observed.unfinished)]
-    without_pairs = "pairs" in missing and "pairs" in unmeasured
-    unread = [name for name in missing if not (name == "pairs" and without_pairs)]
+    pairs = observed.observations.get("pairs")
+    without_pairs = pairs is not None and not pairs.measured
+    expected = [name for name in planned if name != "pairs" or not without_pairs]
+    unread = [name for name in expected if name not in standings and not set(CHANNELS[name]) & set(observed.unfinished)]
     if pool is not None and observed.observations and unread:
         reasons += (f"The pool holds no readings of {', '.join(unread)} with so few clean images: give 100 or more",)
     verdict = _verdict(config, p_value, confirmed, reasons)
@@ -153,7 +153,7 @@ def _planned(regime: Regime) -> tuple[str, ...]:
 
 def _standings(pool: Pool, observed: Observed, regime: Regime, class_names: tuple[str, ...]) -> dict[str, Standing]:
     """Standing of every channel of the verdict, and of every single detector."""
-    readings = {name: reading_of(each) for name, each in observed.observations.items() if _was_measured(each)}
+    readings = {name: reading_of(each) for name, each in observed.observations.items() if each.measured}
     by_class = bool(class_names) and class_names == pool.stratum.class_names
     regimes = ("none",) if regime == "none" else ("none", regime)
     unfinished = set(observed.unfinished)
@@ -165,11 +165,6 @@ def _standings(pool: Pool, observed: Observed, regime: Regime, class_names: tupl
         if place is not None:
             found[name] = place
     return found
-
-
-def _was_measured(observation: Observation) -> bool:
-    """Whether a detector could look at all: what it says of a model that it could not look at ranks nowhere."""
-    return bool(observation.facts.get("measured", True))
 
 
 def _targets(standings: Mapping[str, Standing], suspected: list[str]) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.progress import Phase
-from defense_core.scan.base import InvertedTrigger, Observation, Subject, outlying
+from defense_core.scan.base import InvertedTrigger, Observation, Subject, outlying, unmeasured
 from defense_core.scan.inversion import Descent, Inversion, Patches
 from defense_core.scan.sampling import drawn, halves, items_at_once
 
@@ -87,12 +86,8 @@ def pairs(subject: Subject, config: PairsConfig) -> Observation:
         both = sorted(set(search.labels.tolist()) & set(judge.labels.tolist()))
         chosen = _chosen(subject, search, torch.tensor(both, dtype=torch.int64), generator, phase)
         if len(chosen) < 2:
-            return Observation(
-                DETECTOR,
-                0.0,
-                "Not measured on this model: the clean images are too few for two pairs of classes to be searched and "
-                "judged",
-                facts=MappingProxyType({"measured": False}),
+            return unmeasured(
+                DETECTOR, "the clean images are too few for two pairs of classes to be searched and judged"
             )
         pools = _pools(subject, search, chosen[:, 0].unique().tolist())
         patches = Patches(

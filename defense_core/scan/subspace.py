@@ -28,7 +28,7 @@ from defense_core.config import require
 from defense_core.layers import classifier_head
 from defense_core.per_sample import Recorded, recorded
 from defense_core.progress import Phase
-from defense_core.scan.base import Observation, Subject, outlying, shortlist
+from defense_core.scan.base import Observation, Subject, outlying, shortlist, unmeasured
 from defense_core.scan.margin import are_probabilities, at_once, log_probabilities, margins_of, stepped
 
 DETECTOR, HEAD = "subspace", "head"
@@ -74,13 +74,15 @@ def subspace(subject: Subject, config: SubspaceConfig = SubspaceConfig()) -> Obs
     head = classifier_head(subject.model)
     images = subject.images
     if head is None or images is None:
-        return _unmeasured("it has no last layer whose input could be read" if head is None else "there are no images")
+        return unmeasured(
+            DETECTOR, "it has no last layer whose input could be read" if head is None else "there are no images"
+        )
     with recorded({HEAD: head}) as seen, torch.no_grad():
         parts = images.images.to(subject.device).split(256)
         outputs = torch.cat([subject.logits(part.float() / 255) for part in parts])
         features = _read(seen)
     if features.dim() != 2:
-        return _unmeasured("its last layer does not see one vector an image")
+        return unmeasured(DETECTOR, "its last layer does not see one vector an image")
     softmaxed = are_probabilities(outputs)
     logits, labels = log_probabilities(outputs) if softmaxed else outputs, images.labels.to(subject.device)
     classes = shortlist(_ease(logits, labels).tolist())
@@ -189,10 +191,4 @@ def _observation(classes: tuple[int, ...], scores: Tensor, cosines: Tensor) -> O
         classes=classes,
         targets=named,
         facts=MappingProxyType({"measured": True, "cosine": float(cosines.mean())}),
-    )
-
-
-def _unmeasured(reason: str) -> Observation:
-    return Observation(
-        DETECTOR, 0.0, f"Not measured on this model: {reason}", facts=MappingProxyType({"measured": False})
     )

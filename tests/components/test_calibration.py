@@ -44,8 +44,8 @@ def made(folder: Path) -> Pool:
     )
 
 
-def stopped_at(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the reading of reference ``last`` be interrupted."""
+def interrupted(folder: Path, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first start that is stopped while it reads reference ``last``."""
     real = calibrate.read_reference
 
     def read(name: str, *rest: Any, **more: Any) -> Any:
@@ -53,7 +53,11 @@ def stopped_at(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise Cancelled("stopped", got="a stop request")
         return real(name, *rest, **more)
 
-    monkeypatch.setattr(calibrate, "read_reference", read)
+    make_inputs(folder)
+    with monkeypatch.context() as context:
+        context.setattr(calibrate, "read_reference", read)
+        with pytest.raises(Cancelled):
+            made(folder)
 
 
 def test_a_pool_of_references_that_were_trained(tmp_path: Path, trained: list[int]) -> None:
@@ -68,11 +72,7 @@ def test_a_pool_of_references_that_were_trained(tmp_path: Path, trained: list[in
 def test_a_second_start_trains_what_the_first_had_not_read(
     tmp_path: Path, trained: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_inputs(tmp_path)
-    with monkeypatch.context() as context:
-        stopped_at(2, context)
-        with pytest.raises(Cancelled):
-            made(tmp_path)
+    interrupted(tmp_path, 2, monkeypatch)
     assert not (tmp_path / "pool.json").exists()
     resumed = made(tmp_path)
     assert trained == [0, 1, 2, 2]
@@ -84,11 +84,7 @@ def test_a_second_start_trains_what_the_first_had_not_read(
 def test_what_another_recipe_left_is_not_taken(
     tmp_path: Path, trained: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_inputs(tmp_path)
-    with monkeypatch.context() as context:
-        stopped_at(1, context)
-        with pytest.raises(Cancelled):
-            made(tmp_path)
+    interrupted(tmp_path, 1, monkeypatch)
     real = ReferenceTraining.varied
 
     def otherwise(self: ReferenceTraining, number: int) -> tuple[Tuning, float, Any]:
