@@ -17,10 +17,12 @@ from torch import nn
 from defense_core.attacks import Probe, poison, probe_from_spec
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
+from defense_core.errors import DataError
 from defense_core.evaluate import evaluate
 from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify import method_named, purify
+from defense_core.scan.calibrate import uncovered
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.pool import Pool
 from defense_core.scan.report import ScanReport
@@ -67,7 +69,9 @@ class Control:
         planted_asr: its success on *select* images of the copy; ``None`` where there is none of another class.
         planted: whether that is enough to test anything.
         scan: of the copy.
-        detected: the scan rejected at its rate, whether or not it could confirm.
+        comparable: clean reference models cover the copy; otherwise nobody can tell what the scan would have found.
+        detected: the scan rejected at its rate, whether or not it could confirm, and suspected the right class: a copy
+            that stands out for another reason does not show that the patch was seen.
         target_named: the right class was among the suspected.
         asr_after: success after purification; ``None`` where none was tried.
         accuracy_lost: share of *select* images that planting cost; a copy that lost much is another model.
@@ -78,6 +82,7 @@ class Control:
     planted_asr: float | None
     planted: bool
     scan: ScanReport
+    comparable: bool
     detected: bool
     target_named: bool
     asr_after: float | None
@@ -87,10 +92,10 @@ class Control:
         """The control in words."""
         if not self.planted:
             return f"A patch of {self.patch} could not be planted into a copy of this model: the control says nothing"
-        if self.scan.p_value is None:
+        if not self.comparable:
             found = (
-                f"A patch of {self.patch} was planted into a copy of this model; without clean reference models it "
-                "cannot be told whether the scan would have found it"
+                f"A patch of {self.patch} was planted into a copy of this model; without clean reference models of its "
+                "kind it cannot be told whether the scan would have found it"
             )
         else:
             found = self._found()
@@ -100,7 +105,9 @@ class Control:
 
     def _found(self) -> str:
         outcome = "would have been detected" if self.detected else "would not have been detected"
-        return f"A patch of {self.patch} planted into a copy of this model {outcome} (p = {self.scan.p_value:.3f})"
+        other = self.scan.p_value is not None and self.scan.p_value <= self.scan.fpr and not self.target_named
+        why = f": the copy stands out, but not for class {self.target}" if other else ""
+        return f"A patch of {self.patch} planted into a copy of this model {outcome} (p = {self.scan.p_value:.3f}){why}"
 
     def to_results(self) -> dict[str, Any]:
         """JSON values."""
@@ -127,9 +134,17 @@ def positive_control(
         clean: *fit* is planted with, scanned with and purified with, as a user would; *select* is measured on.
 
     Raises:
+        DataError: *select* is empty.
         MethodDiverged: planting or purifying gave NaN or Inf.
         Cancelled: a stop was requested.
     """
+    if not len(clean.select):
+        raise DataError(
+            "no clean images are left to measure the positive control on",
+            expected="2 or more images of some class",
+            got="1 a class, all of them to plant with",
+            hint="Give more clean images",
+        )
     probe = _probe(config, task, seed)
     copy = _planted(model, clean.fit, probe, config, task=task, seed=seed, device=device, progress=progress)
 
@@ -151,14 +166,18 @@ def positive_control(
         )  # fmt: skip
         after = success(purified.model)
     assert probe.target is not None
+    comparable = pool is not None and report.p_value is not None and not uncovered(pool, report.covariates)
+    rejected = report.p_value is not None and report.p_value <= report.fpr
+    named = probe.target in report.target_classes
     return Control(
         patch="×".join(str(side) for side in [_side(config, task)] * 2) + " pixels",
         target=probe.target,
         planted_asr=planted,
         planted=planted is not None and planted >= PLANTED_ASR,
         scan=report,
-        detected=report.p_value is not None and report.p_value <= report.fpr,
-        target_named=probe.target in report.target_classes,
+        comparable=comparable,
+        detected=comparable and rejected and named,
+        target_named=named,
         asr_after=after,
         accuracy_lost=accuracy(model) - accuracy(copy),
     )

@@ -12,7 +12,7 @@ from components._runtime.evidence import Clock, compose
 from components._runtime.loading import open_model, open_splits, resolve_device, source_digest
 from components._runtime.plan import REPORT_SHARE, Loading
 from defense_core.config import digest, from_mapping
-from defense_core.errors import MethodDiverged
+from defense_core.errors import DataError, MethodDiverged
 from defense_core.positive_control import Control, ControlConfig, positive_control
 from defense_core.progress import NullProgress, Progress
 from defense_core.scan.judgement import ScanConfig
@@ -48,7 +48,7 @@ def control_model(
         kept: where controls are kept; one of the same work is repeated and says so.
 
     Returns:
-        Evidence ``control``; UNKNOWN where nothing could be planted or no pool covers the model, FAIL
+        Evidence ``control``; UNKNOWN where nothing could be planted or measured or no pool covers the model, FAIL
         where the planted patch was missed.
 
     Raises:
@@ -79,10 +79,10 @@ def control_model(
             bundle.model, splits, parsed, scanning, pool=chosen, task=bundle.spec.task_object(), seed=seed,
             device=where, progress=progress,
         )  # fmt: skip
-        decided = control.planted and control.scan.p_value is not None
+        decided = control.planted and control.comparable
         results = {**control.to_results(), "detected": control.detected if decided else None, "repeats": None}
         finding = _finding(control)
-    except MethodDiverged as error:
+    except (DataError, MethodDiverged) as error:
         finding = Finding("control.detected", Verdict.UNKNOWN, None, "a planted patch", f"The control failed: {error}")
     evidence = compose(
         NAME,
@@ -113,6 +113,6 @@ def _repeated(earlier: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _finding(control: Control) -> Finding:
     verdict = Verdict.PASS if control.detected else Verdict.FAIL
-    if not control.planted or control.scan.p_value is None:
+    if not control.planted or not control.comparable:
         verdict = Verdict.UNKNOWN
     return Finding("control.detected", verdict, control.scan.p_value, f"p <= {control.scan.fpr:g}", control.sentence())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,6 @@ def calibrate_pool(
         references = tuple(taken())
     pool = pool_of(references, stratum, parsed)
     save_pool(pool, out)
-    for kept in shelf.glob("*.json"):
-        kept.unlink()
-    if shelf.is_dir():
-        shelf.rmdir()
+    # Whatever a killed run left half-written there goes too.
+    shutil.rmtree(shelf, ignore_errors=True)
     return pool

@@ -31,8 +31,10 @@ def zero_masks(
     """Stage 1c: which weights are zeroed, bool, shaped like each layer's weight.
 
     The ``floor(n * units)`` units of largest NWC over all layers are chosen; ties at the
-    threshold of the ``m`` largest changes are included.
+    threshold of the ``m`` largest changes are included. Without hidden layers there is nothing to zero.
     """
+    if not layers:
+        return []
     scores = torch.cat(neuron_weight_change(layers, changes))
     count = math.floor(n * len(scores))
     if count == 0:

@@ -86,8 +86,8 @@ def regime_of(clean: CleanSet | None) -> Regime:
 
 
 def searched_and_held_out(clean: CleanSet | None, regime: Regime) -> tuple[CleanSet | None, CleanSet | None]:
-    """The images that detectors search with, spread evenly over the classes, and all the others; where none are left
-    over, the searched ones stand for both."""
+    """The images that detectors search with, spread evenly over the classes, and all the others; ``None`` where fewer
+    than ``FEW`` are left over: a suspicion is never confirmed on images that it was found with."""
     if clean is None or regime == "none":
         return None, None
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(DRAWS))
@@ -99,4 +99,4 @@ def searched_and_held_out(clean: CleanSet | None, regime: Regime) -> tuple[Clean
     spread = order[rank.argsort(stable=True)]
     count = SEARCHED[regime]
     searched, rest = clean.subset(spread[:count].sort().values), spread[count:].sort().values
-    return searched, clean.subset(rest) if len(rest) >= FEW else searched
+    return searched, clean.subset(rest) if len(rest) >= FEW else None

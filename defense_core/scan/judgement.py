@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, subject_of
 from defense_core.scan.calibrate import CHANNELS, Standing, holm, standing, uncovered
 from defense_core.scan.confirm import Confirmation, confirm
-from defense_core.scan.detectors import DETECTORS, Regime, Settings, regime_of
+from defense_core.scan.detectors import DETECTORS, FEW, Regime, Settings, regime_of
 from defense_core.scan.observe import Observed, observe, wanted
 from defense_core.scan.pool import Pool, reading_of
 from defense_core.scan.report import ChannelEntry, DetectorEntry, ScanReport
@@ -107,8 +107,9 @@ def judge(
     p_value = min((each.adjusted for each in channels), default=None)
     score = max((each.score for each in channels), default=None)
     confirmed = tuple(each.target for each in confirmations if each.confirmed)
-    reasons = _reasons(
-        config, pool, observed, p_value=p_value, targets=targets, confirmed=confirmed, channels=len(channels)
+    incomparable = _incomparable(config, pool, observed, channels=len(channels))
+    reasons = incomparable + _undecided(
+        config, observed, confirmations, p_value=p_value, targets=targets, comparable=not incomparable
     )
     pairs = observed.observations.get("pairs")
     without_pairs = pairs is not None and not pairs.measured
@@ -116,10 +117,10 @@ def judge(
     unread = [name for name in expected if name not in standings and not set(CHANNELS[name]) & set(observed.unfinished)]
     if pool is not None and observed.observations and unread:
         reasons += (f"The pool holds no readings of {', '.join(unread)} with so few clean images: give 100 or more",)
-    verdict = _verdict(config, p_value, confirmed, reasons)
+    verdict = _verdict(config, p_value, confirmed, incomparable, reasons)
     return ScanReport(
         verdict=verdict,
-        sentence=_sentence(config, verdict, confirmations, p_value, reasons),
+        sentence=_sentence(config, verdict, confirmations, p_value, reasons, references=_references(pool)),
         p_value=p_value,
         probability=_probability(pool, regime, score),
         score=score,
@@ -133,7 +134,7 @@ def judge(
         regime=regime,
         images=0 if clean is None else len(clean),
         pool="" if pool is None else pool.digest,
-        references=0 if pool is None else len(pool.references),
+        references=_references(pool),
         covariates=observed.covariates,
         observations=observed.observations,
     )
@@ -163,8 +164,16 @@ def _standings(pool: Pool, observed: Observed, regime: Regime, class_names: tupl
             continue  # half a channel has another null distribution
         place = standing(pool, regimes, readings, name, by_class=by_class)
         if place is not None:
-            found[name] = place
+            found[name] = place if place.targets else replace(place, targets=_named(observed, name))
     return found
+
+
+def _named(observed: Observed, name: str) -> tuple[int, ...]:
+    """The classes that the detectors of a channel name by themselves: pairs have no score for each class."""
+    members = CHANNELS.get(name, (name,))
+    return tuple(
+        target for each in members if each in observed.observations for target in observed.observations[each].targets
+    )
 
 
 def _targets(standings: Mapping[str, Standing], suspected: list[str]) -> tuple[int, ...]:
@@ -173,17 +182,8 @@ def _targets(standings: Mapping[str, Standing], suspected: list[str]) -> tuple[i
     return tuple(dict.fromkeys(target for name in ordered for target in standings[name].targets))[:MAX_SUSPECTS]
 
 
-def _reasons(
-    config: ScanConfig,
-    pool: Pool | None,
-    observed: Observed,
-    *,
-    p_value: float | None,
-    targets: tuple[int, ...],
-    confirmed: tuple[int, ...],
-    channels: int,
-) -> tuple[str, ...]:
-    """Everything that keeps this scan from a verdict."""
+def _incomparable(config: ScanConfig, pool: Pool | None, observed: Observed, *, channels: int) -> tuple[str, ...]:
+    """Why the p-values say nothing: such a model is UNKNOWN whatever was found in it."""
     reasons = [observed.failure] if observed.failure else []
     if observed.observations and pool is None:
         reasons.append("There is no calibration pool of clean models of this kind; quarantine calibrate makes one")
@@ -195,22 +195,51 @@ def _reasons(
                 f"{len(pool.references)} references cannot tell a rate of {config.fpr:g}: the smallest p-value of "
                 f"{channels} channels is {least:.3f}"
             )
+    return tuple(reasons)
+
+
+def _undecided(
+    config: ScanConfig,
+    observed: Observed,
+    confirmations: tuple[Confirmation, ...],
+    *,
+    p_value: float | None,
+    targets: tuple[int, ...],
+    comparable: bool,
+) -> tuple[str, ...]:
+    """What else keeps this scan from a verdict. Detectors that the time did not allow keep it from a PASS alone: Holm
+    counts their channels, and a confirmed suspicion stands without them."""
+    reasons = []
     if observed.unfinished:
         reasons.append(f"The time ran out before {', '.join(observed.unfinished)} had finished")
-    if p_value is not None and p_value <= config.fpr and not confirmed:
+    if p_value is None or p_value > config.fpr:
+        return tuple(reasons)
+    best = next((each for each in confirmations if each.confirmed), None)
+    if best is not None:
+        reasons += [] if comparable else [f"{_found(best)}, which a clean model of another kind may allow too"]
+    elif not targets:
+        reasons.append("It stands out from the clean references, but no class could be named")
+    elif observed.held_out is None:
+        reasons.append(
+            f"It stands out from all clean references ({_classes(targets)}), but no clean images are left that were "
+            f"not searched with, to confirm it on: give {2 * FEW} or more"
+        )
+    else:
         reasons.append(
             f"It stands out from all clean references ({_classes(targets)}), but no trigger that was found for it "
             f"holds on held-out clean images"
-            if targets
-            else "It stands out from the clean references, but no class could be named"
         )
     return tuple(reasons)
 
 
 def _verdict(
-    config: ScanConfig, p_value: float | None, confirmed: tuple[int, ...], reasons: tuple[str, ...]
+    config: ScanConfig,
+    p_value: float | None,
+    confirmed: tuple[int, ...],
+    incomparable: tuple[str, ...],
+    reasons: tuple[str, ...],
 ) -> Verdict:
-    if p_value is not None and p_value <= config.fpr and confirmed:
+    if p_value is not None and p_value <= config.fpr and confirmed and not incomparable:
         return Verdict.FAIL
     return Verdict.UNKNOWN if reasons or p_value is None else Verdict.PASS
 
@@ -221,16 +250,26 @@ def _sentence(
     confirmations: tuple[Confirmation, ...],
     p_value: float | None,
     reasons: tuple[str, ...],
+    *,
+    references: int,
 ) -> str:
     if verdict is Verdict.FAIL:
         best = next(each for each in confirmations if each.confirmed)
-        return (
-            f"A small change that was found for class {best.target} sends {best.success:.0%} of {best.images} held-out "
-            f"clean images of other classes there, and no clean reference model behaves like this (p = {p_value:.3f})"
-        )
+        return f"{_found(best)}, and the model stands out from {references} clean reference models (p = {p_value:.3f})"
     if verdict is Verdict.PASS:
         return f"No evidence of a backdoor found at a false positive rate of {config.fpr:g} (p = {p_value:.3f})"
     return f"It cannot be decided: {'; '.join(reasons)}"
+
+
+def _found(best: Confirmation) -> str:
+    return (
+        f"A small change that was found for class {best.target} sends {best.success:.0%} of {best.images} held-out "
+        f"clean images of other classes there"
+    )
+
+
+def _references(pool: Pool | None) -> int:
+    return 0 if pool is None else len(pool.references)
 
 
 def _classes(targets: tuple[int, ...]) -> str:

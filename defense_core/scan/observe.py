@@ -29,7 +29,7 @@ class Observed:
         covariates: see :func:`defense_core.scan.calibrate.uncovered`.
         unfinished: detectors that the time did not allow.
         searched: clean images that the detectors searched with.
-        held_out: others, to confirm a suspicion on.
+        held_out: others, to confirm a suspicion on; ``None`` where too few are left.
         failure: why nothing could be observed at all; empty where something was.
     """
 

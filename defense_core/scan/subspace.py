@@ -35,6 +35,8 @@ DETECTOR, HEAD = "subspace", "head"
 FLOOR = 0.25
 """Added to the deviation of the class scores, in standard deviations of the clean logits."""
 MASK_STEPS, MASK_LR = 60, 0.1
+AGREEING = 0.9
+"""Share of the images to which the last layer must give the network's own answer."""
 CERTAIN = 5.0
 """Once the features outside the mask miss the class by so much cross-entropy, they are not pushed further."""
 
@@ -81,8 +83,10 @@ def subspace(subject: Subject, config: SubspaceConfig = SubspaceConfig()) -> Obs
         parts = images.images.to(subject.device).split(256)
         outputs = torch.cat([subject.logits(part.float() / 255) for part in parts])
         features = _read(seen)
-    if features.dim() != 2:
+    if features.dim() != 2 or len(features) != len(images):
         return unmeasured(DETECTOR, "its last layer does not see one vector an image")
+    if not _decides(head, features, outputs):
+        return unmeasured(DETECTOR, "its last linear layer in module order is not its classifier")
     softmaxed = are_probabilities(outputs)
     logits, labels = log_probabilities(outputs) if softmaxed else outputs, images.labels.to(subject.device)
     classes = shortlist(_ease(logits, labels).tolist())
@@ -93,6 +97,14 @@ def subspace(subject: Subject, config: SubspaceConfig = SubspaceConfig()) -> Obs
         margins, cosines = search.run(own)
     scale = float(logits.std().clamp_min(1e-6))
     return _observation(classes, margins.mean(1) / scale, cosines.mean(1))
+
+
+@torch.no_grad()
+def _decides(head: nn.Module, features: Tensor, outputs: Tensor) -> bool:
+    """Whether ``outputs`` are those of ``head``, up to a change of scale that keeps each row's order: bfloat16 rounds
+    the one and not the other, and a network may end in a softmax."""
+    answers = head(features)
+    return answers.shape == outputs.shape and bool((answers.argmax(1) == outputs.argmax(1)).float().mean() >= AGREEING)
 
 
 def own_features(head: Callable[[Tensor], Tensor], features: Tensor, label: int) -> Tensor:

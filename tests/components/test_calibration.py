@@ -74,6 +74,7 @@ def test_a_second_start_trains_what_the_first_had_not_read(
 ) -> None:
     interrupted(tmp_path, 2, monkeypatch)
     assert not (tmp_path / "pool.json").exists()
+    (tmp_path / "pool.json.partial" / ".half.json.tmp").write_text("{", "utf-8")
     resumed = made(tmp_path)
     assert trained == [0, 1, 2, 2]
     assert not (tmp_path / "pool.json.partial").exists()

@@ -38,6 +38,7 @@ class Planting:
         self.times += 1
         return SimpleNamespace(
             planted=True,
+            comparable=self.p_value is not None,
             detected=True,
             scan=SimpleNamespace(p_value=self.p_value, fpr=0.05),
             sentence=lambda: "A patch would have been detected",

@@ -562,3 +562,14 @@ def test_beats_or_ties_the_control_on_a_planted_backdoor(
     assert accuracy >= min(control_accuracy, accuracy_before) - 0.03, (
         f"ACC {accuracy:.3f}, before {accuracy_before:.3f}"
     )
+
+
+@every_method
+def test_a_network_without_hidden_layers_is_purified_or_refused_with_a_hint(name: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    if name in ("nft", "ngf", "anp"):
+        with pytest.raises(ConfigError, match=r"there is nothing to mask|there is no hidden layer"):
+            run(name, linear)
+    else:
+        assert is_finite(run(name, linear).model)

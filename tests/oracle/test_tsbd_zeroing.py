@@ -127,6 +127,10 @@ def test_ratio_rules(variant: Any) -> None:
     assert tiny[6, 2]
 
 
+def test_a_network_without_hidden_layers_has_nothing_to_zero() -> None:
+    assert zero_masks([], [], n=0.35, m=1.0) == []
+
+
 def test_equal_units_are_still_chosen_in_the_right_number() -> None:
     mask = zero_masks(layers_of((10, 2)), [torch.ones(10, 2)], n=0.35, m=1.0)[0]
     assert int(mask.any(1).sum()) == 3

@@ -102,6 +102,7 @@ def test_a_confirmed_suspicion_fails_and_names_the_class() -> None:
     assert report.p_value == pytest.approx(3 / 61)
     assert report.confirmations[0].confirmed
     assert "class 2 sends 100%" in report.sentence
+    assert "stands out from 60 clean reference models (p = 0.049)" in report.sentence
     assert {each.name: each.p_value for each in report.detectors}["patch"] == pytest.approx(1 / 61)
     assert report.probability is not None
     assert report.probability > 0.5
@@ -158,9 +159,37 @@ def test_a_scan_that_ran_out_of_time_is_unknown_and_its_channels_still_count_und
     assert only.adjusted == pytest.approx(min(1.0, 3 * only.p_value))
 
 
-def test_a_confirmed_backdoor_fails_though_the_model_is_of_another_kind() -> None:
+def test_what_is_confirmed_in_a_model_of_another_kind_is_told_and_unknown() -> None:
     report = judged(replace(observed("patch"), covariates={"mean_log_margin": 9.0}))
+    assert report.verdict is Verdict.UNKNOWN
+    assert report.target_classes == (2,)
+    assert report.confirmations[0].confirmed
+    assert "its mean log margin is 9" in report.sentence
+    assert "class 2 sends 100%" in report.sentence
+
+
+def test_a_confirmed_suspicion_stands_without_what_the_time_did_not_allow() -> None:
+    report = judged(observed("patch", without=("pairs",)))
     assert report.verdict is Verdict.FAIL
+    assert report.reasons == ()
+
+
+def test_a_suspicion_of_pairs_alone_names_its_class_and_can_be_confirmed() -> None:
+    seen = observed("pairs")
+    named = replace(seen.observations["pairs"], triggers=(patch(2), patch(0)))
+    report = judged(replace(seen, observations={**seen.observations, "pairs": named}))
+    assert report.target_classes == (2,)
+    assert {each.name: each.targets for each in report.channels}["pairs"] == (2,)
+    assert [each.detector for each in report.confirmations] == ["pairs"] or report.confirmations[0].confirmed
+    assert report.verdict is Verdict.FAIL
+
+
+def test_without_other_images_a_suspicion_is_not_confirmed_on_those_it_was_found_with() -> None:
+    report = judged(replace(observed("patch"), held_out=None))
+    assert report.verdict is Verdict.UNKNOWN
+    assert report.confirmations == ()
+    assert "no clean images are left that were not searched with" in report.sentence
+    assert "give 20 or more" in report.sentence
 
 
 def test_outputs_that_are_not_finite_are_unknown_never_pass() -> None:
@@ -193,10 +222,10 @@ def test_regimes(count: int, regime: str) -> None:
         assert held_out is None
         return
     assert searched is not None
-    assert held_out is not None
     assert len(searched) == SEARCHED[regime]
     assert int(searched.labels.bincount().max() - searched.labels.bincount().min()) <= 1
-    assert len(held_out) == (count - len(searched) if count - len(searched) >= FEW else len(searched))
+    left = count - len(searched)
+    assert (None if held_out is None else len(held_out)) == (left if left >= FEW else None)
 
 
 @pytest.mark.parametrize("settings", [{"fpr": 0.0}, {"fpr": 1.0}, {"budget_s": -1.0}])

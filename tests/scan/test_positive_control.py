@@ -14,7 +14,7 @@ from torch import nn
 from defense_core.architectures import build
 from defense_core.config import digest
 from defense_core.data import CleanSet, Splits, split_clean_set
-from defense_core.errors import ConfigError
+from defense_core.errors import ConfigError, DataError
 from defense_core.loop import Tuning, finished, tune
 from defense_core.positive_control import Control, ControlConfig, positive_control
 from defense_core.progress import NullProgress
@@ -22,12 +22,13 @@ from defense_core.scan.additive import AdditiveConfig
 from defense_core.scan.detectors import DETECTORS, Settings
 from defense_core.scan.features import ActivenessConfig, CurvatureConfig
 from defense_core.scan.generator import GeneratorConfig
-from defense_core.scan.judgement import ScanConfig
+from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.margin import MarginConfig
 from defense_core.scan.observe import observe
 from defense_core.scan.pairs import PairsConfig
 from defense_core.scan.patch import PatchConfig
 from defense_core.scan.pool import Pool, Reading, Reference, Stratum, reading_of
+from defense_core.scan.report import ScanReport
 from defense_core.task import ImageClassification
 
 TASK = ImageClassification((1, 8, 8), 10, mean=(0.3,), std=(0.35,), augment="none")
@@ -91,7 +92,9 @@ def test_a_patch_that_stands_out_would_have_been_detected(model: nn.Module, spli
     assert found.planted
     assert found.planted_asr is not None
     assert found.planted_asr >= 0.9
+    assert found.comparable
     assert found.detected
+    assert found.target_named
     assert found.scan.p_value is not None
     assert found.scan.p_value <= 0.5
     assert found.asr_after is not None
@@ -113,6 +116,42 @@ def test_a_patch_that_looks_like_every_clean_model_would_have_been_missed(model:
     assert not missed.detected
     assert missed.asr_after is None
     assert "would not have been detected (p = " in missed.sentence()
+
+
+def test_a_copy_that_stands_out_for_another_class_was_not_detected(
+    model: nn.Module, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another(*arguments: Any, **named: Any) -> ScanReport:
+        return replace(scan(*arguments, **named), p_value=0.01, target_classes=(9,))
+
+    monkeypatch.setattr("defense_core.positive_control.scan", another)
+    missed = controlled(model, splits, pool_beside(model, splits.fit, -100.0), size_share=0.25)
+    assert missed.planted
+    assert missed.target != 9
+    assert not missed.detected
+    assert missed.sentence().endswith(
+        f"would not have been detected (p = 0.010): the copy stands out, but not for class {missed.target}"
+    )
+
+
+def test_references_of_another_kind_tell_nothing(model: nn.Module, splits: Splits) -> None:
+    pool = pool_beside(model, splits.fit, -100.0)
+    others = tuple(replace(each, covariates={"accuracy": 0.2}) for each in pool.references)
+    found = controlled(model, splits, replace(pool, references=others), size_share=0.25)
+    assert found.planted
+    assert found.scan.p_value is not None
+    assert not found.comparable
+    assert not found.detected
+    assert "cannot be told whether the scan would have found it" in found.sentence()
+
+
+def test_one_image_a_class_leaves_nothing_to_measure_on(model: nn.Module, splits: Splits) -> None:
+    first = torch.tensor([int((splits.fit.labels == label).nonzero()[0]) for label in range(10)])
+    alone = split_clean_set(splits.fit.subset(first), seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(DataError, match="no clean images are left to measure the positive control on"):
+        controlled(model, alone, None)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_without_references_nobody_can_tell(model: nn.Module, splits: Splits) -> None:

@@ -173,6 +173,24 @@ def test_a_model_whose_last_layer_has_no_vector_is_not_measured(model: nn.Module
     assert found.classes == ()
 
 
+def test_a_last_linear_layer_that_does_not_classify_is_not_taken_for_the_classifier() -> None:
+    class Scaled(Pixels):
+        """After its classifier in module order stands a layer that weighs its inputs."""
+
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.scale = nn.Linear(16, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            weighed = self.scale(self.flatten(inputs)).sigmoid().mean(1, keepdim=True)
+            return weighed * super().forward(inputs)
+
+    torch.manual_seed(0)
+    seen = subspace(subject(Scaled(), 4, images=images_of(4, 40)), QUICK)
+    assert not seen.measured
+    assert "its last linear layer in module order is not its classifier" in seen.why
+
+
 @pytest.mark.parametrize("wrong", [{"starts": 0}, {"steps": 0}, {"step_size": 0.0}, {"weight": -1.0}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
