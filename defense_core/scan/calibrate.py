@@ -1,7 +1,7 @@
 """From statistics to p-values: conformal, against the pool of clean references, and whether the pool covers the model.
 
-The published thresholds of the detectors are not calibrated (their nominal 5 % is 15-40 % false alarms on clean
-networks). Here a detector's value counts only by its rank among the same values on clean reference models:
+The published thresholds of the detectors are not calibrated (their nominal 5 % is up to 40 % false alarms on
+clean networks). Here a detector's value counts only by its rank among the same values on clean reference models:
 ``p = (1 + #{T_i >= T}) / (R + 1)``, valid whatever the distribution, as far as the model is exchangeable with the
 references (Vovk et al., *Algorithmic learning in a random world*, 2005).
 """
