@@ -1,9 +1,9 @@
 """Whether other clean images give another verdict: ``scan-stability.json``.
 
-``python -m benchmarks.scan_stability --family FAMILY [--data FOLDER] [--every N]``. Every N-th test model of the zoo is
-scanned five times, each time with another 100 of the images that it was not trained on. That is the only chance left in
-a scan: what it draws besides is fixed, so a repetition with the same images gives the same verdict whatever the seed
-(``tests/pipelines/test_scan_cli.py``).
+``python -m benchmarks.scan_stability --family FAMILY [--data FOLDER] [--every N]``. Every backdoored and every N-th
+clean test model of the zoo is scanned five times, each time with another 100 of the images that it was not trained on.
+That is the only chance left in a scan: what it draws besides is fixed, so a repetition with the same images gives the
+same verdict whatever the seed (``tests/pipelines/test_scan_cli.py``).
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="digits")
     parser.add_argument("--data", type=Path, default=Path(), help="folder with cifar10-{train,test}.parquet")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th test model")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th clean test model")
     options = parser.parse_args()
     started = datetime.now(UTC)
     models = FAMILIES[options.family]()
     sets = sets_of(options.family, options.data)
     pool = load_pool(shipped_pool(options.family, models))
     rows: list[dict[str, Any]] = []
-    for model in [model for model in models if model.split == "test"][:: options.every]:
+    tests = [model for model in models if model.split == "test"]
+    clean = [model for model in tests if model.kind == "clean"]
+    for model in [model for model in tests if model.kind != "clean"] + clean[:: options.every]:
         loaded = victim(model.recipe, *sets, device="cpu", progress=NullProgress())
         held_out, task = loaded.held_out, recipe_task(model.recipe)
         reports = [
