@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.curvature``. Random images and random networks; one row per network and quantity, with the
 seconds of the fast rule and of the loop on the same samples, the largest difference relative to the largest entry, and
-their ratio. ``bound`` is the same ratio for one ordinary gradient of the summed loss in batches, which tells the samples
-not apart and is the least that a rule for each sample has to do. All run with the threads that torch has been given.
+their ratio. ``bound`` is the same ratio for one ordinary gradient of the summed loss in batches, which does not tell
+samples apart and is the least that a rule for each has to do. All run with the threads that torch has been given.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from benchmarks.results import write_results
 from defense_core.architectures import build
 from defense_core.curvature import fisher_diagonal
+from defense_core.per_sample import samples_at_once
 from defense_core.singular import ShiftLayer, parametrise, ruled_layers, shift_gradients, shift_layers
 from defense_core.task import ImageClassification
 
 TASK = ImageClassification((3, 32, 32), 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 Rule = Callable[[Tensor, Tensor], Tensor]
 """Inputs and targets to a flat result."""
-CHUNK, BATCH = 16, 64
+BATCH = 64
 NETWORKS: tuple[tuple[str, Mapping[str, Any], tuple[int, int, int]], ...] = (
     ("preact_resnet18", {"width": 16, "num_classes": 10}, (3, 32, 32)),
     ("small_cnn", {"width": 16, "in_channels": 1, "num_classes": 10}, (1, 8, 8)),
@@ -60,7 +61,7 @@ def summed(model: nn.Module, names: list[str], inputs: Tensor, targets: Tensor) 
 
 def by_layer(model: nn.Module, names: list[str], inputs: Tensor, targets: Tensor) -> Tensor:
     """The same by the layers' rules."""
-    found = fisher_diagonal(model, inputs, targets, losses=TASK.losses, names=names, chunk_size=CHUNK)
+    found = fisher_diagonal(model, inputs, targets, losses=TASK.losses, names=names)
     return torch.cat([found[name].flatten() for name in names])
 
 
@@ -68,7 +69,8 @@ def by_shift(model: nn.Module, layers: list[ShiftLayer], inputs: Tensor, targets
     """The same for the shifts of singular values, by their rule."""
     ruled = ruled_layers(model, layers, inputs[:8], targets[:8], losses=TASK.losses)
     sums: dict[str, Tensor] = {}
-    for some, labels in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
+    chunk = samples_at_once(inputs)
+    for some, labels in zip(inputs.split(chunk), targets.split(chunk), strict=True):
         for name, rows in shift_gradients(model, ruled, some, labels, losses=TASK.losses).items():
             squares = rows.square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
@@ -98,7 +100,7 @@ def quantities(architecture: str, arguments: Mapping[str, Any]) -> Iterator[tupl
 
 def seconds_of(rule: Rule, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
     """Wall seconds and the result, once the rule has been called on a few samples."""
-    rule(inputs[:CHUNK], targets[:CHUNK])
+    rule(inputs[:BATCH], targets[:BATCH])
     started = time.perf_counter()
     result = rule(inputs, targets)
     return time.perf_counter() - started, result

@@ -22,7 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from defense_core.config import require
-from defense_core.per_sample import Losses, per_sample_gradients, samples_apart, squared_gradients
+from defense_core.per_sample import (
+    Losses,
+    per_sample_gradients,
+    samples_apart,
+    samples_at_once,
+    squared_gradients,
+)
 
 Kind = Literal["empirical", "true"]
 
@@ -36,7 +42,7 @@ def fisher_diagonal(
     kind: Kind = "empirical",
     num_classes: int = 0,
     names: Sequence[str] | None = None,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
     by_layer: bool = True,
     after_chunk: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -48,7 +54,7 @@ def fisher_diagonal(
         losses: per-sample cross-entropy.
         num_classes: K, needed by the true Fisher, which costs K backward passes.
         names: parameters, or ``None`` for all.
-        chunk_size: samples at once.
+        chunk_size: samples at once, or ``None`` for :func:`defense_core.per_sample.samples_at_once`.
         by_layer, after_chunk: see :func:`defense_core.per_sample.squared_gradients`.
 
     Returns:
@@ -59,7 +65,7 @@ def fisher_diagonal(
             statistics.
     """
     require(len(inputs) > 0, "inputs", "at least one sample", len(inputs))
-    chosen = _names(model, names)
+    chosen, chunk_size = _names(model, names), chunk_size or samples_at_once(inputs)
     sums: dict[str, Tensor] = {}
     for labels, weights in _label_draws(
         model, inputs, targets, losses=losses, kind=kind, num_classes=num_classes, chunk_size=chunk_size
@@ -88,7 +94,7 @@ def fisher_trace(
     kind: Kind = "empirical",
     num_classes: int = 0,
     names: Sequence[str] | None = None,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
     after_chunk: Callable[[], None] | None = None,
 ) -> float:
     """``Tr F = (1/N) sum_n E_y ||grad log p(y|x_n)||^2``, exact; arguments as :func:`fisher_diagonal`."""

@@ -10,6 +10,7 @@ one sample depend on the others, and "the gradient of a sample" means nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from defense_core.layers import evaluating
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) to the loss of each sample, shape (N,): ``task.losses``."""
+CHUNK_NUMBERS = 2**17
+"""Input numbers of a chunk: 32 images of 3x32x32, whose layers' inputs a processor's caches still hold."""
 
 
 @contextmanager
@@ -136,6 +139,12 @@ def per_sample_gradients(
     return torch.cat(rows)
 
 
+def samples_at_once(inputs: Tensor) -> int:
+    """Samples of a chunk, a power of two between 8 and 128: as many as ``CHUNK_NUMBERS`` allow."""
+    numbers = math.prod(inputs.shape[1:])
+    return int(2 ** math.floor(math.log2(min(max(CHUNK_NUMBERS / max(numbers, 1), 8), 128))))
+
+
 def squared_gradients(
     model: nn.Module,
     inputs: Tensor,
@@ -144,13 +153,14 @@ def squared_gradients(
     losses: Losses,
     names: Sequence[str],
     weights: Tensor | None = None,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
     by_layer: bool = True,
     after_chunk: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """``sum_n (d loss_n / d theta_i)^2`` for each parameter, exact.
 
     Args:
+        chunk_size: samples at once, or ``None`` for :func:`samples_at_once`.
         by_layer: use the layers' rules where there is one; ``vmap`` for everything otherwise.
             A rule is used only where the gradients that it gives for the first chunk add up to
             autograd's: tied weights and layers called by another road fall back by themselves.
@@ -164,6 +174,7 @@ def squared_gradients(
     """
     parameters, _ = _state(model)
     _check_names(parameters, names)
+    chunk_size = chunk_size or samples_at_once(inputs)
     sums = {name: torch.zeros_like(parameters[name], memory_format=torch.contiguous_format) for name in names}
     factors = torch.ones(len(inputs), device=inputs.device) if weights is None else weights
     owners = _owners(model, names) if by_layer else {}
@@ -177,9 +188,7 @@ def squared_gradients(
                 sums[name] += squares
             others = [name for name in names if name not in owners]
             if others:
-                rows = per_sample_gradients(
-                    model, chunk[0], chunk[1], losses=losses, names=others, weights=chunk[2], chunk_size=chunk_size
-                )
+                rows = per_sample_gradients(model, chunk[0], chunk[1], losses=losses, names=others, weights=chunk[2])
                 for name, block in zip(others, _columns(rows, [sums[name] for name in others]), strict=True):
                     sums[name] += block.square().sum(0)
             if after_chunk is not None:

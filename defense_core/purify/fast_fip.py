@@ -21,7 +21,7 @@ from defense_core.curvature import random_sign_trace
 from defense_core.data import CleanSet, Splits
 from defense_core.inference import channels_last
 from defense_core.loop import finished, working_copy
-from defense_core.per_sample import samples_apart, squared_gradients
+from defense_core.per_sample import samples_apart, samples_at_once, squared_gradients
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.fisher_guided import FisherGuidedConfig, Objective, measured_samples, minimise
@@ -129,13 +129,13 @@ def diagonal(
     targets: Tensor,
     *,
     task: Task,
-    chunk_size: int = 32,
     after_chunk: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Diagonal of the empirical Fisher matrix of what is trained, exact."""
     exact = [layer.shift_name for layer in ruled]
     sums = {name: torch.zeros_like(model.get_parameter(name)) for name in exact}
-    for some, labels in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
+    chunk = samples_at_once(inputs)
+    for some, labels in zip(inputs.split(chunk), targets.split(chunk), strict=True):
         for name, rows in shift_gradients(model, ruled, some, labels, losses=task.losses).items():
             sums[name] += rows.square().sum(0)
         after_chunk()
@@ -147,7 +147,6 @@ def diagonal(
             targets,
             losses=task.losses,
             names=others,
-            chunk_size=chunk_size,
             after_chunk=after_chunk,
         )
     return {name: sums[name] / len(inputs) for name in trained}

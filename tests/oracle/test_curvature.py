@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from defense_core.architectures import build
 from defense_core.curvature import fisher_diagonal, fisher_rows, fisher_trace, natural_gradient, random_sign_trace
 from defense_core.errors import ConfigError
-from defense_core.per_sample import samples_apart
+from defense_core.per_sample import samples_apart, samples_at_once
 from defense_core.spectrum import hessian, hutchinson_trace, top_eigenvalue
 from defense_core.task import ImageClassification
 
@@ -278,6 +278,13 @@ def test_fisher_and_hessian_are_those_of_curvlinops() -> None:
     vector = torch.randn(size, generator=torch.Generator().manual_seed(6))
     want = curvlinops.HessianLinearOperator(model, loss, parameters, data) @ vector
     torch.testing.assert_close(product(vector), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((3, 32, 32), 32), ((1, 8, 8), 128), ((3, 224, 224), 8), ((7,), 128), ((), 128)]
+)
+def test_small_samples_come_in_large_chunks(shape: tuple[int, ...], count: int) -> None:
+    assert samples_at_once(torch.zeros(2, *shape)) == count
 
 
 def test_bad_inputs_are_refused() -> None:
