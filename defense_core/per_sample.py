@@ -29,6 +29,8 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) to the loss of each sample, shape (N,): ``task.losses``."""
 CHUNK_NUMBERS = 2**17
 """Input numbers of a chunk: 32 images of 3x32x32, whose layers' inputs a processor's caches still hold."""
+TRIED = 8
+"""Samples on which a layer's rule is compared with autograd before it is used."""
 
 
 @contextmanager
@@ -162,7 +164,7 @@ def squared_gradients(
     Args:
         chunk_size: samples at once, or ``None`` for :func:`samples_at_once`.
         by_layer: use the layers' rules where there is one; ``vmap`` for everything otherwise.
-            A rule is used only where the gradients that it gives for the first chunk add up to
+            A rule is used only where the gradients that it gives for the first ``TRIED`` samples add up to
             autograd's: tied weights and layers called by another road fall back by themselves.
         after_chunk: called after each chunk; may raise to stop.
 
@@ -183,7 +185,8 @@ def squared_gradients(
             part = slice(start, start + chunk_size)
             chunk = (inputs[part], targets[part], factors[part])
             if start == 0 and owners:
-                owners = _trustworthy(model, owners, chunk, losses)
+                few = (chunk[0][:TRIED], chunk[1][:TRIED], chunk[2][:TRIED])
+                owners = _trustworthy(model, owners, few, losses)
             for name, (_, squares) in _by_rule(model, owners, chunk, losses, totals=False).items():
                 sums[name] += squares
             others = [name for name in names if name not in owners]
@@ -234,7 +237,7 @@ def _owners(model: nn.Module, names: Sequence[str]) -> Owners:
 
 
 def _trustworthy(model: nn.Module, owners: Owners, chunk: Chunk, losses: Losses) -> Owners:
-    """The owners whose per-sample gradients add up to autograd's gradient of the chunk."""
+    """The owners whose per-sample gradients add up to autograd's gradient of ``chunk``."""
     inputs, targets, factors = chunk
     ruled = _by_rule(model, owners, chunk, losses, totals=True)
     named = {name: value for name, value in model.named_parameters() if name in ruled}
