@@ -81,6 +81,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "speed": lambda: measured(
         "speed", ("method", "baseline", "ratio", "seconds", "baseline_seconds", "der", "baseline_der")
     ),
+    "curvature": lambda: measured(
+        "curvature", ("quantity", "architecture", "threads", "seconds", "loop_seconds", "ratio", "bound")
+    ),
     "cost": lambda: figures("cost", cost_summary),
     "demo": lambda: measured("demo", ("step", "seconds", "peak_mb")),
     "demo-quality": lambda: measured(
