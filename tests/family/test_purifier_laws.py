@@ -412,8 +412,9 @@ def test_cancels_in_the_first_step(name: str) -> None:
 
 def other_values(hint: Any, value: Any) -> Iterator[Any]:
     """Values of a field's type that differ from ``value``; the config may refuse some."""
-    if typing.get_origin(hint) is typing.Literal:
-        yield from (choice for choice in typing.get_args(hint) if choice != value)
+    literals = [each for each in (hint, *typing.get_args(hint)) if typing.get_origin(each) is typing.Literal]
+    if literals:
+        yield from (choice for choice in typing.get_args(literals[0]) if choice != value)
     elif value is None or type(None) in typing.get_args(hint):
         yield from (item for item in (None, 0.125, 0.25, 1) if item != value)
     elif isinstance(value, bool):
