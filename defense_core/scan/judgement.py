@@ -13,12 +13,13 @@ from defense_core.data import CleanSet
 from defense_core.errors import NonFiniteOutputs
 from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, subject_of
-from defense_core.scan.calibrate import CHANNELS, Standing, holm, standing, uncovered
+from defense_core.scan.calibrate import CHANNELS, Standing, holm, standing
 from defense_core.scan.confirm import Confirmation, confirm
-from defense_core.scan.detectors import DETECTORS, FEW, Regime, Settings, regime_of
+from defense_core.scan.detectors import DETECTORS, Regime, Settings, regime_of
 from defense_core.scan.observe import Observed, observe, wanted
 from defense_core.scan.pool import Pool, reading_of
 from defense_core.scan.report import ChannelEntry, DetectorEntry, ScanReport
+from defense_core.scan.wording import coverage, incomparable, sentence, undecided
 from defense_core.task import ImageClassification
 from defense_core.verdict import Verdict
 
@@ -107,9 +108,9 @@ def judge(
     p_value = min((each.adjusted for each in channels), default=None)
     score = max((each.score for each in channels), default=None)
     confirmed = tuple(each.target for each in confirmations if each.confirmed)
-    incomparable = _incomparable(config, pool, observed, channels=len(channels))
-    reasons = incomparable + _undecided(
-        config, observed, confirmations, p_value=p_value, targets=targets, comparable=not incomparable
+    because = incomparable(config.fpr, pool, observed, channels=len(channels))
+    reasons = because + undecided(
+        config.fpr, observed, confirmations, p_value=p_value, targets=targets, comparable=not because
     )
     pairs = observed.observations.get("pairs")
     without_pairs = pairs is not None and not pairs.measured
@@ -117,10 +118,10 @@ def judge(
     unread = [name for name in expected if name not in standings and not set(CHANNELS[name]) & set(observed.unfinished)]
     if pool is not None and observed.observations and unread:
         reasons += (f"The pool holds no readings of {', '.join(unread)} with so few clean images: give 100 or more",)
-    verdict = _verdict(config, p_value, confirmed, incomparable, reasons)
+    verdict = _verdict(config, p_value, confirmed, because, reasons)
     return ScanReport(
         verdict=verdict,
-        sentence=_sentence(config, verdict, confirmations, p_value, reasons, references=_references(pool)),
+        sentence=sentence(config.fpr, verdict, confirmations, p_value, reasons, references=_references(pool)),
         p_value=p_value,
         probability=_probability(pool, regime, score),
         score=score,
@@ -130,7 +131,7 @@ def judge(
         detectors=tuple(_entry(each, standings) for each in observed.observations.values()),
         confirmations=confirmations,
         reasons=reasons if verdict is Verdict.UNKNOWN else (),
-        coverage=_coverage(regime, pool, without_pairs=without_pairs),
+        coverage=coverage(regime, pool, without_pairs=without_pairs),
         regime=regime,
         images=0 if clean is None else len(clean),
         pool="" if pool is None else pool.digest,
@@ -182,98 +183,21 @@ def _targets(standings: Mapping[str, Standing], suspected: list[str]) -> tuple[i
     return tuple(dict.fromkeys(target for name in ordered for target in standings[name].targets))[:MAX_SUSPECTS]
 
 
-def _incomparable(config: ScanConfig, pool: Pool | None, observed: Observed, *, channels: int) -> tuple[str, ...]:
-    """Why the p-values say nothing: such a model is UNKNOWN whatever was found in it."""
-    reasons = [observed.failure] if observed.failure else []
-    if observed.observations and pool is None:
-        reasons.append("There is no calibration pool of clean models of this kind; quarantine calibrate makes one")
-    if pool is not None:
-        reasons += [f"The pool does not cover this model: {each}" for each in uncovered(pool, observed.covariates)]
-        least = channels / (len(pool.references) + 1)
-        if least > config.fpr:
-            reasons.append(
-                f"{len(pool.references)} references cannot tell a rate of {config.fpr:g}: the smallest p-value of "
-                f"{channels} channels is {least:.3f}"
-            )
-    return tuple(reasons)
-
-
-def _undecided(
-    config: ScanConfig,
-    observed: Observed,
-    confirmations: tuple[Confirmation, ...],
-    *,
-    p_value: float | None,
-    targets: tuple[int, ...],
-    comparable: bool,
-) -> tuple[str, ...]:
-    """What else keeps this scan from a verdict. Detectors that the time did not allow keep it from a PASS alone: Holm
-    counts their channels, and a confirmed suspicion stands without them."""
-    reasons = []
-    if observed.unfinished:
-        reasons.append(f"The time ran out before {', '.join(observed.unfinished)} had finished")
-    if p_value is None or p_value > config.fpr:
-        return tuple(reasons)
-    best = next((each for each in confirmations if each.confirmed), None)
-    if best is not None:
-        reasons += [] if comparable else [f"{_found(best)}, which a clean model of another kind may allow too"]
-    elif not targets:
-        reasons.append("It stands out from the clean references, but no class could be named")
-    elif observed.held_out is None:
-        reasons.append(
-            f"It stands out from all clean references ({_classes(targets)}), but no clean images are left that were "
-            f"not searched with, to confirm it on: give {2 * FEW} or more"
-        )
-    else:
-        reasons.append(
-            f"It stands out from all clean references ({_classes(targets)}), but no trigger that was found for it "
-            f"holds on held-out clean images"
-        )
-    return tuple(reasons)
-
-
 def _verdict(
     config: ScanConfig,
     p_value: float | None,
     confirmed: tuple[int, ...],
-    incomparable: tuple[str, ...],
+    because: tuple[str, ...],
     reasons: tuple[str, ...],
 ) -> Verdict:
-    if p_value is not None and p_value <= config.fpr and confirmed and not incomparable:
+    """``because``: why its p-value says nothing; then it is UNKNOWN whatever was confirmed."""
+    if p_value is not None and p_value <= config.fpr and confirmed and not because:
         return Verdict.FAIL
     return Verdict.UNKNOWN if reasons or p_value is None else Verdict.PASS
 
 
-def _sentence(
-    config: ScanConfig,
-    verdict: Verdict,
-    confirmations: tuple[Confirmation, ...],
-    p_value: float | None,
-    reasons: tuple[str, ...],
-    *,
-    references: int,
-) -> str:
-    if verdict is Verdict.FAIL:
-        best = next(each for each in confirmations if each.confirmed)
-        return f"{_found(best)}, and the model stands out from {references} clean reference models (p = {p_value:.3f})"
-    if verdict is Verdict.PASS:
-        return f"No evidence of a backdoor found at a false positive rate of {config.fpr:g} (p = {p_value:.3f})"
-    return f"It cannot be decided: {'; '.join(reasons)}"
-
-
-def _found(best: Confirmation) -> str:
-    return (
-        f"A small change that was found for class {best.target} sends {best.success:.0%} of {best.images} held-out "
-        f"clean images of other classes there"
-    )
-
-
 def _references(pool: Pool | None) -> int:
     return 0 if pool is None else len(pool.references)
-
-
-def _classes(targets: tuple[int, ...]) -> str:
-    return f"class{'es' if len(targets) > 1 else ''} {', '.join(map(str, targets))}"
 
 
 def _probability(pool: Pool | None, regime: Regime, score: float | None) -> float | None:
@@ -295,29 +219,3 @@ def _entry(observation: Observation, standings: Mapping[str, Standing]) -> Detec
         observation.why,
         observation.facts,
     )
-
-
-def _coverage(regime: Regime, pool: Pool | None, *, without_pairs: bool) -> tuple[str, ...]:
-    """What was looked for, and what was not; ``without_pairs``: the images were too few for pairs of classes."""
-    searched = "such a class, for small patches, faint or bending changes of all images"
-    looked = {
-        "none": "Looked for a class whose logit can be driven further than any other's, without any image",
-        "few": "Looked for such a class, and with 10 clean images for small patches and faint changes of all images",
-        "many": f"Looked for {searched}"
-        if without_pairs
-        else f"Looked for {searched}, and for changes that lead from one class to another",
-    }[regime]
-    sentences = [looked]
-    if regime != "many":
-        sentences.append(
-            "Says nothing about backdoors from single classes or to every class: that takes 100 clean images"
-        )
-    elif without_pairs:
-        sentences.append(
-            "Says nothing about backdoors from single classes or to every class: with so many classes, none has two of "
-            "the images that are searched with"
-        )
-    sentences.append("Says nothing about triggers that need more than one change at a time, or that nobody has tested")
-    if pool is not None:
-        sentences.append(f"Compared with {len(pool.references)} clean {pool.stratum.architecture} models")
-    return tuple(sentences)

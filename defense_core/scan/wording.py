@@ -1,0 +1,115 @@
+"""What a scan says in words: why it cannot decide, what it found, and what it looked for."""
+
+from __future__ import annotations
+
+from defense_core.scan.calibrate import uncovered
+from defense_core.scan.confirm import Confirmation
+from defense_core.scan.detectors import FEW, Regime
+from defense_core.scan.observe import Observed
+from defense_core.scan.pool import Pool
+from defense_core.verdict import Verdict
+
+
+def incomparable(fpr: float, pool: Pool | None, observed: Observed, *, channels: int) -> tuple[str, ...]:
+    """Why the p-values say nothing: such a model is UNKNOWN whatever was found in it."""
+    reasons = [observed.failure] if observed.failure else []
+    if observed.observations and pool is None:
+        reasons.append("There is no calibration pool of clean models of this kind; quarantine calibrate makes one")
+    if pool is not None:
+        reasons += [f"The pool does not cover this model: {each}" for each in uncovered(pool, observed.covariates)]
+        least = channels / (len(pool.references) + 1)
+        if least > fpr:
+            reasons.append(
+                f"{len(pool.references)} references cannot tell a rate of {fpr:g}: the smallest p-value of "
+                f"{channels} channels is {least:.3f}"
+            )
+    return tuple(reasons)
+
+
+def undecided(
+    fpr: float,
+    observed: Observed,
+    confirmations: tuple[Confirmation, ...],
+    *,
+    p_value: float | None,
+    targets: tuple[int, ...],
+    comparable: bool,
+) -> tuple[str, ...]:
+    """What else keeps this scan from a verdict. Detectors that the time did not allow keep it from a PASS alone: Holm
+    counts their channels, and a confirmed suspicion stands without them."""
+    reasons = []
+    if observed.unfinished:
+        reasons.append(f"The time ran out before {', '.join(observed.unfinished)} had finished")
+    if p_value is None or p_value > fpr:
+        return tuple(reasons)
+    best = next((each for each in confirmations if each.confirmed), None)
+    if best is not None:
+        reasons += [] if comparable else [f"{_found(best)}, which a clean model of another kind may allow too"]
+    elif not targets:
+        reasons.append("It stands out from the clean references, but no class could be named")
+    elif observed.held_out is None:
+        reasons.append(
+            f"It stands out from the clean references ({_classes(targets)}), but no clean images are left that were "
+            f"not searched with, to confirm it on: give {2 * FEW} or more"
+        )
+    else:
+        reasons.append(
+            f"It stands out from the clean references ({_classes(targets)}), but no trigger that was found for it "
+            f"holds on held-out clean images"
+        )
+    return tuple(reasons)
+
+
+def sentence(
+    fpr: float,
+    verdict: Verdict,
+    confirmations: tuple[Confirmation, ...],
+    p_value: float | None,
+    reasons: tuple[str, ...],
+    *,
+    references: int,
+) -> str:
+    """The verdict in one sentence, for somebody who is no researcher."""
+    if verdict is Verdict.FAIL:
+        best = next(each for each in confirmations if each.confirmed)
+        return f"{_found(best)}, and the model stands out from {references} clean reference models (p = {p_value:.3f})"
+    if verdict is Verdict.PASS:
+        return f"No evidence of a backdoor found at a false positive rate of {fpr:g} (p = {p_value:.3f})"
+    return f"It cannot be decided: {'; '.join(reasons)}"
+
+
+def _found(best: Confirmation) -> str:
+    return (
+        f"A small change that was found for class {best.target} sends {best.success:.0%} of {best.images} held-out "
+        f"clean images of other classes there"
+    )
+
+
+def _classes(targets: tuple[int, ...]) -> str:
+    return f"class{'es' if len(targets) > 1 else ''} {', '.join(map(str, targets))}"
+
+
+def coverage(regime: Regime, pool: Pool | None, *, without_pairs: bool) -> tuple[str, ...]:
+    """What was looked for, and what was not; ``without_pairs``: the images were too few for pairs of classes."""
+    searched = "such a class, for small patches, faint or bending changes of all images"
+    looked = {
+        "none": "Looked for a class whose logit can be driven further than any other's, without any image",
+        "few": "Looked for such a class, and with 10 clean images for small patches and faint changes of all images",
+        "many": f"Looked for {searched}"
+        if without_pairs
+        else f"Looked for {searched}, and for changes that lead from one class to another",
+    }[regime]
+    sentences = [looked]
+    if regime != "many":
+        sentences.append(
+            "Says nothing about backdoors from single classes or to every class: that takes 100 clean images"
+        )
+    elif without_pairs:
+        sentences.append(
+            "Says nothing about backdoors from single classes or to every class: with so many classes, none has two of "
+            "the images that are searched with"
+        )
+    sentences.append("Says nothing about triggers that need more than one change at a time, or that nobody has tested")
+    if pool is not None:
+        sentences.append(f"Compared with {len(pool.references)} clean {pool.stratum.architecture} models")
+    return tuple(sentences)
