@@ -31,7 +31,7 @@ from defense_core.purify import METHODS, Purified, purify
 ATTACK = "blended"
 PAIRS = (
     ("ngf", "fine_tuning"),
-    ("ngf, masked_block", "fine_tuning"),
+    ("ngf, masked", "fine_tuning"),
     ("ngf, head", "fine_tuning"),
     ("fip", "fine_tuning"),
     ("nft", "fine_tuning"),

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks import purification_tables
+from benchmarks import ngf_parts, purification_tables
 from benchmarks.markdown import Rows, figures, load, measured, source, table
 from benchmarks.results import FOLDER
 from benchmarks.summary_tables import (
@@ -31,7 +31,7 @@ ROOT = FOLDER.parent.parent
 PAGES = (
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("benchmarks", "methods", "artifact-scan", "evidence-format", "policy", "scan")
+        for name in ("benchmarks", "methods", "methods-nft-ngf", "artifact-scan", "evidence-format", "policy", "scan")
     ),
     ROOT / "README.md",
 )
@@ -65,6 +65,11 @@ def _victims(rows: Rows) -> purification_tables.Table:
     return purification_tables.victims(rows, {row["attack"]: row for row in content["rows"]} if content else {})
 
 
+def _ngf_parts(masked: Rows) -> str:
+    content = load("purification-cpu")
+    return table(*ngf_parts.comparison(masked, content["rows"] if content else []))
+
+
 def _purification_gpu(drawn: Callable[[Rows], purification_tables.Table]) -> Callable[[], str]:
     return lambda: purification("purification-gpu", drawn, clean_fraction=0.05, architecture=WIDE)
 
@@ -84,6 +89,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "curvature": lambda: measured(
         "curvature", ("quantity", "architecture", "threads", "seconds", "loop_seconds", "ratio", "bound")
     ),
+    "ngf-parts": lambda: figures("ngf-parts", _ngf_parts),
     "cost": lambda: figures("cost", cost_summary),
     "demo": lambda: measured("demo", ("step", "seconds", "peak_mb")),
     "demo-quality": lambda: measured(

@@ -6,17 +6,14 @@ holds what clean data rely on. Nothing is factorised or averaged: the empirical 
 of ``N`` samples has rank ``N``, so the step is one N x N solve (Woodbury).
 
 The paper tunes the classifier. Its features already carry the backdoor, and where a trigger
-moves them along directions that clean data use, no classifier on top can tell. Both parts that are
-taken by default therefore first close the hidden units that a short clean unlearning moves most,
-which is borrowed from TSBD. In a wide network that is enough, and the classifier alone is tuned
-(``masked``); in a small one closing cannot go far, and the last hidden layer and the classifier start
-afresh (``masked_block``). In front of them nothing is trained or re-normalised.
-``docs/methods-nft-ngf.md`` compares the parts.
+moves them along directions that clean data use, no classifier on top can tell. The default,
+``part="masked_block"``, therefore first closes the hidden units that a short clean unlearning moves
+most, which is borrowed from TSBD, and then starts the last hidden layer and the classifier afresh.
+In front of them nothing is trained or re-normalised. ``docs/methods-nft-ngf.md`` compares the parts.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from defense_core.purify.base import Method, Purified
 from defense_core.purify.choice import cautious_accuracy, chooser, strongest_training
 from defense_core.purify.ngf_block import last_layers, tune_block
 from defense_core.purify.ngf_head import linear_head, tune_on_features
-from defense_core.purify.ngf_run import NGFConfig, Run, part_for
+from defense_core.purify.ngf_run import NGFConfig, Run
 from defense_core.purify.unlearning import close_most_moved
 from defense_core.task import Task
 
@@ -58,7 +55,6 @@ def purify(
     """
     tuned = working_copy(model, device)
     linear_head(tuned)
-    config = replace(config, part=config.part or part_for(tuned))
     run = Run(clean.fit.to(device), config, task, seed, device, progress)
     if config.part == "block":
         tuned, history, facts = _choose_layers(tuned, clean, run)

@@ -7,22 +7,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from defense_core.config import require
 from defense_core.course import Course, Kept, random_state
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
 from defense_core.inference import Precision
-from defense_core.layers import unit_layers
 from defense_core.loop import HistoryRow, epochs_for, in_batches
 from defense_core.progress import Progress
 from defense_core.purify.unlearning import require_closing
 from defense_core.task import Task
 
 Part = Literal["masked", "head", "fresh_head", "feature_mask", "block", "masked_block"]
-MANY_UNITS = 512
-"""Between the networks that the parts were compared on: about 100 hidden units (digits) and 1,000 (CIFAR-10)."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,13 @@ class NGFConfig:
     """Settings of NGF.
 
     Attributes:
-        part: what is tuned, or ``None`` for :func:`part_for`. ``"masked_block"``: the last hidden
-            layer and the classifier, started at random, after the hidden units that a short clean
-            unlearning moves most were closed. ``"masked"``: the classifier alone after the same.
-            ``"head"``: the classifier, the paper's choice. ``"fresh_head"``: the classifier,
-            started at zero. ``"feature_mask"``: a mask in [0, 1] on the classifier's inputs.
-            ``"block"``: the last hidden layers and the classifier, started at random. All but the
-            blocks run on cached features.
+        part: what is tuned. ``"masked_block"``: the last hidden layer and the classifier, started
+            at random, after the hidden units that a short clean unlearning moves most were
+            closed. ``"masked"``: the classifier alone after the same. ``"head"``: the classifier,
+            the paper's choice. ``"fresh_head"``: the classifier, started at zero.
+            ``"feature_mask"``: a mask in [0, 1] on the classifier's inputs. ``"block"``: the last
+            hidden layers and the classifier, started at random. All but the blocks run on cached
+            features.
         ratio: share of the hidden units that the masked parts close, or ``None`` to choose the
             largest of ``ratio_grid`` that keeps ``start_keep`` of the accuracy on the *select*
             split before the classifier is tuned.
@@ -63,7 +60,7 @@ class NGFConfig:
             :class:`defense_core.loop.Tuning`. Natural steps on features are float64.
     """
 
-    part: Part | None = None
+    part: Part = "masked_block"
     ratio: float | None = None
     ratio_grid: tuple[float, ...] = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
     start_keep: float = 0.92
@@ -94,17 +91,6 @@ class NGFConfig:
         require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
         require(self.min_steps >= 0, "min_steps", "0 or more", self.min_steps)
         require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
-
-
-def part_for(model: nn.Module) -> Part:
-    """The part that is tuned where none is asked for.
-
-    ``"masked"`` in a convolutional network with ``MANY_UNITS`` hidden units or more, of which closing leaves enough;
-    else ``"masked_block"``.
-    """
-    layers = unit_layers(model)
-    wide = sum(layer.units for layer in layers) >= MANY_UNITS
-    return "masked" if wide and all(layer.kind == "conv" for layer in layers) else "masked_block"
 
 
 @dataclass(frozen=True, eq=False)
