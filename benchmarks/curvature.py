@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from benchmarks.results import write_results
 from defense_core.architectures import build
 from defense_core.curvature import fisher_diagonal
-from defense_core.per_sample import samples_at_once
-from defense_core.singular import ShiftLayer, parametrise, ruled_layers, shift_gradients, shift_layers
+from defense_core.per_sample import TRIED
+from defense_core.purify.fast_fip import diagonal
+from defense_core.singular import ShiftLayer, parametrise, ruled_layers, shift_layers
 from defense_core.task import ImageClassification
 
 TASK = ImageClassification((3, 32, 32), 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -67,14 +68,10 @@ def by_layer(model: nn.Module, names: list[str], inputs: Tensor, targets: Tensor
 
 def by_shift(model: nn.Module, layers: list[ShiftLayer], inputs: Tensor, targets: Tensor) -> Tensor:
     """The same for the shifts of singular values, by their rule."""
-    ruled = ruled_layers(model, layers, inputs[:8], targets[:8], losses=TASK.losses)
-    sums: dict[str, Tensor] = {}
-    chunk = samples_at_once(inputs)
-    for some, labels in zip(inputs.split(chunk), targets.split(chunk), strict=True):
-        for name, rows in shift_gradients(model, ruled, some, labels, losses=TASK.losses).items():
-            squares = rows.square().sum(0)
-            sums[name] = sums[name] + squares if name in sums else squares
-    return torch.cat([sums[layer.shift_name] for layer in layers]) / len(inputs)
+    ruled = ruled_layers(model, layers, inputs[:TRIED], targets[:TRIED], losses=TASK.losses)
+    names = [layer.shift_name for layer in layers]
+    found = diagonal(model, ruled, names, inputs, targets, task=TASK)
+    return torch.cat([found[name] for name in names])
 
 
 def quantities(architecture: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Rule, Rule, Rule]]:

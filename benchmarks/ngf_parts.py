@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from benchmarks.markdown import Rows
-from benchmarks.presets import PRESETS, Setting, described, recipe_of
-from benchmarks.purification import Case, clean_splits, completed, figures
-from benchmarks.purification_tables import Table
+from benchmarks.presets import PRESETS, Setting, recipe_of
+from benchmarks.purification import Case, clean_splits, completed, figures, group_of, jobs, key_of
+from benchmarks.purification_tables import MEANS, Table, means
 from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import load_cifar10, victim
 from defense_core import config
@@ -28,19 +27,16 @@ from defense_core.purify import METHODS
 
 NAME = "ngf-parts"
 SETTINGS: Mapping[str, Any] = {"part": "masked"}
-KEY = ("attack", "seed", "clean_fraction", "architecture")
 SHARE = 0.05
 """Clean images of the runs that are compared, as a share of the training set."""
 
 
-def jobs() -> Iterator[tuple[Setting, dict[str, Any]]]:
-    """Every setting of the *cpu* preset on the convolutional network, with the key of its row."""
-    for setting in PRESETS["cpu"]:
-        for attack in setting.attacks:
-            for seed in setting.seeds:
-                if setting.architecture == "preact_resnet18":
-                    fraction, architecture = setting.clean_fraction, described(setting)
-                    yield setting, dict(zip(KEY, (attack, seed, fraction, architecture), strict=True))
+def masked_jobs() -> Iterator[tuple[Setting, dict[str, Any]]]:
+    """NGF's rows of the *cpu* preset on the convolutional network, with these settings."""
+    digest = config.digest(config.from_mapping(METHODS["ngf"].config, SETTINGS))
+    for setting, job in jobs(PRESETS["cpu"]):
+        if job["method"] == "ngf" and setting.architecture == "preact_resnet18":
+            yield setting, {**job, **SETTINGS, "config_digest": digest}
 
 
 def measure(job: Mapping[str, Any], setting: Setting, train: CleanSet, test: CleanSet) -> dict[str, Any]:
@@ -48,36 +44,22 @@ def measure(job: Mapping[str, Any], setting: Setting, train: CleanSet, test: Cle
     progress = NullProgress()
     subject = victim(recipe_of(job["attack"], setting), train, test, device="cpu", progress=progress)
     case = Case.of(subject, clean_splits(subject, setting, job["seed"]), test, device="cpu", progress=progress)
-    digest = config.digest(config.from_mapping(METHODS["ngf"].config, SETTINGS))
-    found = figures(case, test, "ngf", seed=job["seed"], settings=SETTINGS)
-    return {**job, "method": "ngf", "part": SETTINGS["part"], "config_digest": digest, **found}
+    return {**job, **figures(case, test, job["method"], seed=job["seed"], settings=SETTINGS)}
 
 
 def comparison(masked: Rows, others: Rows) -> Table:
     """Means over the runs that both have: the default part and ``masked``, and what the choice would hand over."""
-    keys = {tuple(row[part] for part in KEY) for row in masked if row["clean_fraction"] == SHARE}
-    default = [row for row in others if tuple(row[part] for part in KEY) in keys]
-    swapped = [row for row in default if row["method"] != "ngf"]
-    fast = [row for row in masked if tuple(row[part] for part in KEY) in keys]
-    compared: list[tuple[str, Sequence[Mapping[str, Any]]]] = [
-        ("`masked_block`, the default", [row for row in default if row["method"] == "ngf"]),
-        ("`masked`", fast),
-        ("selected, with the default", [row for row in completed(default) if row["selected"]]),
-        ("selected, with `masked`", [row for row in completed([*swapped, *fast]) if row["selected"]]),
-    ]
-    return ("what", "runs", "ACC drop", "ASR", "worst ASR", "DER", "seconds"), [
-        [
-            what,
-            str(len(rows)),
-            f"{fmean(row['acc_before'] - row['acc_after'] for row in rows):.3f}",
-            f"{fmean(row['asr_after'] for row in rows):.3f}",
-            "{asr_after:.3f} ({attack})".format(**max(rows, key=lambda row: row["asr_after"])),
-            f"{fmean(row['der'] for row in rows):.3f}",
-            f"{fmean(row['seconds'] for row in rows):.1f}",
-        ]
-        for what, rows in compared
-        if rows
-    ]
+    fast = [row for row in masked if row["clean_fraction"] == SHARE]
+    groups = {group_of(row) for row in fast}
+    usual = [row for row in others if group_of(row) in groups]
+    swapped = [*(row for row in usual if row["method"] != "ngf"), *fast]
+    compared: dict[str, Rows] = {
+        "`masked_block`, the default": [row for row in usual if row["method"] == "ngf"],
+        "`masked`": fast,
+        "selected, with the default": [row for row in completed(usual) if row["selected"]],
+        "selected, with `masked`": [row for row in completed(swapped) if row["selected"]],
+    }
+    return ("what", *MEANS), [[what, *means(rows)] for what, rows in compared.items() if rows]
 
 
 def main() -> None:
@@ -90,9 +72,9 @@ def main() -> None:
     started = datetime.now(UTC)
     train, test = load_cifar10(options.data)
     wanted = options.attack.split(",") if options.attack else None
-    for setting, job in jobs():
+    for setting, job in masked_jobs():
         rows = read_rows(NAME)
-        if (wanted and job["attack"] not in wanted) or any(all(row[k] == job[k] for k in KEY) for row in rows):
+        if (wanted and job["attack"] not in wanted) or key_of(job) in map(key_of, rows):
             continue
         rows = [*rows, measure(job, setting, train, test)]
         write_results(NAME, rows, command="python -m benchmarks.ngf_parts --data DATA", started=started)

@@ -164,10 +164,10 @@ def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with ``control_der`` and ``selected``, which depend on the others of the same model and data."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(_group(row), []).append(row)
+        groups.setdefault(group_of(row), []).append(row)
     done = []
     for row in rows:
-        members = groups[_group(row)]
+        members = groups[group_of(row)]
         control = [each.get("der") for each in members if METHODS[each["method"]].control]
         chosen = choose([_candidate(each) for each in members if _may_be_selected(each)])
         selected = chosen is not None and chosen.method == row["method"]
@@ -175,7 +175,8 @@ def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return done
 
 
-def _group(row: Mapping[str, Any]) -> str:
+def group_of(row: Mapping[str, Any]) -> str:
+    """What rows share that are chosen among: the model and the clean images."""
     return config.digest([row[field] for field in ("attack", "seed", "clean_fraction", "architecture")])
 
 
@@ -216,7 +217,7 @@ def run(
     for key, (setting, job) in everything.items():
         if key in known or not wanted(job):
             continue
-        if (group := _group(job)) not in cases:
+        if (group := group_of(job)) not in cases:
             subject = victim(recipe_of(job["attack"], setting), train, test, device=device, progress=progress)
             clean = clean_splits(subject, setting, job["seed"])
             cases = {group: Case.of(subject, clean, test, device=device, progress=progress)}

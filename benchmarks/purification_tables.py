@@ -11,27 +11,26 @@ Rows = Sequence[Row]
 Table = tuple[tuple[str, ...], list[list[str]]]
 
 SELECTED = "**selected**"
+MEANS = ("runs", "ACC drop", "ASR", "worst ASR", "RA", "DER", "seconds")
 
 
 def by_method(rows: Rows) -> Table:
     """Means over attacks and seeds of each method, and of whatever was selected; the best ASR first."""
-    columns = ("method", "runs", "ACC drop", "ASR", "worst ASR", "RA", "DER", "seconds")
-    lines = []
-    for method, members in _methods(rows):
-        worst = max(members, key=lambda row: float(row["asr_after"]))
-        lines.append(
-            [
-                method,
-                str(len(members)),
-                f"{_mean(members, _drop):.3f}",
-                f"{_mean(members, 'asr_after'):.3f}",
-                f"{worst['asr_after']:.3f} ({worst['attack']})",
-                f"{_mean(members, 'ra_after'):.3f}",
-                f"{_mean(members, 'der'):.3f}",
-                f"{_mean(members, 'seconds'):.1f}",
-            ]
-        )
-    return columns, lines
+    return ("method", *MEANS), [[method, *means(members)] for method, members in _methods(rows)]
+
+
+def means(members: Rows) -> list[str]:
+    """Cells of ``MEANS``."""
+    worst = max(members, key=lambda row: float(row["asr_after"]))
+    return [
+        str(len(members)),
+        f"{_mean(members, _drop):.3f}",
+        f"{_mean(members, 'asr_after'):.3f}",
+        f"{worst['asr_after']:.3f} ({worst['attack']})",
+        f"{_mean(members, 'ra_after'):.3f}",
+        f"{_mean(members, 'der'):.3f}",
+        f"{_mean(members, 'seconds'):.1f}",
+    ]
 
 
 def by_attack(rows: Rows) -> Table:

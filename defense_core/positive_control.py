@@ -167,7 +167,6 @@ def positive_control(
         after = success(purified.model)
     assert probe.target is not None
     comparable = pool is not None and report.p_value is not None and not uncovered(pool, report.covariates)
-    rejected = report.p_value is not None and report.p_value <= report.fpr
     named = probe.target in report.target_classes
     return Control(
         patch="×".join(str(side) for side in [_side(config, task)] * 2) + " pixels",
@@ -176,7 +175,7 @@ def positive_control(
         planted=planted is not None and planted >= PLANTED_ASR,
         scan=report,
         comparable=comparable,
-        detected=comparable and rejected and named,
+        detected=comparable and named,  # classes are suspected only where the scan rejects
         target_named=named,
         asr_after=after,
         accuracy_lost=accuracy(model) - accuracy(copy),

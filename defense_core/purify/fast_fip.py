@@ -21,7 +21,7 @@ from defense_core.curvature import random_sign_trace
 from defense_core.data import CleanSet, Splits
 from defense_core.inference import channels_last
 from defense_core.loop import finished, working_copy
-from defense_core.per_sample import samples_apart, samples_at_once, squared_gradients
+from defense_core.per_sample import TRIED, samples_apart, samples_at_once, squared_gradients
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.fisher_guided import FisherGuidedConfig, Objective, measured_samples, minimise
@@ -82,7 +82,7 @@ def purify(
         parametrise(start, layers)
         trained = train_only_shifts(start, layers, norms=config.norms)
         with progress.phase("fisher") as phase:
-            ruled = ruled_layers(start, layers, inputs[:8], targets[:8], losses=task.losses)
+            ruled = ruled_layers(start, layers, inputs[:TRIED], targets[:TRIED], losses=task.losses)
             phase.advance()
             fisher = diagonal(start, ruled, trained, inputs, targets, task=task, after_chunk=phase.advance)
 
