@@ -22,7 +22,6 @@ from defense_core.evaluate import evaluate
 from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify import method_named, purify
-from defense_core.scan.calibrate import uncovered
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.pool import Pool
 from defense_core.scan.report import ScanReport
@@ -69,7 +68,6 @@ class Control:
         planted_asr: its success on *select* images of the copy; ``None`` where there is none of another class.
         planted: whether that is enough to test anything.
         scan: of the copy.
-        comparable: clean reference models cover the copy; otherwise nobody can tell what the scan would have found.
         detected: the scan rejected at its rate, whether or not it could confirm, and suspected the right class: a copy
             that stands out for another reason does not show that the patch was seen.
         target_named: the right class was among the suspected.
@@ -82,7 +80,6 @@ class Control:
     planted_asr: float | None
     planted: bool
     scan: ScanReport
-    comparable: bool
     detected: bool
     target_named: bool
     asr_after: float | None
@@ -92,10 +89,10 @@ class Control:
         """The control in words."""
         if not self.planted:
             return f"A patch of {self.patch} could not be planted into a copy of this model: the control says nothing"
-        if not self.comparable:
+        if not self.scan.comparable:
             found = (
-                f"A patch of {self.patch} was planted into a copy of this model; without clean reference models of its "
-                "kind it cannot be told whether the scan would have found it"
+                f"A patch of {self.patch} was planted into a copy of this model; without enough clean reference models "
+                "of its kind it cannot be told whether the scan would have found it"
             )
         else:
             found = self._found()
@@ -166,7 +163,6 @@ def positive_control(
         )  # fmt: skip
         after = success(purified.model)
     assert probe.target is not None
-    comparable = pool is not None and report.p_value is not None and not uncovered(pool, report.covariates)
     named = probe.target in report.target_classes
     return Control(
         patch="×".join(str(side) for side in [_side(config, task)] * 2) + " pixels",
@@ -174,8 +170,7 @@ def positive_control(
         planted_asr=planted,
         planted=planted is not None and planted >= PLANTED_ASR,
         scan=report,
-        comparable=comparable,
-        detected=comparable and named,  # classes are suspected only where the scan rejects
+        detected=report.comparable and named,  # classes are suspected only where the scan rejects
         target_named=named,
         asr_after=after,
         accuracy_lost=accuracy(model) - accuracy(copy),

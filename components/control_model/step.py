@@ -79,7 +79,7 @@ def control_model(
             bundle.model, splits, parsed, scanning, pool=chosen, task=bundle.spec.task_object(), seed=seed,
             device=where, progress=progress,
         )  # fmt: skip
-        decided = control.planted and control.comparable
+        decided = control.planted and control.scan.comparable
         results = {**control.to_results(), "detected": control.detected if decided else None, "repeats": None}
         finding = _finding(control)
     except (DataError, MethodDiverged) as error:
@@ -113,6 +113,6 @@ def _repeated(earlier: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _finding(control: Control) -> Finding:
     verdict = Verdict.PASS if control.detected else Verdict.FAIL
-    if not control.planted or not control.comparable:
+    if not control.planted or not control.scan.comparable:
         verdict = Verdict.UNKNOWN
     return Finding("control.detected", verdict, control.scan.p_value, f"p <= {control.scan.fpr:g}", control.sentence())

@@ -109,8 +109,9 @@ def judge(
     score = max((each.score for each in channels), default=None)
     confirmed = tuple(each.target for each in confirmations if each.confirmed)
     because = incomparable(config.fpr, pool, observed, channels=len(channels))
+    comparable = p_value is not None and not because
     reasons = because + undecided(
-        config.fpr, observed, confirmations, p_value=p_value, targets=targets, comparable=not because
+        config.fpr, observed, confirmations, p_value=p_value, targets=targets, comparable=comparable
     )
     pairs = observed.observations.get("pairs")
     without_pairs = pairs is not None and not pairs.measured
@@ -118,12 +119,16 @@ def judge(
     unread = [name for name in expected if name not in standings and not set(CHANNELS[name]) & set(observed.unfinished)]
     if pool is not None and observed.observations and unread:
         reasons += (f"The pool holds no readings of {', '.join(unread)} with so few clean images: give 100 or more",)
-    verdict = _verdict(config, p_value, confirmed, because, reasons)
+    if comparable and confirmed:  # classes are suspected, and confirmed, only where the p-value rejects
+        verdict = Verdict.FAIL
+    else:
+        verdict = Verdict.UNKNOWN if reasons or p_value is None else Verdict.PASS
     return ScanReport(
         verdict=verdict,
         sentence=sentence(config.fpr, verdict, confirmations, p_value, reasons, references=_references(pool)),
         p_value=p_value,
-        probability=_probability(pool, regime, score),
+        comparable=comparable,
+        probability=_probability(pool, regime, score) if comparable else None,
         score=score,
         fpr=config.fpr,
         target_classes=confirmed + tuple(target for target in targets if target not in confirmed),
@@ -181,19 +186,6 @@ def _targets(standings: Mapping[str, Standing], suspected: list[str]) -> tuple[i
     """The classes that the rejecting channels name, those of the channel that stands out most first."""
     ordered = sorted(suspected, key=lambda name: -standings[name].score)
     return tuple(dict.fromkeys(target for name in ordered for target in standings[name].targets))[:MAX_SUSPECTS]
-
-
-def _verdict(
-    config: ScanConfig,
-    p_value: float | None,
-    confirmed: tuple[int, ...],
-    because: tuple[str, ...],
-    reasons: tuple[str, ...],
-) -> Verdict:
-    """``because``: why its p-value says nothing; then it is UNKNOWN whatever was confirmed."""
-    if p_value is not None and p_value <= config.fpr and confirmed and not because:
-        return Verdict.FAIL
-    return Verdict.UNKNOWN if reasons or p_value is None else Verdict.PASS
 
 
 def _references(pool: Pool | None) -> int:

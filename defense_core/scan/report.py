@@ -66,7 +66,9 @@ class ScanReport:
             held-out clean images; UNKNOWN: everything else.
         sentence: the verdict in words for somebody who is no researcher.
         p_value: the least of the channels' Holm-adjusted p-values; ``None`` where no pool covers the model.
-        probability: calibrated P(backdoor) at equal prior odds, or ``None``.
+        comparable: clean reference models cover the model, and are enough for ``fpr``; otherwise the p-value says
+            nothing, and the verdict is UNKNOWN whatever was found.
+        probability: calibrated P(backdoor) at equal prior odds; ``None`` where no pool that has one covers the model.
         score: largest channel score, for ranking models; ``None`` without a pool.
         fpr: nominal false positive rate.
         target_classes: suspected, the most suspicious first; empty unless the p-value is at most ``fpr``.
@@ -79,6 +81,7 @@ class ScanReport:
     verdict: Verdict
     sentence: str
     p_value: float | None
+    comparable: bool
     probability: float | None
     score: float | None
     fpr: float

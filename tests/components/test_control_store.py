@@ -38,9 +38,8 @@ class Planting:
         self.times += 1
         return SimpleNamespace(
             planted=True,
-            comparable=self.p_value is not None,
             detected=True,
-            scan=SimpleNamespace(p_value=self.p_value, fpr=0.05),
+            scan=SimpleNamespace(p_value=self.p_value, fpr=0.05, comparable=self.p_value is not None),
             sentence=lambda: "A patch would have been detected",
             to_results=lambda: {"planted_asr": 0.98, "sentence": "A patch would have been detected"},
         )

@@ -131,12 +131,15 @@ def test_evidence_only_detectors_never_decide() -> None:
 def test_what_cannot_be_decided_is_unknown_and_says_why(changes: dict[str, object], why: str) -> None:
     report = judged(observed(), **changes)  # type: ignore[arg-type]
     assert report.verdict is Verdict.UNKNOWN
+    assert not report.comparable
     assert why in " ".join(report.reasons)
 
 
 def test_a_model_of_another_kind_is_unknown_even_where_nothing_stands_out() -> None:
     report = judged(replace(observed(), covariates={"mean_log_margin": 9.0}))
     assert report.verdict is Verdict.UNKNOWN
+    assert not report.comparable
+    assert report.probability is None
     assert "its mean log margin is 9" in report.sentence
 
 
@@ -153,6 +156,7 @@ def test_a_channel_that_the_pool_has_not_read_is_no_pass() -> None:
 def test_a_scan_that_ran_out_of_time_is_unknown_and_its_channels_still_count_under_holm() -> None:
     report = judged(observed(without=("generator", "pairs")))
     assert report.verdict is Verdict.UNKNOWN
+    assert report.comparable
     assert "ran out before generator, pairs" in report.sentence
     (only,) = report.channels
     assert only.name == "margin"

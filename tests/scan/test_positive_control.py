@@ -92,7 +92,7 @@ def test_a_patch_that_stands_out_would_have_been_detected(model: nn.Module, spli
     assert found.planted
     assert found.planted_asr is not None
     assert found.planted_asr >= 0.9
-    assert found.comparable
+    assert found.scan.comparable
     assert found.detected
     assert found.target_named
     assert found.scan.p_value is not None
@@ -140,9 +140,20 @@ def test_references_of_another_kind_tell_nothing(model: nn.Module, splits: Split
     found = controlled(model, splits, replace(pool, references=others), size_share=0.25)
     assert found.planted
     assert found.scan.p_value is not None
-    assert not found.comparable
+    assert not found.scan.comparable
     assert not found.detected
     assert "cannot be told whether the scan would have found it" in found.sentence()
+
+
+def test_too_few_references_for_the_rate_tell_nothing(model: nn.Module, splits: Splits) -> None:
+    pool = pool_beside(model, splits.fit, -100.0)
+    strict = replace(CONFIG, fpr=0.05)  # three channels of twelve references reach no less than 3/13
+    config = ControlConfig(method="", epochs=15, size_share=0.25)
+    found = positive_control(model, splits, config, strict, pool=pool, task=TASK, seed=0, device="cpu", progress=QUIET)
+    assert found.planted
+    assert not found.scan.comparable
+    assert not found.detected
+    assert "without enough clean reference models" in found.sentence()
 
 
 def test_one_image_a_class_leaves_nothing_to_measure_on(model: nn.Module, splits: Splits) -> None:
