@@ -58,7 +58,7 @@ KINDS: Mapping[str, Kind] = {
             {"image_size": 8, "patch_size": 2, "dim": dim, "depth": 3, "heads": 4, "in_channels": 1, "num_classes": 10}
             for dim in (32, 48, 64)
         ),
-        references=120, one_cycle=60, clean_tests=range(2700, 2748), length=2, images=(900, 1050, 1200),
+        references=90, one_cycle=45, clean_tests=range(2700, 2748), length=2, images=(900, 1050, 1200),
         augments=("none",), batch_sizes=(32, 64, 96), rates=(0.02, 0.03, 0.05),
     ),
 }  # fmt: skip
