@@ -12,12 +12,11 @@ from defense_core.attacks import poison, probe_from_spec
 from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import NullProgress
 from defense_core.scan.base import Observation, subject_of
-from defense_core.scan.pairs import (
+from defense_core.scan.pairs import PairsConfig, pairs
+from defense_core.scan.transfer import (
     TRANSFER_FLOOR,
-    PairsConfig,
     column_scores,
     greedy_core,
-    pairs,
     size_residuals,
     transfer_residuals,
 )
