@@ -171,7 +171,7 @@ def scan_summary(rows: Rows, *, kinds: bool) -> str:
 
 
 def scan_stability(rows: Rows) -> str:
-    """By family and truth: on how many models five sets of clean images give one verdict."""
+    """By family and truth: on how many models five sets of clean images give one verdict, and float32 the first."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         truth = "clean" if row["kind"] == "clean" else "backdoored"
@@ -183,6 +183,7 @@ def scan_stability(rows: Rows) -> str:
             "scanned": len(members),
             "same verdict": sum(row["same"] for row in members) / len(members),
             "agreeing scans": statistics.fmean(row["agreeing"] for row in members),
+            "same in float32": statistics.fmean(row["verdict_float32"] == row["verdicts"][0] for row in members),
         }
         for (family, truth), members in groups.items()
     ]

@@ -93,7 +93,7 @@ def autocast(
     """Context that runs a forward pass in the precision asked for."""
     kind = torch.device(device).type
     heavy = is_convolutional(model) or sum(parameter.numel() for parameter in model.parameters()) >= LARGE_NETWORK
-    wanted = precision == "bf16" or (precision == "auto" and heavy and _multiplies_bfloat16(kind))
+    wanted = precision == "bf16" or (precision == "auto" and heavy and multiplies_bfloat16(kind))
     if not wanted:
         return contextlib.nullcontext
     return lambda: torch.autocast(kind, dtype=torch.bfloat16)
@@ -116,7 +116,8 @@ def is_convolutional(model: nn.Module) -> bool:
     return convolutions > sum(isinstance(module, nn.Linear) for module in model.modules())
 
 
-def _multiplies_bfloat16(kind: str) -> bool:
+def multiplies_bfloat16(kind: str) -> bool:
+    """Whether devices of this kind do so here: ``cpu`` or ``cuda``."""
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.12
