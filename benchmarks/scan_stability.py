@@ -35,13 +35,11 @@ def stability(model: ZooModel, loaded: Victim, pool: Pool, family: str) -> dict[
     def scanned(draw: int) -> tuple[str, float | None]:
         images = clean_images(loaded.held_out, MANY, seed=FIRST_DRAW + draw)
         task = recipe_task(model.recipe)
-        report = scan(
-            loaded.model, images, ScanConfig(), pool=pool, task=task, device="cpu", progress=NullProgress()
-        )
+        report = scan(loaded.model, images, ScanConfig(), pool=pool, task=task, device="cpu", progress=NullProgress())
         return str(report.verdict), report.p_value
 
     verdicts, p_values = zip(*map(scanned, range(DRAWN)), strict=True)
-    with mock.patch("defense_core.inference.multiplies_bfloat16", lambda _: False):
+    with mock.patch("defense_core.inference.multiplies_bfloat16", return_value=False):
         verdict_float32, p_value_float32 = scanned(0)
     return {
         "model": f"{family}/{model.name}",
