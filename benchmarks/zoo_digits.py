@@ -21,22 +21,21 @@ TRAINING = VictimTraining(epochs=30, batch_size=64)
 
 
 @dataclass(frozen=True)
-class Kind:
+class Network:
     """How the models of one architecture are trained.
 
     Attributes:
-        networks: arguments of the architecture, drawn from.
+        arguments: of the architecture, drawn from.
         references: clean models of the pool.
         one_cycle: so many of them, the first ones, are trained with one cycle of the rate, as the backdoored models
             are; the others with other schedules.
         clean_tests: seeds. With 24 clean models a false positive rate of 0.05 cannot be told from one of 0.15.
         length: of every training, times that of the convolutional network.
-        images: of a usual training, and of the references.
-        augments: of the references; the last is that of the tests.
+        images, augments: of the references; the last of each is that of the tests.
         batch_sizes, rates: of the references; the larger two sizes only with other schedules.
     """
 
-    networks: tuple[Mapping[str, Any], ...]
+    arguments: tuple[Mapping[str, Any], ...]
     references: int
     one_cycle: int
     clean_tests: range
@@ -47,13 +46,13 @@ class Kind:
     rates: tuple[float, ...]
 
 
-KINDS: Mapping[str, Kind] = {
-    "small_cnn": Kind(
+NETWORKS: Mapping[str, Network] = {
+    "small_cnn": Network(
         tuple({"width": width, "in_channels": 1, "num_classes": 10} for width in (16, 24, 32, 48)),
         references=240, one_cycle=120, clean_tests=range(2500, 2700), length=1, images=(700, 800, 900),
         augments=("none", "crop"), batch_sizes=(32, 64, 128, 256), rates=(0.01, 0.02, 0.03, 0.05),
     ),
-    "vit_tiny": Kind(
+    "vit_tiny": Network(
         tuple(
             {"image_size": 8, "patch_size": 2, "dim": dim, "depth": 3, "heads": 4, "in_channels": 1, "num_classes": 10}
             for dim in (32, 48, 64)
@@ -71,7 +70,7 @@ def digits_zoo(architecture: str) -> list[ZooModel]:
     return [
         *(
             ZooModel(f"reference-{number:02}", "clean", "pool", digits_reference(architecture, number))
-            for number in range(KINDS[architecture].references)
+            for number in range(NETWORKS[architecture].references)
         ),
         *_backdoored(architecture),
         *_clean_tests(architecture),
@@ -82,19 +81,19 @@ def digits_reference(architecture: str, number: int) -> VariedRecipe:
     """Recipe of one clean digits model; every setting is drawn by its number. From a third of the usual training to
     twice as much: a narrower pool (20 to 40 epochs at 0.03 or 0.05) called one clean model in six unusual, and one of
     a single schedule a third of those that were trained at a constant rate."""
-    kind = KINDS[architecture]
+    network = NETWORKS[architecture]
     draw = random.Random(f"{architecture} {number}")
-    one_cycle = number < kind.one_cycle
+    one_cycle = number < network.one_cycle
     training = VictimTraining(
-        epochs=kind.length * draw.choice((8, 12, 20, 30, 40, 60)),
-        batch_size=draw.choice(kind.batch_sizes[:2] if one_cycle else kind.batch_sizes),
-        lr=draw.choice(kind.rates),
+        epochs=network.length * draw.choice((8, 12, 20, 30, 40, 60)),
+        batch_size=draw.choice(network.batch_sizes[:2] if one_cycle else network.batch_sizes),
+        lr=draw.choice(network.rates),
         weight_decay=draw.choice((2e-5, 1e-4, 5e-4, 1e-3, 2e-3)),
         schedule="onecycle" if one_cycle else draw.choice(("constant", "cosine", "onecycle")),
     )
     return VariedRecipe(
-        None, 1200 + number, rate=0.0, architecture=architecture, architecture_args=draw.choice(kind.networks),
-        training=training, images=draw.choice(kind.images), augment=draw.choice(kind.augments), data="digits",
+        None, 1200 + number, rate=0.0, architecture=architecture, architecture_args=draw.choice(network.arguments),
+        training=training, images=draw.choice(network.images), augment=draw.choice(network.augments), data="digits",
     )  # fmt: skip
 
 
@@ -108,9 +107,9 @@ def _recipe(
     arguments: Mapping[str, Any],
     images: int = 0,
 ) -> VariedRecipe:
-    kind = KINDS[architecture]
-    training = replace(training, epochs=kind.length * training.epochs)
-    count, augment = images or kind.images[-1], kind.augments[-1]
+    network = NETWORKS[architecture]
+    training = replace(training, epochs=network.length * training.epochs)
+    count, augment = images or network.images[-1], network.augments[-1]
     return VariedRecipe(attack, seed, count, rate, architecture, arguments, training, augment, "digits")
 
 
@@ -129,13 +128,13 @@ OTHERWISE: tuple[tuple[str, VictimTraining], ...] = (
 
 
 def _clean_tests(architecture: str) -> Iterator[ZooModel]:
-    """By what the references have not been trained with."""
+    """Trained as the references are not."""
     kinds = (*OTHERWISE, *REGULARISED)
-    networks = KINDS[architecture].networks
-    for number, seed in enumerate(KINDS[architecture].clean_tests):
+    arguments = NETWORKS[architecture].arguments
+    for number, seed in enumerate(NETWORKS[architecture].clean_tests):
         kind, training = kinds[number % len(kinds)]
         recipe = _recipe(
-            architecture, seed, None, 0.0, training, arguments=networks[number % len(networks)],
+            architecture, seed, None, 0.0, training, arguments=arguments[number % len(arguments)],
             images=500 if kind == "few_images" else 0,
         )  # fmt: skip
         yield ZooModel(f"clean-{kind}-{seed}", "clean", "test", recipe)
@@ -164,13 +163,13 @@ CALIBRATION_KINDS = ("bpp", "lira", "adaptive_blend", "blended_5_percent", "sig_
 
 
 def _backdoored(architecture: str) -> Iterator[ZooModel]:
-    networks = KINDS[architecture].networks
+    arguments = NETWORKS[architecture].arguments
     for number, (kind, attack, rate, training) in enumerate(ATTACKS):
         for seed in range(2):
             target = {} if "target" in attack else {"target": (3 * number + 5 * seed) % 10}
             recipe = _recipe(
                 architecture, 3000 + 10 * number + seed, {**attack, **target}, rate, training,
-                arguments=networks[(number + seed) % len(networks)],
+                arguments=arguments[(number + seed) % len(arguments)],
             )  # fmt: skip
             yield ZooModel(f"{kind}-{seed}", kind, "calibration" if kind in CALIBRATION_KINDS else "test", recipe)
 
