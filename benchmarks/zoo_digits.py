@@ -32,7 +32,7 @@ class Network:
         clean_tests: seeds. With 24 clean models a false positive rate of 0.05 cannot be told from one of 0.15.
         length: of every training, times that of the convolutional network.
         images, augments: of the references; the last of each is that of the tests.
-        batch_sizes, rates: of the references; the larger two sizes only with other schedules.
+        batch_sizes, rates: of the references; sizes after the second only with other schedules.
     """
 
     arguments: tuple[Mapping[str, Any], ...]
@@ -62,7 +62,7 @@ NETWORKS: Mapping[str, Network] = {
     ),
 }  # fmt: skip
 """The transformer is trained twice as long, on more images and without shifts: with the training of the convolutional
-network it reached an accuracy of 0.3, and no backdoor worth the name."""
+network the tests had a median accuracy of 0.35 to 0.37, and half of the backdoors an ASR below 0.5."""
 
 
 def digits_zoo(architecture: str) -> list[ZooModel]:

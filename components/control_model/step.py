@@ -79,9 +79,9 @@ def control_model(
             bundle.model, splits, parsed, scanning, pool=chosen, task=bundle.spec.task_object(), seed=seed,
             device=where, progress=progress,
         )  # fmt: skip
-        decided = control.planted and control.scan.comparable
-        results = {**control.to_results(), "detected": control.detected if decided else None, "repeats": None}
         finding = _finding(control)
+        detected = None if finding.verdict is Verdict.UNKNOWN else control.detected
+        results = {**control.to_results(), "detected": detected, "repeats": None}
     except (DataError, MethodDiverged) as error:
         finding = Finding("control.detected", Verdict.UNKNOWN, None, "a planted patch", f"The control failed: {error}")
     evidence = compose(

@@ -121,8 +121,10 @@ def judge(
         reasons += (f"The pool holds no readings of {', '.join(unread)} with so few clean images: give 100 or more",)
     if comparable and confirmed:  # classes are suspected, and confirmed, only where the p-value rejects
         verdict = Verdict.FAIL
+    elif reasons or not comparable:
+        verdict = Verdict.UNKNOWN
     else:
-        verdict = Verdict.UNKNOWN if reasons or p_value is None else Verdict.PASS
+        verdict = Verdict.PASS
     return ScanReport(
         verdict=verdict,
         sentence=sentence(config.fpr, verdict, confirmations, p_value, reasons, references=_references(pool)),

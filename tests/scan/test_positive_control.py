@@ -81,9 +81,11 @@ def pool_beside(model: nn.Module, clean: CleanSet, shift: float) -> Pool:
     return Pool(Stratum("small_cnn", 10, (1, 8, 8)), digest(SETTINGS), references, {})
 
 
-def controlled(model: nn.Module, splits: Splits, pool: Pool | None, **changes: Any) -> Control:
+def controlled(
+    model: nn.Module, splits: Splits, pool: Pool | None, *, scanning: ScanConfig = CONFIG, **changes: Any
+) -> Control:
     config = ControlConfig(**{"method": "", "epochs": 15, **changes})
-    return positive_control(model, splits, config, CONFIG, pool=pool, task=TASK, seed=0, device="cpu", progress=QUIET)
+    return positive_control(model, splits, config, scanning, pool=pool, task=TASK, seed=0, device="cpu", progress=QUIET)
 
 
 def test_a_patch_that_stands_out_would_have_been_detected(model: nn.Module, splits: Splits) -> None:
@@ -148,8 +150,7 @@ def test_references_of_another_kind_tell_nothing(model: nn.Module, splits: Split
 def test_too_few_references_for_the_rate_tell_nothing(model: nn.Module, splits: Splits) -> None:
     pool = pool_beside(model, splits.fit, -100.0)
     strict = replace(CONFIG, fpr=0.05)  # three channels of twelve references reach no less than 3/13
-    config = ControlConfig(method="", epochs=15, size_share=0.25)
-    found = positive_control(model, splits, config, strict, pool=pool, task=TASK, seed=0, device="cpu", progress=QUIET)
+    found = controlled(model, splits, pool, scanning=strict, size_share=0.25)
     assert found.planted
     assert not found.scan.comparable
     assert not found.detected
