@@ -40,6 +40,10 @@ from defense_core.universal import Perturbations, select_signals, universal_pert
 KEY = ("attack", "method", "seed", "clean_fraction", "architecture", "config_digest")
 """Fields that identify a row."""
 
+CANDIDATES = ("tsbd", "distil", "fip", "fast_fip", "nft", "ngf")
+"""Methods that ``selected`` is chosen among, in order of preference: all of ours, as a run with ``--methods`` and these
+names would. The control and the methods of others are not among them."""
+
 CHOSEN = ("n", "lr", "ratio", "sparsity")
 """Facts of a method that say what its rule chose."""
 
@@ -142,7 +146,7 @@ def figures(
         return {"diverged": str(error), "seconds": round(time.perf_counter() - started, 1)}
     seconds, peak = time.perf_counter() - started, peak_mb(device)
     row = {}
-    if _selectable(method):
+    if method in CANDIDATES:
         row["select"] = select_signals(
             subject.model, result.model, clean, task=subject.task, device=device, progress=progress,
             perturbations=case.perturbations,
@@ -169,7 +173,9 @@ def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         members = groups[group_of(row)]
         control = [each.get("der") for each in members if METHODS[each["method"]].control]
-        chosen = choose([_candidate(each) for each in members if _may_be_selected(each)])
+        # One that diverged gave no signals.
+        candidates = [each for each in members if each["method"] in CANDIDATES and "select" in each]
+        chosen = choose([_candidate(each) for each in sorted(candidates, key=_preference)])
         selected = chosen is not None and chosen.method == row["method"]
         done.append({**row, "control_der": control[0] if control else None, "selected": selected})
     return done
@@ -180,12 +186,8 @@ def group_of(row: Mapping[str, Any]) -> str:
     return config.digest([row[field] for field in ("attack", "seed", "clean_fraction", "architecture")])
 
 
-def _may_be_selected(row: Mapping[str, Any]) -> bool:
-    return _selectable(row["method"]) and "diverged" not in row
-
-
-def _selectable(method: str) -> bool:
-    return not METHODS[method].control and not METHODS[method].baseline
+def _preference(row: Mapping[str, Any]) -> int:
+    return CANDIDATES.index(row["method"])
 
 
 def _candidate(row: Mapping[str, Any]) -> Candidate:

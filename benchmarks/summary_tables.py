@@ -112,7 +112,7 @@ def readme_rows() -> str:
         worst = max(rows, key=lambda row: float(row["asr_after"]))
         lines.append(
             [
-                f"CIFAR-10, {len({row['attack'] for row in rows})} attacks, 5 % clean, the selected of five methods",
+                f"CIFAR-10, {len({row['attack'] for row in rows})} attacks, 5 % clean, the selected of six methods",
                 f"{_change(rows)}; worst run ASR {worst['asr_after']:.3f} ({worst['attack']})",
             ]
         )

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.presets import ATTACKS, ONE_PER_CLASS, PRESETS, tiny
-from benchmarks.purification import completed, jobs, run
+from benchmarks.purification import CANDIDATES, completed, jobs, run
 from defense_core.purify import METHODS
 
 
@@ -89,7 +89,15 @@ def test_the_choice_sees_no_attack_figure() -> None:
         {**key, "method": "tsbd", "der": 0.5, "asr_after": 1.0, "select": {**signals, "reached": [0.1]}},
         {**key, "method": "fip", "der": 0.9, "asr_after": 0.0, "select": {**signals, "reached": [0.9]}},
         {**key, "method": "fine_tuning", "der": 0.7, "asr_after": 0.0, "select": {**signals, "reached": [0.0]}},
+        {**key, "method": "ft_sam", "der": 0.9, "asr_after": 0.0},
         {**key, "method": "nft", "diverged": "NaN", "seconds": 1.0},
     ]
-    assert [row["selected"] for row in completed(rows)] == [True, False, False, False]
+    assert [row["selected"] for row in completed(rows)] == [True, False, False, False, False]
     assert {row["control_der"] for row in completed(rows)} == {0.7}
+    better = {**key, "method": "fast_fip", "der": 0.1, "asr_after": 1.0, "select": {**signals, "reached": [0.0]}}
+    assert [row["method"] for row in completed([*rows, better]) if row["selected"]] == ["fast_fip"]
+
+
+def test_the_choice_is_among_all_methods_but_the_control_and_those_of_others() -> None:
+    others = {"ft_sam", "fine_pruning", "anp", "clp"}
+    assert set(CANDIDATES) == {name for name, method in METHODS.items() if not method.control} - others
