@@ -37,6 +37,8 @@ TRIED = 8
 def samples_apart(model: nn.Module) -> Iterator[nn.Module]:
     """Eval mode and full precision, in which no sample's loss depends on another's.
 
+    Full precision on CUDA too, where convolutions of float32 would otherwise round to TF32's ten bits.
+
     Raises:
         ConfigError: a BatchNorm layer keeps no running statistics, and so normalises by the
             batch in eval mode too.
@@ -51,8 +53,18 @@ def samples_apart(model: nn.Module) -> Iterator[nn.Module]:
     devices = {parameter.device.type for parameter in model.parameters()}
     kind = devices.pop() if devices else "cpu"
     # The fused attention kernels have no second derivative.
-    with evaluating(model), torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model), torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH), _without_tf32():
         yield model
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass(eq=False)

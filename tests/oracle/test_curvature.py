@@ -115,6 +115,16 @@ def test_diagonal_is_that_of_the_loop(name: str, kind: str, by_layer: bool) -> N
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_samples_apart_allows_no_tf32_and_gives_back_what_was_set(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    with samples_apart(network("cnn")):
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 is allowed
+
+
 def test_rules_cover_ordinary_layers_and_leave_out_what_they_cannot_see() -> None:
     from defense_core import per_sample
 
