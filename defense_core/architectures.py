@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from defense_core.errors import ArchitectureNotAllowed, ConfigError, QuarantineError
 from defense_core.factories import call_factory, trusted_factory, without_global_rng
@@ -91,13 +91,24 @@ def build(name: str, arguments: Mapping[str, Any], *, trusted_modules: tuple[str
         # Hooks and double backward need the value that an in-place activation would overwrite.
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
+        for part, child in module.named_children():
+            if isinstance(child, nn.Hardsigmoid):
+                setattr(module, part, _Hardsigmoid())
     return model.to(device="cpu", dtype=torch.float32).requires_grad_(True).eval()
+
+
+class _Hardsigmoid(nn.Module):
+    """``nn.Hardsigmoid`` of operations that have a second derivative, which curvature needs."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.relu6(inputs + 3) / 6
 
 
 def initialise(model: nn.Module, seed: int) -> nn.Module:
     """Draw every layer's weights again, in place, by the layers' own rules; for training from scratch.
 
-    The global random state is left as it was.
+    Parameters of modules that have no such rule (``reset_parameters``) stay: class tokens, position embeddings, the
+    fused projections of ``nn.MultiheadAttention``. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

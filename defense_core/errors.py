@@ -78,6 +78,10 @@ class ConfigError(QuarantineError):
     """A configuration value is unknown, of the wrong type or out of range."""
 
 
+class MethodNotApplicable(ConfigError):
+    """A purification method finds nothing to work on in a network of this kind."""
+
+
 class PolicyError(QuarantineError):
     """A policy file is malformed (unknown key, bad bound, missing field)."""
 

@@ -6,6 +6,7 @@ method walks a network through :func:`unit_layers`, so that all of them mean the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def unit_layers(model: nn.Module, *, scope: Scope = "auto") -> list[UnitLayer]:
     """Weights whose units a method may rank, in module order.
 
     The classifier head is never among them, nor are shortcut projections (they carry no
-    unit of their own: their outputs are added to those of the main branch).
+    unit of their own: their outputs are added to those of the main branch), weights that two modules
+    share, or weights that are computed from others (a parametrisation): no one unit is theirs.
 
     Args:
         scope: ``"conv"``: convolutions only. ``"all"``: convolutions and linear layers,
@@ -56,6 +58,7 @@ def unit_layers(model: nn.Module, *, scope: Scope = "auto") -> list[UnitLayer]:
             outnumber the hidden linear layers (CNNs), else all (transformers, MLPs, mixers).
     """
     head = classifier_head(model)
+    uses = Counter(id(value) for module in model.modules() for value in module.parameters(recurse=False))
     layers: list[UnitLayer] = []
     for name, module in model.named_modules():
         if any(word in name.lower() for word in SHORTCUT_WORDS) or module is head:
@@ -66,6 +69,7 @@ def unit_layers(model: nn.Module, *, scope: Scope = "auto") -> list[UnitLayer]:
             layers.append(UnitLayer(f"{name}.weight", module.weight, "linear"))
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             layers.append(UnitLayer(f"{name}.in_proj_weight", module.in_proj_weight, "linear"))
+    layers = [layer for layer in layers if isinstance(layer.weight, nn.Parameter) and uses[id(layer.weight)] == 1]
     convolutions = [layer for layer in layers if layer.kind == "conv"]
     if scope == "conv" or (scope == "auto" and 2 * len(convolutions) > len(layers)):
         return convolutions

@@ -133,7 +133,8 @@ def tune(
     """Train ``model`` in place on ``data``; from a checkpoint on where ``progress`` brings one.
 
     Args:
-        model: in any mode; left in training mode. Parameters that require no gradient stay.
+        model: in any mode; left in training mode, with ``fixed_statistics`` in eval mode. Parameters that require no
+            gradient stay.
         data: samples, moved to ``device`` once.
         step: fills ``parameter.grad`` and returns the loss.
         sign: -1 for gradient ascent.
@@ -254,11 +255,16 @@ def epochs_for(images: int, epochs: int, min_steps: int, batch_size: int) -> int
 
 def _finite_rates(tuning: Tuning, steps_per_epoch: int, name: str) -> list[float]:
     rates = list(learning_rates(tuning, steps_per_epoch))
-    if max(rates, default=0.0) > torch.finfo(torch.float32).max:
-        raise MethodDiverged(
-            f"{name} cannot begin", expected="a learning rate that float32 holds", got=tuning.lr, hint="Lower it"
-        )
+    require_float32(max(rates, default=0.0), name)
     return rates
+
+
+def require_float32(rate: float, name: str) -> None:
+    """Raise :class:`MethodDiverged` for a learning rate that weights cannot be multiplied with."""
+    if rate > torch.finfo(torch.float32).max:
+        raise MethodDiverged(
+            f"{name} cannot begin", expected="a learning rate that float32 holds", got=rate, hint="Lower it"
+        )
 
 
 def learning_rates(tuning: Tuning, steps_per_epoch: int) -> Iterator[float]:

@@ -53,12 +53,13 @@ def samples_apart(model: nn.Module) -> Iterator[nn.Module]:
     devices = {parameter.device.type for parameter in model.parameters()}
     kind = devices.pop() if devices else "cpu"
     # The fused attention kernels have no second derivative.
-    with evaluating(model), torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH), _without_tf32():
+    with evaluating(model), torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH), without_tf32():
         yield model
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
+    """Convolutions of float32 on CUDA in full precision inside, whatever was set."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

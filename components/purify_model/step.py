@@ -13,7 +13,7 @@ from components._runtime.plan import REPORT_SHARE, UNTOUCHED, Loading
 from defense_core.bundle import Bundle, bundle_of, save_bundle
 from defense_core.checkpoints import NO_CHECKPOINTS, Checkpoints
 from defense_core.config import digest, from_mapping, to_mapping
-from defense_core.errors import MethodDiverged
+from defense_core.errors import MethodDiverged, MethodNotApplicable
 from defense_core.files import atomic_directory
 from defense_core.progress import NullProgress, Progress
 from defense_core.purify import Purified, method_named, purify
@@ -56,6 +56,7 @@ def purify_model(
 
     Raises:
         ConfigError: unknown method, unknown key, value out of range.
+        MethodNotApplicable: the method has nothing to work on in this network; nothing is left.
         MethodDiverged: a loss or weight became NaN or Inf; nothing is left.
         ArtifactError, DataError, Cancelled, StorageError: nothing is left.
     """
@@ -103,11 +104,11 @@ def purify_model(
 
 
 def purify_candidate(model: Path, clean: Path, out: Path, *, method: str, **options: Any) -> dict[str, Any]:
-    """:func:`purify_model` for one of several parallel methods: divergence is an outcome, not an end.
+    """:func:`purify_model` for one of several parallel methods: that one gives no model is an outcome, not an end.
 
     ``untouched`` in place of a method leaves the model as it is: the scan found no evidence.
-    A method that diverges leaves a folder with ``result.json`` only, whose verdict is UNKNOWN; it is
-    never selected, and the other methods go on. Every other error is raised.
+    A method that diverges, or has nothing to work on in this network, leaves a folder with ``result.json`` only, whose
+    verdict is UNKNOWN; it is never selected, and the other methods go on. Every other error is raised.
     """
     clock = Clock.start()
     if method == UNTOUCHED:
@@ -116,6 +117,8 @@ def purify_candidate(model: Path, clean: Path, out: Path, *, method: str, **opti
         return purify_model(model, clean, out, method=method, **options)
     except MethodDiverged as error:
         finding = Finding("purify.diverged", Verdict.UNKNOWN, error.got, "finite losses and weights", str(error))
+    except MethodNotApplicable as error:
+        finding = Finding("purify.not_applicable", Verdict.UNKNOWN, error.got, error.expected or "", str(error))
     bundle = open_model(model, options.get("spec"), options.get("loading", Loading()))
     seed = options.get("seed", 0)
     row = method_named(method)

@@ -14,7 +14,7 @@ from defense_core.attacks.pixels import seeded_generator
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
-from defense_core.inference import autocast, channels_last
+from defense_core.inference import autocast, channels_last, logits
 from defense_core.loop import batch_indices, seeded, working_copy
 from defense_core.progress import Progress
 from defense_core.task import Task
@@ -132,7 +132,7 @@ def train_generator(
                 labels = data.labels[index.to(device)]
                 images = task.augmented(data.images[index.to(device)], generator).float() / 255
                 batch = Batch(
-                    lambda pixels: classifier(channels_last(task.inputs(pixels))),
+                    lambda pixels: logits(classifier(channels_last(task.inputs(pixels)))),
                     images,
                     labels,
                     wanted(labels),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from defense_core.attacks.catalogue import Attack
 from defense_core.attacks.label_consistent import LabelConsistent, adversarial
 from defense_core.attacks.learned import store_tensors
-from defense_core.attacks.poison import Poisoned, Prepare, poison_by
+from defense_core.attacks.poison import Poisoned, Prepare, poison_by, require_possible
 from defense_core.attacks.probe import TRIGGERS, Probe, Trigger
 from defense_core.attacks.victim import VictimTraining, train_victim
 from defense_core.config import to_mapping
@@ -58,7 +58,8 @@ def plant(
     """Train ``network`` from random weights so that it obeys ``attack``.
 
     Args:
-        network: the architecture; its weights are neither used nor changed.
+        network: the architecture; left as it is. What its layers draw by themselves is drawn anew, see
+            :func:`~defense_core.architectures.initialise`.
         train: clean training samples; left alone.
         rate: poisoning rate, a share of the whole set.
         seed: draws weights, samples, order, and whatever the attack draws.
@@ -72,6 +73,7 @@ def plant(
         Cancelled: a stop was requested.
     """
     poisoning = attack.poisoning(rate)
+    require_possible(train, attack.target, poisoning, trigger=TRIGGERS[attack.kind], kind=attack.kind)
     wants_surrogate = attack.row.surrogate and (attack.trigger is None or attack.kind == "label_consistent")
     if wants_surrogate and surrogate is None:
         surrogate = train_victim(

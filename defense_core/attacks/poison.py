@@ -108,6 +108,7 @@ def poison_by(
         ConfigError: no sample would be poisoned, the target class is too small for a clean-label attack, a
             clean-label attack has no target, or cover was asked of a trigger that has none.
     """
+    require_possible(data, probe.target, poisoning, trigger=type(probe.trigger), kind=probe.kind)
     index, cover = _draw(data, probe, poisoning, seed)
     images, labels = data.images.clone(), data.labels.clone()
     chosen = data.images[index]
@@ -122,31 +123,41 @@ def poison_by(
     return Poisoned(CleanSet(images, labels, data.num_classes), index, cover)
 
 
-def _draw(data: CleanSet, probe: Probe, poisoning: Poisoning, seed: int) -> tuple[Tensor, Tensor]:
-    count, covers = round(poisoning.rate * len(data)), round(poisoning.cover_rate * len(data))
+def require_possible(
+    data: CleanSet, target: int | None, poisoning: Poisoning, *, trigger: type[object], kind: str
+) -> None:
+    """Refuse what could not be planted into ``data``, before anything is learnt or trained for it.
+
+    Raises:
+        ConfigError: as :func:`poison_by`.
+    """
+    count = round(poisoning.rate * len(data))
     if count < 1:
         raise ConfigError(
             "no sample would be poisoned",
             expected=f"a rate of {1 / max(len(data), 1):.2g} or more for {len(data)} samples",
             got=poisoning.rate,
         )
-    if covers and not isinstance(probe.trigger, Covered):
-        raise ConfigError(
-            f"attack {probe.kind} has no cover samples", expected="cover_rate 0", got=poisoning.cover_rate
-        )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)
-    drawn = order
-    if poisoning.clean_label:
-        if probe.target is None:
-            raise ConfigError("a clean-label attack needs a target class", expected="a class number", got="all-to-all")
-        drawn = order[data.labels[order] == probe.target]
-    if len(drawn) < count:
+    if round(poisoning.cover_rate * len(data)) and not hasattr(trigger, "cover"):
+        raise ConfigError(f"attack {kind} has no cover samples", expected="cover_rate 0", got=poisoning.cover_rate)
+    if not poisoning.clean_label:
+        return
+    if target is None:
+        raise ConfigError("a clean-label attack needs a target class", expected="a class number", got="all-to-all")
+    members = int((data.labels == target).sum())
+    if members < count:
         raise ConfigError(
             "the target class is too small for this rate",
-            expected=f"a rate of at most {len(drawn) / len(data):.4f}: a clean-label attack changes images of "
-            f"class {probe.target} only",
+            expected=f"a rate of at most {members / len(data):.4f}: a clean-label attack changes images of "
+            f"class {target} only",
             got=poisoning.rate,
         )
+
+
+def _draw(data: CleanSet, probe: Probe, poisoning: Poisoning, seed: int) -> tuple[Tensor, Tensor]:
+    count, covers = round(poisoning.rate * len(data)), round(poisoning.cover_rate * len(data))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)
+    drawn = order[data.labels[order] == probe.target] if poisoning.clean_label else order
     index = drawn[:count].sort().values
     free = torch.ones(len(data), dtype=torch.bool, device=order.device)
     free[index] = False

@@ -117,9 +117,11 @@ def adversarial_noise(loss_of: LossOf, perturbed: list[Perturbed], *, eps: float
     """Set each noise to one sign step of ``eps`` up the loss from a uniform start, kept within ``eps``."""
     for part in perturbed:
         part.noise = torch.empty_like(part.noise).uniform_(-eps, eps).requires_grad_()
-    gradients = torch.autograd.grad(loss_of(), [part.noise for part in perturbed])
+    # An auxiliary head of the network has no part in the loss.
+    gradients = torch.autograd.grad(loss_of(), [part.noise for part in perturbed], allow_unused=True)
     for part, gradient in zip(perturbed, gradients, strict=True):
-        part.noise = (part.noise.detach() + eps * gradient.sign()).clamp(-eps, eps)
+        up = torch.zeros_like(part.noise) if gradient is None else gradient.sign()
+        part.noise = (part.noise.detach() + eps * up).clamp(-eps, eps)
 
 
 def purify(

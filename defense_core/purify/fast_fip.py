@@ -177,7 +177,7 @@ def exact_trace_term(
         if others:
             with samples_apart(model):
                 losses = task.losses(model(inputs), targets)
-            trace = trace + random_sign_trace(losses, others, generator=generator)
+                trace = trace + random_sign_trace(losses, others, generator=generator)
         return trace
 
     return term

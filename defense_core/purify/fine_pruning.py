@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
-from defense_core.errors import ConfigError
+from defense_core.errors import MethodNotApplicable
 from defense_core.inference import accuracy, channels_last
 from defense_core.layers import classifier_head, evaluating
 from defense_core.loop import finished, working_copy
@@ -73,7 +73,12 @@ def purify(
     pruned = working_copy(model, device)
     head = classifier_head(pruned)
     if not isinstance(head, nn.Linear):
-        raise ConfigError("fine-pruning needs a linear classifier", expected="nn.Linear at the end", got=head)
+        raise MethodNotApplicable(
+            "fine-pruning needs a linear classifier",
+            expected="a network that ends in nn.Linear",
+            got=type(head).__name__,
+            hint="Use another method",
+        )
     reference = select_accuracy(pruned)
     order = mean_inputs(pruned, head, clean.fit, task=task, device=device).argsort(stable=True)
     weight = head.weight.detach().clone()

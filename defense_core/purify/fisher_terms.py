@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from defense_core.errors import MethodDiverged
 from defense_core.gradient_steps import LossOf, Step, plain_step
+from defense_core.per_sample import without_tf32
 
 TraceTerm = Callable[[nn.Module], Tensor]
 Penalty = Callable[[nn.Module], None]
@@ -51,7 +52,8 @@ def regularised_step(
 def add_clipped(model: nn.Module, term: Tensor, *, max_norm: float) -> None:
     """Add the gradient of ``term``, clipped to the global L2 norm ``max_norm``, to every gradient."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(term, parameters, allow_unused=True)
+    with without_tf32():  # as the term itself was taken
+        found = torch.autograd.grad(term, parameters, allow_unused=True)
     pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for _, gradient in pairs]))
     factor = (max_norm / norm.clamp_min(1e-12)).clamp(max=1.0)

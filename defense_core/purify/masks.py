@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from defense_core.errors import ConfigError
+from defense_core.errors import MethodNotApplicable
 from defense_core.layers import classifier_head, evaluating, unit_layers
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -70,7 +70,7 @@ def mask_sites(
             for each pair of a unit and an input channel.
 
     Raises:
-        ConfigError: there is nothing to mask.
+        MethodNotApplicable: there is nothing to mask.
     """
     norms = {
         f"{name}.weight"
@@ -88,7 +88,7 @@ def mask_sites(
         if name in norms or name in units
     ]
     if not found:
-        raise ConfigError(
+        raise MethodNotApplicable(
             "there is nothing to mask",
             expected="normalisations with a scale" if sites == "norm" else "normalisations, or hidden layers",
             got=type(model).__name__,

@@ -47,9 +47,8 @@ def purify(
     """Close what clean unlearning moves most, tune the masks from there, and fold them.
 
     Returns:
-        The purified model. ``facts`` holds ``ratio`` and ``sparsity``, the trials behind them, the
-        BatchNorm policy used, and per masked tensor the clamp (``floors``), the mean mask (``means``) and
-        the share of masks at the clamp (``closed``).
+        The purified model. ``facts`` holds ``ratio`` and ``sparsity``, the trials behind them, and per masked tensor
+        the clamp (``floors``), the mean mask (``means``) and the share of masks at the clamp (``closed``).
 
     Raises:
         MethodDiverged: a loss, mask or weight became NaN or Inf.
@@ -60,14 +59,14 @@ def purify(
     sample = channels_last(task.inputs(clean.fit.images[:2].to(device)))
     sites = mask_sites(original, sample, sites=config.sites, granularity=config.granularity)
     floors = depth_schedule(len(sites), alpha=config.alpha, beta=config.beta, depth=config.depth)
-    pull_open = config.eta * task.num_classes / max(len(clean.fit), task.num_classes)
+    openness = config.eta * task.num_classes / max(len(clean.fit), task.num_classes)
     closing = _closing(original, clean, config, **shared) if config.ratio != 0 and config.epochs else None
 
     def trained(starts: list[Tensor], sparsity: float, *, taught: bool) -> Outcome:
-        pull = sparsity - pull_open
         return train_masks(
-            original, clean.fit, config, sites, floors, starts=starts, pull=pull, taught=taught, **shared
-        )
+            original, clean.fit, config, sites, floors,
+            starts=starts, sparsity=sparsity, openness=openness, taught=taught, **shared,
+        )  # fmt: skip
 
     def change(made: Outcome) -> float:
         return -expected_drop(original, made.model, chooser(clean), **shared)

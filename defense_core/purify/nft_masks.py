@@ -143,17 +143,20 @@ def train_masks(
     floors: list[float],
     *,
     starts: list[Tensor],
-    pull: float,
+    sparsity: float,
+    openness: float,
     taught: bool,
     task: Task,
     seed: int,
     device: torch.device | str,
     progress: Progress,
 ) -> Outcome:
-    """Masks trained on a copy of ``original`` with ``loss + pull * ||m||_1``, folded into another.
+    """Masks trained on a copy of ``original`` with ``loss + sparsity ||m||_1 + openness ||1 - m||_1``, folded into
+    another.
 
-    The two pulls are one: on [0, 1], ``||1 - m||_1`` is a constant minus ``||m||_1``.
+    On [0, 1] the two pulls are one: there ``||1 - m||_1`` is a constant minus ``||m||_1``.
     """
+    pull = sparsity - openness
     follow = config.statistics == "batch" and not taught
     masked = working_copy(original, device)
     masks = attach_masks(masked, sites, starts)
@@ -162,7 +165,11 @@ def train_masks(
     def step(network: nn.Module, loss_of: LossOf) -> Tensor:
         with running_statistics(network, frozen=not follow):
             loss = loss_of()
-            (loss + pull * torch.stack([mask.values.sum() for mask in masks]).sum()).backward()
+            penalty = pull * torch.stack([mask.values.sum() for mask in masks]).sum()
+            if config.ceiling > 1:
+                beyond = [(mask.values - 1).relu().sum() for mask in masks]
+                penalty = penalty + 2 * openness * torch.stack(beyond).sum()
+            (loss + penalty).backward()
         return loss.detach()
 
     @torch.no_grad()

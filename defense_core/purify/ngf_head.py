@@ -6,20 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_core.errors import ConfigError
+from defense_core.errors import MethodNotApplicable
 from defense_core.inference import autocast, channels_last
 from defense_core.layers import classifier_head, evaluating
 from defense_core.loop import HistoryRow
 from defense_core.per_sample import recorded
 from defense_core.purify.natural_step import head_step, sample_weights, true_head_step
-from defense_core.purify.ngf_run import Run, passes
+from defense_core.purify.ngf_run import Run, passes, require_finite
 from defense_core.task import Task
 
 
 def linear_head(model: nn.Module) -> nn.Linear:
     head = classifier_head(model)
     if not isinstance(head, nn.Linear):
-        raise ConfigError("NGF needs a linear classifier", expected="a network that ends in nn.Linear", got=head)
+        raise MethodNotApplicable(
+            "NGF needs a linear classifier",
+            expected="a network that ends in nn.Linear",
+            got=type(head).__name__,
+            hint="Use another method",
+        )
     return head
 
 
@@ -61,6 +66,7 @@ def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
     def step(batch: Tensor, view: Tensor, rate: float) -> Tensor:
         H = F.pad(view[batch], (0, 1), value=1.0)
         losses, E = _errors(logits(H), run.data.labels[batch], run.task)
+        require_finite(losses)
         if config.part == "feature_mask":
             rows = H[:, :-1] * (E @ theta[:, :-1])
             mask.sub_(rate * rows.T @ sample_weights(rows @ rows.T, damping=config.damping)).clamp_(0, 1)

@@ -14,7 +14,7 @@ from defense_core.course import Course, Kept, random_state
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
 from defense_core.inference import Precision
-from defense_core.loop import HistoryRow, epochs_for, in_batches
+from defense_core.loop import HistoryRow, epochs_for, in_batches, require_float32
 from defense_core.progress import Progress
 from defense_core.purify.unlearning import require_closing
 from defense_core.task import Task
@@ -111,9 +111,13 @@ class Run:
         return epochs_for(len(self.data), config.epochs, config.min_steps, config.batch_size)
 
 
+def diverged(got: str) -> MethodDiverged:
+    return MethodDiverged("NGF diverged", expected="finite losses", got=got, hint="Lower lr, raise damping")
+
+
 def require_finite(losses: Tensor) -> None:
     if not bool(torch.isfinite(losses).all()):
-        raise MethodDiverged("NGF diverged", expected="finite losses", got="NaN or Inf", hint="Lower lr, raise damping")
+        raise diverged("NaN or Inf")
 
 
 def passes(run: Run, name: str, step: Callable[[Tensor, int, float], Tensor], *, kept: Kept) -> list[HistoryRow]:
@@ -121,7 +125,12 @@ def passes(run: Run, name: str, step: Callable[[Tensor, int, float], Tensor], *,
 
     Args:
         kept: everything that ``step`` changes, for checkpoints.
+
+    Raises:
+        MethodDiverged: a loss became NaN or Inf, or the rate is more than float32 holds.
+        Cancelled: a stop was requested.
     """
+    require_float32(run.config.lr, name)
     size, epochs = run.config.batch_size, run.epochs
     generator = torch.Generator().manual_seed(run.seed)
     order, total = torch.arange(len(run.data)), torch.zeros((), dtype=torch.float64)
@@ -142,7 +151,10 @@ def passes(run: Run, name: str, step: Callable[[Tensor, int, float], Tensor], *,
                 order.copy_(torch.randperm(len(run.data), generator=generator))
                 total.zero_()
             for batch in in_batches(order, size)[course.done - epoch * each :]:
-                losses = step(batch.to(run.device), epoch, rate(course.done))
+                try:
+                    losses = step(batch.to(run.device), epoch, rate(course.done))
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                    raise diverged("gradients that are not finite, or too large to solve with") from error
                 require_finite(losses)
                 total.add_(float(losses.mean()))
                 course.step()

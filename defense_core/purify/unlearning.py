@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
+from defense_core.errors import MethodDiverged
 from defense_core.inference import Precision
-from defense_core.layers import UnitLayer, unit_layers
+from defense_core.layers import UnitLayer, is_finite, unit_layers
 from defense_core.loop import Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.choice import choosers, strongest_within
@@ -28,6 +29,9 @@ from defense_core.task import Task
 SHARE = 0.7
 """Share of the chosen units' weights that closes: the weights that moved most, as in TSBD."""
 
+CLIPPED = 5.0
+"""Gradient norm of an ascent that diverged without a bound; networks with BatchNorm stay below it by themselves."""
+HINT = "Lower unlearn_lr"
 MIN_STEPS = 14
 """Steps that the ascent takes on however small a set: two passes over 800 images in batches of 128."""
 
@@ -55,19 +59,30 @@ def unlearning_changes(
         MethodDiverged: the loss became NaN or Inf.
         Cancelled: a stop was requested.
     """
-    moved = working_copy(model, device)
     epochs = epochs_for(len(data), epochs, min_steps, batch_size)
-    tune(
-        moved,
-        data,
-        task=task,
-        tuning=Tuning(epochs, batch_size, lr, precision=precision),
-        seed=seed,
-        device=device,
-        progress=progress,
-        name="unlearn",
-        sign=-1.0,
-    )
+
+    def ascended(name: str, *, max_grad_norm: float) -> nn.Module:
+        moved = working_copy(model, device)
+        tune(
+            moved,
+            data,
+            task=task,
+            tuning=Tuning(epochs, batch_size, lr, precision=precision, max_grad_norm=max_grad_norm),
+            seed=seed,
+            device=device,
+            progress=progress,
+            name=name,
+            sign=-1.0,
+        )
+        if not is_finite(moved):
+            raise MethodDiverged(f"{name} diverged", expected="finite weights", got="NaN or Inf", hint=HINT)
+        return moved
+
+    try:
+        moved = ascended("unlearn", max_grad_norm=0.0)
+    except MethodDiverged:
+        # Nothing bounds the ascent of a network without normalisation.
+        moved = ascended("unlearn, clipped", max_grad_norm=CLIPPED)
     return weight_changes(unit_layers(model), dict(moved.named_parameters()))
 
 

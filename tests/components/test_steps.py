@@ -274,6 +274,24 @@ def test_a_diverged_candidate_is_unknown_and_not_selected(
     assert not (tmp_path / "selected").exists()
 
 
+def test_a_method_that_does_not_fit_the_network_ends_no_run(
+    finished: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: Any, **__: Any) -> None:
+        raise errors.MethodNotApplicable("NGF needs a linear classifier", expected="nn.Linear", got="Conv2d")
+
+    monkeypatch.setattr(purify_step, "purify", refusing)
+    clean = finished["data"] / "clean.npz"
+    evidence = purify_candidate(finished["bundle"], clean, tmp_path / "ngf", method="ngf", report=0.0)
+    assert (evidence["verdict"], evidence["outputs"]) == ("UNKNOWN", {})
+    assert evidence["findings"][0]["id"] == "purify.not_applicable"
+    with pytest.raises(errors.EvidenceMissing, match=r"ngf: NGF needs a linear classifier"):
+        select_model([tmp_path / "ngf", finished["fine_tuning"]], tmp_path / "selected")
+    with pytest.raises(errors.ConfigError, match="linear classifier"):
+        purify_model(finished["bundle"], clean, tmp_path / "alone", method="ngf", report=0.0)
+    assert not (tmp_path / "alone").exists()
+
+
 def test_a_full_disk_leaves_nothing(finished: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(bundle: Any, folder: Path) -> str:
         (folder / "half").write_bytes(b"x")

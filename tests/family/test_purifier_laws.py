@@ -22,6 +22,7 @@ from defense_core.config import digest, from_mapping, to_mapping
 from defense_core.data import Splits
 from defense_core.errors import Cancelled, ConfigError, MethodDiverged
 from defense_core.layers import is_finite
+from defense_core.loop import Tuning, tune
 from defense_core.progress import NullProgress, Progress
 from defense_core.purify import METHODS, Purified, purify
 from defense_core.purify.base import PurifyFunction
@@ -363,6 +364,17 @@ def test_an_absurd_rate(name: str, network: str) -> None:
     assert caught.value.hint or caught.value.got
 
 
+@pytest.mark.parametrize("lr", [1e6, 1e39])
+@pytest.mark.parametrize("part", ["masked", "head", "fresh_head", "feature_mask", "block"])
+def test_absurd_rates_of_the_parts_of_ngf(part: str, lr: float) -> None:
+    try:
+        ended = run("ngf", NETWORKS["small_cnn"](), config=cheap("ngf", part=part, lr=lr)).model
+    except MethodDiverged:
+        return
+    assert lr < 1e38
+    assert is_finite(ended)
+
+
 @every_method
 def test_an_absurd_candidate_does_not_spoil_the_others(name: str) -> None:
     if "lr_grid" not in fields_of(name):
@@ -528,6 +540,43 @@ def test_the_report_split_is_never_touched(name: str) -> None:
     with pytest.raises(AssertionError, match="report split"):
         len(splits.report)
     assert is_finite(run(name, NETWORKS["mlp"](), splits).model)
+
+
+class Tied(nn.Module):
+    """Two convolutions of one weight, and one whose weight is computed from another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(1, 6, 3, padding=1)
+        self.one = nn.Conv2d(6, 6, 3, padding=1)
+        self.two = nn.Conv2d(6, 6, 3, padding=1)
+        self.two.weight = self.one.weight
+        self.scaled = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 3, padding=1))
+        self.norm = nn.BatchNorm2d(6)
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.two(self.one(self.enter(inputs).relu()).relu()).relu()
+        features = self.norm(self.scaled(features)).relu().mean((2, 3))
+        logits: Tensor = self.linear(features)
+        return logits
+
+
+@every_method
+def test_weights_that_are_shared_or_computed_from_others(name: str) -> None:
+    torch.manual_seed(0)
+    purified = run(name, Tied().eval()).model
+    assert is_finite(purified)
+    assert torch.equal(purified.get_parameter("one.weight"), purified.two.weight)  # type: ignore[arg-type]
+
+
+def test_a_trained_network_without_normalisation() -> None:
+    # Nothing bounds the clean unlearning there: its gradient grows from step to step.
+    model, splits = NETWORKS["norm_free"](), tiny_splits(32)
+    tuning = Tuning(40, batch_size=16, lr=0.05)
+    tune(model, splits.fit, task=TINY_TASK, tuning=tuning, seed=0, device="cpu", progress=NullProgress(), name="train")
+    for name in ("nft", "ngf"):
+        assert is_finite(run(name, model.eval(), splits, cheap(name, unlearn_epochs=30, unlearn_lr=0.05)).model)
 
 
 # -- figures -----------------------------------------------------------------------------

@@ -167,6 +167,16 @@ def test_masks_respect_the_clamp_and_biases_stay() -> None:
             assert torch.equal(after[name], before[name])
 
 
+def test_masks_beyond_one_are_pulled_back() -> None:
+    # Without a loss that holds them, masks end at 1 from either side, whatever the ceiling.
+    means = [
+        run(ceiling=3.0, lr=0.05, momentum=0.0, eta=1e3, ratio=0.0, epochs=40)[2]["means"],
+        run(ceiling=1.0, lr=0.05, momentum=0.0, eta=1e3, ratio=0.0, epochs=40)[2]["means"],
+    ]
+    for found in means:
+        assert max(abs(mean - 1) for mean in found.values()) < 0.2  # type: ignore[attr-defined]
+
+
 def test_pull_towards_one_grows_as_data_shrink() -> None:
     # 24 samples of 4 classes: N_c = 6, so eta = 6e3 pulls with 1e3; sparsity 1e3 cancels it exactly.
     _, _, facts = run(eta=6e3, sparsity=0.0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defense_core.purify.natural_step import absolute_damping, head_step, sample_weights, true_head_step
+from defense_core.purify.ngf_block import _gram
 
 
 def problem(count: int = 7, features: int = 5, classes: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +72,17 @@ def test_sample_weights_of_any_gradients() -> None:
     ridge = absolute_damping(fisher.trace(), 9, 0.01)
     expected = torch.linalg.solve(fisher + ridge * torch.eye(30, dtype=torch.float64), G.mean(0))
     torch.testing.assert_close(G.T @ weights, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_inner_products_of_a_linear_layers_gradients(part: str) -> None:
+    layer = nn.Linear(5, 3)
+    inputs, slope = torch.randn(7, 5), torch.randn(7, 3)
+    rows = [
+        torch.autograd.grad((layer(x) * s).sum(), getattr(layer, part))[0] for x, s in zip(inputs, slope, strict=True)
+    ]
+    wanted = torch.stack([torch.stack([(one * other).sum() for other in rows]) for one in rows])
+    torch.testing.assert_close(_gram(layer, part, inputs, slope), wanted)
 
 
 @pytest.mark.parametrize("regularised", [False, True])

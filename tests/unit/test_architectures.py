@@ -29,6 +29,7 @@ NETWORKS = [
     ("small_cnn", {"width": 4}, (1, 8, 8)),
     ("torchvision:resnet18", {}, (3, 64, 64)),
     ("squeezenet1_1", {}, (3, 64, 64)),
+    ("mobilenet_v3_small", {}, (3, 64, 64)),
 ]
 SOURCE = """
     from os import system

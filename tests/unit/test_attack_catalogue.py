@@ -189,6 +189,51 @@ def test_every_attack_can_be_planted(kind: str, tmp_path: Path) -> None:
     assert set(changed.tolist()) <= {*planted.poisoned.index.tolist(), *planted.poisoned.cover.tolist()}
 
 
+class WithAuxiliaryHead(nn.Module):
+    """Answers as Inception networks do: in training mode with a second head's logits beside the first's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.auxiliary = network(), nn.Linear(64, CLASSES)
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        logits = self.main(inputs)
+        return (logits, self.auxiliary(inputs.flatten(1))) if self.training else logits
+
+
+@pytest.mark.parametrize("kind", ["lira", "fba", "input_aware"])
+def test_a_trigger_is_learnt_with_a_network_that_has_an_auxiliary_head(kind: str, tmp_path: Path) -> None:
+    attack = attack_from_spec({"kind": kind, "target": 1, **TINY[kind]}, num_classes=CLASSES)
+    planted = plant(
+        attack, WithAuxiliaryHead(), samples(), rate=0.1, training=VictimTraining(epochs=1, batch_size=32), task=TASK,
+        seed=0, device="cpu", progress=NullProgress(), folder=tmp_path,
+    )  # fmt: skip
+    assert planted.model(torch.zeros(2, 1, 8, 8)).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rate", "words"),
+    [
+        ({"kind": "label_consistent", "target": 1, "size": 2}, 0.5, "target class is too small"),
+        ({"kind": "lira", "target": 1, "width": 4, "clean_label": True}, 0.5, "target class is too small"),
+        ({"kind": "low_frequency", "target": 1, "cover_rate": 0.1}, 0.1, "no cover samples"),
+    ],
+)
+def test_what_cannot_be_planted_is_refused_before_anything_is_learnt(
+    spec: dict[str, Any], rate: float, words: str, tmp_path: Path
+) -> None:
+    class Unused(NullProgress):
+        def phase(self, name: str, total: int | None = None) -> Any:
+            raise AssertionError(f"{name} was begun")
+
+    with pytest.raises(ConfigError, match=words):
+        plant(
+            attack_from_spec(spec, num_classes=CLASSES), network(), samples(), rate=rate,
+            training=VictimTraining(epochs=1, batch_size=32), task=TASK, seed=0, device="cpu", progress=Unused(),
+            folder=tmp_path,
+        )  # fmt: skip
+
+
 def test_label_consistent_images_are_adversarial_below_the_corners(tmp_path: Path) -> None:
     data = samples()
     attack = attack_from_spec({"kind": "label_consistent", "size": 2, "steps": 3, "epsilon": 20}, num_classes=CLASSES)

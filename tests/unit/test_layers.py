@@ -83,6 +83,13 @@ def test_an_mlp_has_linear_units_and_a_convolutional_network_only_filters() -> N
     assert names(convolutional, "all") == ["0.weight", "1.weight", "3.weight"]
 
 
+def test_weights_of_two_modules_and_computed_weights_have_no_units() -> None:
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(4)), nn.Flatten(), nn.Linear(4, 2))
+    model[2].weight = model[1].weight  # type: ignore[union-attr]
+    nn.utils.parametrizations.weight_norm(model[3])  # type: ignore[arg-type]
+    assert names(model) == ["0.weight"]
+
+
 def test_every_unit_layer_is_a_parameter_of_the_model() -> None:
     model = build("preact_resnet18", {"width": 4, "num_classes": 3})
     parameters = dict(model.named_parameters())
