@@ -19,6 +19,7 @@ from defense_core.errors import NonFiniteOutputs, QuarantineError, StateDictMism
 from defense_core.inference import autocast, channels_last
 from defense_core.loop import working_copy
 from defense_core.progress import Phase, Progress
+from defense_core.scan import centring
 from defense_core.scan.bounded import bounded_change
 from defense_core.task import ImageClassification
 from defense_core.universal import MAX_TARGETS
@@ -113,7 +114,7 @@ class Subject:
     """A model under scan.
 
     Attributes:
-        model: eval mode, on ``device``, no parameter requires a gradient; a copy of what the caller has.
+        model: eval mode, on ``device``, no parameter requires a gradient; a copy of what the caller has, centred.
         task: input transform and number of classes.
         images: clean images that a detector may search with; ``None`` where the user has none.
         seed: every random draw of a detector comes from a generator of this seed.
@@ -173,11 +174,18 @@ def subject_of(
     progress: Progress,
     deadline: Deadline = Deadline(),
     seed: int = DRAWS,
+    centred: bool = True,
 ) -> Subject:
-    """A frozen copy of ``model``, ready for detectors; ``model`` itself is left as it is."""
+    """A frozen copy of ``model``, ready for detectors; ``model`` itself is left as it is.
+
+    Args:
+        centred: the copy's last layer is centred over the classes (:mod:`defense_core.scan.centring`).
+    """
     frozen = working_copy(model, device).eval()
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
+    if centred:
+        frozen = centring.centred(frozen, task)
     timed = TimedProgress(progress, deadline) if deadline.is_set else progress
     return Subject(frozen, task, images, torch.device(device), timed, deadline, seed)
 

@@ -36,15 +36,17 @@ class Detector:
         config: its frozen configuration class.
         function: ``function(subject, config) -> Observation``.
         regimes: in which it is run; ``none``: it looks at the model alone.
+        as_given: it looks at the weights and not at answers, and gets them as they are.
     """
 
     config: type[Any]
     function: Callable[[Subject, Any], Observation]
     regimes: tuple[Regime, ...]
+    as_given: bool = False
 
 
 DETECTORS: Mapping[str, Detector] = {
-    "weights": Detector(WeightsConfig, weights, ("none",)),
+    "weights": Detector(WeightsConfig, weights, ("none",), as_given=True),
     "margin": Detector(MarginConfig, margin, ("none",)),
     "subspace": Detector(SubspaceConfig, subspace, ("many",)),
     "additive": Detector(AdditiveConfig, additive, ("few", "many")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,11 +13,14 @@ from defense_core.data import CleanSet
 from defense_core.inference import accuracy
 from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, OutOfTime, subject_of
+from defense_core.scan.centring import centred, rounded_away
 from defense_core.scan.detectors import DETECTORS, Regime, Settings, searched_and_held_out
 from defense_core.task import ImageClassification
 
 COVARIATES = {"weights": "log_weight_norm", "margin": "mean_log_margin"}
 """Facts of detectors by which a model of another kind is recognised."""
+
+ROUNDED = "Its answers are not the same in bfloat16, in which this device computes: nothing found in them would count"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +76,18 @@ def observe(
         Cancelled: a stop was requested.
     """
     images, held_out = searched_and_held_out(clean, regime)
-    subject = subject_of(model, images, task=task, device=device, progress=progress, deadline=deadline)
+    as_given = subject_of(model, images, task=task, device=device, progress=progress, deadline=deadline, centred=False)
+    subject = replace(as_given, model=centred(as_given.model, task))
+    if rounded_away(subject.model, task, subject.device):
+        return Observed({}, {}, (), images, held_out, failure=ROUNDED)
     regimes: tuple[Regime, ...] = ("none",) if images is None else ("none", regime)
     names = tuple(name for name in wanted(regimes) if not only or name in only)
     observations: dict[str, Observation] = {}
     for name in names:
         started = time.monotonic()
         try:
-            observations[name] = DETECTORS[name].function(subject, getattr(settings, name))
+            row = DETECTORS[name]
+            observations[name] = row.function(as_given if row.as_given else subject, getattr(settings, name))
         except OutOfTime:
             break
         if seconds is not None:

@@ -87,14 +87,15 @@ def _run(name: str, subject: Subject) -> Observation:
 @pytest.mark.parametrize("name", ["activeness", "curvature"])
 def test_same_seed_same_observation_and_the_model_stays(name: str) -> None:
     model = _network()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
     subject = _subject(model)
+    networks = (model, subject.model)
+    before = [{key: value.clone() for key, value in network.state_dict().items()} for network in networks]
     first, again = _run(name, subject), _run(name, subject)
     assert first.facts == again.facts
     assert first.facts["measured"]
     assert first.class_scores == first.targets == ()
-    for network in (model, subject.model):
-        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    for network, kept in zip(networks, before, strict=True):
+        assert all(torch.equal(value, kept[key]) for key, value in network.state_dict().items())
     assert not any(parameter.requires_grad for parameter in subject.model.parameters())
 
 

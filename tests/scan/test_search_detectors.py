@@ -92,13 +92,14 @@ def counted(row: Row, num_classes: int) -> tuple[int, int]:
 @every
 def test_the_model_and_the_global_generator_are_left_as_they_are(row: Row) -> None:
     model = build("small_cnn", {"width": 4, "in_channels": 1, "num_classes": 4})
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     asked = subject(model, 4, shape=(1, 8, 8))
+    networks = (model, asked.model)
+    before = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks]
     state = torch.get_rng_state()
     row.function(asked, row.quick)
     assert torch.equal(torch.get_rng_state(), state)
-    for searched in (model, asked.model):
-        assert all(torch.equal(value, before[name]) for name, value in searched.state_dict().items())
+    for searched, kept in zip(networks, before, strict=True):
+        assert all(torch.equal(value, kept[name]) for name, value in searched.state_dict().items())
     assert all(parameter.grad is None for parameter in asked.model.parameters())
 
 

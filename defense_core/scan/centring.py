@@ -1,0 +1,77 @@
+"""What a model adds to the logits of all classes alike is taken out of the copy that is scanned.
+
+A bias, or a direction of the features, that every class gets changes no answer and no probability. But logits that all
+lie near 100,000 are the same number once they are rounded to bfloat16, and a spread over classes and images grows with
+what the images have in common: with either, whoever made the model could hide it from detectors that measure margins
+or count in standard deviations of the logits. In ordinary models that part is small (the standard deviation of all
+logits was at most 0.5 % larger with it, on 78 clean and backdoored ones), so that a pool read with it stays valid.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from defense_core.inference import autocast, channels_last
+from defense_core.layers import classifier_head
+from defense_core.task import ImageClassification
+
+SAME = 0.05
+"""Two answers are the same where they differ by so much of their deviation at most, apart from what all classes get."""
+ROUNDED_AWAY = 0.25
+"""The share of the logits' deviation that the machine's precision may change."""
+TRIED = 8
+"""Random images on which that is looked at."""
+
+
+@torch.no_grad()
+def centred(model: nn.Module, task: ImageClassification) -> nn.Module:
+    """A copy of ``model`` whose last layer's weights and biases are centred over the classes; a plain copy where that
+    would be another model: where its answers are neither those of its last layer nor a shift of them.
+
+    Args:
+        model: in eval mode.
+    """
+    found = copy.deepcopy(model)
+    head = classifier_head(found)
+    if head is None:
+        return found
+    for part in head.parameters(recurse=False):
+        part.sub_(part.mean(0, keepdim=True))
+    inputs = _inputs(model, task)
+    return found if _differ(_answers(model, inputs), _answers(found, inputs)) <= SAME else copy.deepcopy(model)
+
+
+@torch.no_grad()
+def rounded_away(model: nn.Module, task: ImageClassification, device: torch.device) -> bool:
+    """Whether the precision that detectors run in leaves too little of the model's answers to look at. Answers that are
+    no finite logits are for the detectors to refuse."""
+    inputs = _inputs(model, task)
+    exact = _answers(model, inputs)
+    with autocast(model, "auto", device)():
+        gap = _differ(_answers(model, inputs), exact)
+    return ROUNDED_AWAY < gap < math.inf
+
+
+def _inputs(model: nn.Module, task: ImageClassification) -> Tensor:
+    pixels = torch.rand(TRIED, *task.input_size, generator=torch.Generator().manual_seed(0))
+    place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return channels_last(task.inputs(pixels.to(place)))
+
+
+def _answers(model: nn.Module, inputs: Tensor) -> Tensor:
+    outputs: Tensor = model(inputs)
+    return outputs.float()
+
+
+def _differ(one: Tensor, other: Tensor) -> float:
+    """Standard deviation of the difference over that of ``other``, both apart from what all classes get; 0 where they
+    are equal, infinite for what are no finite logits."""
+    if one.dim() != 2 or one.shape != other.shape or not bool(torch.isfinite(one).all() & torch.isfinite(other).all()):
+        return math.inf
+    one, other = (each.double() - each.double().mean(1, keepdim=True) for each in (one, other))
+    gap, spread = float((one - other).square().mean().sqrt()), float(other.square().mean().sqrt())
+    return 0.0 if gap == 0 else min(gap / max(spread, 1e-300), 1e300)

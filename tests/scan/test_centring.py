@@ -1,0 +1,97 @@
+"""What every class gets alike is taken out before a scan, and nothing else is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defense_core.architectures import build
+from defense_core.progress import NullProgress
+from defense_core.scan import centring, observe
+from defense_core.scan.base import subject_of
+from defense_core.scan.centring import centred, rounded_away
+from defense_core.scan.detectors import Settings
+from defense_core.scan.judgement import ScanConfig, scan
+from defense_core.task import ImageClassification
+from defense_core.verdict import Verdict
+
+TASK = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,))
+CPU = torch.device("cpu")
+
+
+def network(name: str = "small_cnn") -> nn.Module:
+    sizes = {"width": 4} if name == "small_cnn" else {"image_size": 8, "patch_size": 4, "dim": 16, "depth": 1}
+    return build(name, {"in_channels": 1, "num_classes": 4, **sizes, **({"heads": 2} if name == "vit_tiny" else {})})
+
+
+def pixels() -> Tensor:
+    return torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def shifted(model: nn.Module, by: float) -> nn.Module:
+    """The same answers: one number is added to every logit of an image, another for every image."""
+    hidden = copy.deepcopy(model)
+    head = [module for module in hidden.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        head.weight.add_(by * torch.randn(head.in_features, generator=torch.Generator().manual_seed(2)))
+        head.bias.add_(by)
+    return hidden
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "vit_tiny"])
+@pytest.mark.parametrize("by", [0.0, 3.0, 1e4])
+def test_a_shift_of_all_logits_is_taken_out(name: str, by: float) -> None:
+    model = network(name)
+    hidden = shifted(model, by)
+    with torch.no_grad():
+        wanted, found = model(TASK.inputs(pixels())), centred(hidden, TASK)(TASK.inputs(pixels()))
+    assert torch.allclose(found, wanted - wanted.mean(1, keepdim=True), atol=1e-6 + 1e-6 * by)
+
+
+def test_the_caller_keeps_the_model_as_it_was() -> None:
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    subject = subject_of(model, None, task=TASK, device="cpu", progress=NullProgress())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(subject.model.state_dict()["linear.weight"], before["linear.weight"])
+    as_given = subject_of(model, None, task=TASK, device="cpu", progress=NullProgress(), centred=False)
+    assert torch.equal(as_given.model.state_dict()["linear.weight"], before["linear.weight"])
+
+
+class Inner(nn.Module):
+    """Its last linear layer in module order is no classifier: what it gives is multiplied class by class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs.flatten(1)) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def test_a_network_that_centring_would_change_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = Inner().eval()
+    with torch.no_grad():
+        model.linear.bias.add_(1.0)
+        assert torch.equal(centred(model, TASK)(pixels()), model(pixels()))
+
+
+def test_logits_that_rounding_makes_equal_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounding(*_: Any) -> Any:
+        return lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+
+    monkeypatch.setattr(centring, "autocast", rounding)
+    model = shifted(network(), 1e4)
+    assert rounded_away(model, TASK, CPU)
+    assert not rounded_away(centred(model, TASK), TASK, CPU)
+    monkeypatch.setattr(observe, "centred", lambda model, task: model)
+    found = scan(
+        model, None, ScanConfig(settings=Settings()), pool=None, task=TASK, device="cpu", progress=NullProgress()
+    )
+    assert found.verdict is Verdict.UNKNOWN
+    assert observe.ROUNDED in found.sentence
