@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,6 +46,8 @@ from pipelines.sweep_queue import Handover, Queued
 from pipelines.sweep_scope import Scope
 
 if TYPE_CHECKING:
+    from securesystemslib.signer import SSlibKey
+
     from components._runtime.signing_keys import TrustedSigner
     from pipelines.triggers.queue import Queue
 
@@ -70,6 +72,7 @@ class SweepSettings:
         max_enqueued: most work that one sweep hands over; ``None``: all of it.
         max_listed: most findings that the report names; all are counted.
         trusted: whose signature promoted versions must have; ``None``: signatures are not checked.
+        approvers: with ``trusted``, whose approvals count: public key by name.
     """
 
     full_after_s: float = 7 * 86400.0
@@ -77,6 +80,7 @@ class SweepSettings:
     max_enqueued: int | None = None
     max_listed: int = 1000
     trusted: TrustedSigner | None = None
+    approvers: Mapping[str, SSlibKey] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def sweep(
     findings = (counted(each) for each in chain(read.drift, version_findings(memory, now_s)))
     queued = Handover(memory, queue, settings.reopen_after_s, settings.max_enqueued, now_s).take(findings)
     moves = tuple(
-        move_back(connection, memory, scope, each, journal, trusted=settings.trusted)
+        move_back(connection, memory, scope, each, journal, trusted=settings.trusted, approvers=settings.approvers)
         for each in read.drift
         if journal is not None and each.kind == "drift"
     )
@@ -263,7 +267,8 @@ def _alias_findings(
 
     def judged(each: tuple[Guarded, Any]) -> Coverage:
         (name, alias, _), version = each
-        return coverage(connection, version, policies=scope.guarded(name)[alias], trusted=settings.trusted)
+        policies = scope.guarded(name)[alias]
+        return coverage(connection, version, policies=policies, trusted=settings.trusted, approvers=settings.approvers)
 
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(guarded), BATCH_ALIASES):
@@ -289,7 +294,8 @@ def _mark(scope: Scope, settings: SweepSettings, guarded: Guarded, version: Any)
     name, alias, _ = guarded
     tags = {key: value for key, value in (version.tags if version else {}).items() if key.startswith("quarantine.")}
     trusted = "" if settings.trusted is None else repr(settings.trusted)
-    return digest([tags, sorted(scope.guarded(name)[alias]), trusted])
+    approvers = {who: str(key.keyid) for who, key in settings.approvers.items()}
+    return digest([tags, sorted(scope.guarded(name)[alias]), trusted, approvers])
 
 
 def _registry(connection: MlflowConnection) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
-from components._runtime.registered_decisions import coverage, read_version
+from components._runtime.registered_decisions import Coverage, coverage, read_version
 from components._runtime.registry_listing import get_aliases
 from defense_core.config import to_mapping
 from defense_core.errors import StorageError
@@ -23,6 +24,8 @@ from pipelines.sweep_memory import SweepMemory
 from pipelines.sweep_scope import Scope
 
 if TYPE_CHECKING:
+    from securesystemslib.signer import SSlibKey
+
     from components._runtime.signing_keys import TrustedSigner
 
 State = Literal["intended", "moved", "removed", "overtaken", "undecided"]
@@ -86,6 +89,7 @@ def move_back(
     journal: Journal,
     *,
     trusted: TrustedSigner | None = None,
+    approvers: Mapping[str, SSlibKey] = MappingProxyType({}),
 ) -> AliasMove:
     """Put the alias of ``finding`` on the last version that an allow decision covers, or remove it.
 
@@ -97,7 +101,13 @@ def move_back(
         StorageError: the journal cannot be written; the alias is where it was.
     """
     model, alias = finding.model, finding.alias
-    target = _target(connection, memory, scope, finding, trusted)
+    policies = scope.guarded(model)[alias]
+
+    def judge(number: int) -> Coverage:
+        version = read_version(connection, model, number)
+        return coverage(connection, version, policies=policies, trusted=trusted, approvers=approvers)
+
+    target = _target(memory, finding, judge)
     move = AliasMove(model, alias, finding.version, target or "", finding.why, "intended")
     if target is None:
         return _done(journal, replace(move, state="undecided"))
@@ -113,20 +123,12 @@ def move_back(
     return _done(journal, replace(move, state="moved" if target else "removed"))
 
 
-def _target(
-    connection: MlflowConnection,
-    memory: SweepMemory,
-    scope: Scope,
-    finding: Finding,
-    trusted: TrustedSigner | None,
-) -> str | None:
+def _target(memory: SweepMemory, finding: Finding, judge: Callable[[int], Coverage]) -> str | None:
     """The version that the alias belongs on; empty: none; ``None``: that could not be found out."""
-    policies = scope.guarded(finding.model)[finding.alias]
     for number in candidates(memory, finding.model):
         if str(number) == finding.version:
             continue
-        version = read_version(connection, finding.model, number)
-        judged = coverage(connection, version, policies=policies, trusted=trusted)
+        judged = judge(number)
         if judged.covered:
             return str(number)
         if judged.gap == "unknown":

@@ -60,6 +60,7 @@ def sweep(
             rich_help_panel=_SCOPE,
         ),
     ] = None,
+    approver_key: o.ApproverKeys = [],
     queue: Annotated[
         str,
         typer.Option(
@@ -113,12 +114,15 @@ def sweep(
     trusted = None if public_key is None else TrustedSigner(public_key)
     if trusted is not None:
         trusted.check()
+    elif approver_key:
+        raise ConfigError("--approver-key is for --public-key", expected="both", got="--approver-key alone")
     kept = Journal(_journal(journal, memory)) if enforce else None
     settings = sweeping.SweepSettings(
         full_after_s=full_after_days * 86400.0,
         reopen_after_s=reopen_after_h * 3600.0,
         max_enqueued=max_enqueued or None,
         trusted=trusted,
+        approvers=o.approvers(approver_key),
     )
     connection = connect(MlflowSettings(tracking_uri) if tracking_uri else MlflowSettings.from_environment())
     with ExitStack() as stack:

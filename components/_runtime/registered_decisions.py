@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from components._runtime import registry_tags as tag
@@ -34,6 +35,7 @@ from defense_core.verdict import Verdict
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
+    from securesystemslib.signer import SSlibKey
 
     from components._runtime.signing_keys import TrustedSigner
 
@@ -133,6 +135,7 @@ def coverage(
     *,
     policies: Collection[str],
     trusted: TrustedSigner | None = None,
+    approvers: Mapping[str, SSlibKey] = MappingProxyType({}),
 ) -> Coverage:
     """Whether an allow decision by one of ``policies`` covers ``version``.
 
@@ -140,6 +143,8 @@ def coverage(
         version: as it is now; ``None``: it does not exist.
         policies: digests of the policies whose decisions count.
         trusted: whose signature the version must have; ``None``: signatures and model files are not looked at.
+        approvers: with ``trusted``, whose approvals count: public key by name. Without any, what rests on an approval
+            is ``unknown``.
 
     Raises:
         RegistryUnavailable, AccessDenied: MLflow does not answer.
@@ -152,7 +157,7 @@ def coverage(
     try:
         by_evidence = _by_evidence(registered_decision(connection, version), policies)
         if by_evidence.covered and trusted is not None:
-            return _verified(connection, version, trusted)
+            return _verified(connection, version, trusted, approvers)
     except (AccessDenied, RegistryUnavailable) as error:
         # Credentials that expired must not look like a fleet without evidence; and one version whose files are
         # out of reach must not hide all others, unless it is MLflow itself that went away.
@@ -183,9 +188,21 @@ def _by_tags(tags: Mapping[str, str]) -> Coverage:
     return Coverage("", "Its tags say allow.")
 
 
-def _verified(connection: MlflowConnection, version: ModelVersion, trusted: TrustedSigner) -> Coverage:
+def _verified(
+    connection: MlflowConnection, version: ModelVersion, trusted: TrustedSigner, approvers: Mapping[str, SSlibKey]
+) -> Coverage:
     # Signature checks import far more than everything else here.
     from components._runtime.verification_registry import verify_registered
 
-    differences = verify_registered(connection, f"models:/{version.name}/{version.version}", trusted).differences
-    return Coverage("not_proven", differences[0].why) if differences else Coverage("", "Verified and allowed.")
+    try:
+        trusted.check()
+    except ConfigError as error:
+        # Its secret was replaced while the sweep ran: that says nothing about the version.
+        return Coverage("unknown", f"Its signature cannot be checked: {error}")
+    uri = f"models:/{version.name}/{version.version}"
+    verified = verify_registered(connection, uri, trusted, approvers=approvers)
+    if verified.verdict is Verdict.PASS:
+        return Coverage("", "Verified and allowed.")
+    first = next(each for each in verified.findings if each.verdict is verified.verdict)
+    # What could not be checked is no proof of damage: nobody may lose an alias for it.
+    return Coverage("unknown" if verified.verdict is Verdict.UNKNOWN else "not_proven", first.why)

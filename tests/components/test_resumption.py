@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ from components.reopen_release.step import reopen_release
 from components.sign_evidence.step import sign_evidence
 from defense_core import errors
 from defense_core.files import sha256_file
+from defense_core.policy import parse_policy
 from defense_core.verdict import Verdict
+from pipelines.sweep import SweepReport, SweepSettings, open_memory, sweep
+from pipelines.sweep_aliases import Journal
+from pipelines.sweep_scope import Scope
 from tests.finished_chain import Chain, decide_again, make_release
 from tests.small_model import DENYING, POLICY
 
@@ -211,3 +215,50 @@ def test_an_unsigned_release_is_replayed_and_hashed(
     decision.write_text(decision.read_text().replace('"outcome":"unknown"', '"outcome":"allow"'))
     with pytest.raises(errors.EvidenceMismatch):
         reopen_release(Resumption(str(edited)), tmp_path / "b", tmp_path / "o", tmp_path / "f")
+
+
+# -- what a sweep makes of it --------------------------------------------------------
+
+
+def swept(former: Former, folder: Path, approvers: ApprovalTexts | None, memory: Path | None = None) -> SweepReport:
+    """A sweep that enforces, and trusts the signer of the release."""
+    keys = {} if approvers is None else approvers.keys()
+    settings = SweepSettings(trusted=TrustedSigner(public_key=former.keys.public), approvers=keys)
+    known = open_memory(former.connection, memory)
+    scope = Scope(policy=parse_policy(UNDECIDED), aliases=("champion",))
+    try:
+        return sweep(former.connection, known, scope, settings, journal=Journal(folder / "journal.jsonl"))
+    finally:
+        known.close()
+
+
+def champion(former: Former) -> str | None:
+    found = former.connection.client.get_registered_model(former.name).aliases.get("champion")
+    return None if found is None else str(found)
+
+
+def test_a_sweep_takes_no_alias_for_an_approval_that_it_cannot_check(former: Former, tmp_path: Path) -> None:
+    former.resumed(tmp_path / "new", former.request(former.approval()))
+    report = swept(former, tmp_path, None)
+    assert (report.found["unknown"], report.found["drift"], report.moves) == (1, 0, ())
+    (finding,) = [each for each in report.findings if each.alias]
+    assert finding.why == "Whether ada signed it was not checked: name the key by --approver-key."
+    assert (champion(former), report.exit_code) == ("2", 2)
+
+
+def test_a_sweep_counts_the_approvers_that_it_is_given(former: Former, tmp_path: Path) -> None:
+    former.resumed(tmp_path / "new", former.request(former.approval()))
+    memory = tmp_path / "memory.db"
+    report = swept(former, tmp_path, former.request().given, memory)
+    assert (report.found["unknown"], report.found["drift"], champion(former)) == (0, 0, "2")
+    # The memory of the one sweep is none for another that trusts other people under the same names.
+    stranger = generate_key_pair(tmp_path / "stranger").public.read_text()
+    report = swept(former, tmp_path, ApprovalTexts((), {"ada": stranger}), memory)
+    assert [(each.origin, each.state) for each in report.moves] == [("2", "removed")]
+
+
+def test_a_signers_key_that_went_away_costs_no_alias(former: Former, tmp_path: Path) -> None:
+    former.resumed(tmp_path / "new", former.request(former.approval()))
+    gone = replace(former, keys=replace(former.keys, public=tmp_path / "gone.pub"))
+    report = swept(gone, tmp_path, former.request().given)
+    assert (report.found["unknown"], report.moves, champion(former)) == (1, (), "2")

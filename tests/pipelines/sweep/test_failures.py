@@ -201,6 +201,7 @@ def test_exit_codes_and_json(connection: MlflowConnection, tmp_path: Path, drift
         (["--policy", "standard", "--watch", "w.yaml"], "got both"),
         (["--policy", "standrad"], "expected observe, standard, strict, or a policy file"),
         (["--policy", "standard", "--alias", "v1"], "reserved by MLflow"),
+        (["--policy", "standard", "--approver-key", "ada=ada.pub"], "--approver-key is for --public-key"),
         (["--policy", "standard", "--enforce"], "--journal FILE or --memory FILE"),
         (["--policy", "standard", "--queue", "mysql://host/db"], "queue's address is not usable"),
         (["--policy", "missing.yaml"], "missing.yaml"),
