@@ -8,7 +8,8 @@ step   what is done                                  what a kill right after it 
 3      create the version, tagged ``pending``        a pending version; the next run takes it up
 4      download what the registry serves, hash it    the same
 5      tag the decision                              a decided version; the next run goes on
-6      tag whose alias it was; set it, on PASS only  a promoted version; the next run sets the tag
+6      tag whose alias it was; set it, on PASS only  a promoted version; the next run sets the tag, and the
+                                                     alias where it still is with whose it was
 7      tag that the alias was set                    done
 =====  ============================================  ==============================================
 

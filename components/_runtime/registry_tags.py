@@ -22,7 +22,7 @@ tag                              value
 ``quarantine.bundle_digest``     of ``bundle/bundle.json``
 ``quarantine.evidence_digest``   over names and contents of ``evidence/``
 ``quarantine.files_digest``      over names and contents of the whole version
-``quarantine.alias.<alias>``     ``set`` once this version was given that alias
+``quarantine.alias.<alias>``     ``set`` once this version was given that alias, for good: it is never given it again
 ``quarantine.before.<alias>``    the version that had that alias before, or ``none``
 ``quarantine.superseded_by``     on versions that are undecided, whose decision grew too old, or was
                                  superseded by name: the version that has the later decision

@@ -14,21 +14,32 @@ if TYPE_CHECKING:
 
 
 def move_alias(connection: MlflowConnection, version: ModelVersion, order: Order) -> bool:
-    """Steps 6 and 7 of a promotion; whether the alias moved."""
+    """Steps 6 and 7 of a promotion; whether the alias moved.
+
+    A version that says whose the alias was is one whose move had begun: it goes on only where the alias is still
+    there. Anywhere else, the move was made, and somebody gave the alias to another version since.
+    """
+    # As it is now: while the bytes were checked another attempt may have moved the alias.
+    version = connection.client.get_model_version(version.name, version.version)
     if not wants_alias(version, order):
         return False
-    before = alias_version(connection, order.name, order.alias)
-    moved = before != str(version.version)
-    if moved:
-        # First: a run that is killed after the alias moved could not tell any more whose it was.
-        connection.client.set_model_version_tag(
-            version.name, version.version, tag.BEFORE_PREFIX + order.alias, before or tag.NO_VERSION
-        )
+    current = alias_version(connection, order.name, order.alias)
+    begun_from = version.tags.get(tag.BEFORE_PREFIX + order.alias)
+    if begun_from is None:
+        moves = current != str(version.version)
+        if moves:
+            # First: a run that is killed after the alias moved could not tell any more whose it was.
+            connection.client.set_model_version_tag(
+                version.name, version.version, tag.BEFORE_PREFIX + order.alias, current or tag.NO_VERSION
+            )
+    else:
+        moves = begun_from == (current or tag.NO_VERSION)
+    if moves:
         connection.client.set_registered_model_alias(version.name, order.alias, version.version)
     connection.client.set_model_version_tag(
         version.name, version.version, tag.ALIAS_PREFIX + order.alias, tag.ALIAS_SET
     )
-    return moved
+    return moves
 
 
 def wants_alias(version: ModelVersion, order: Order) -> bool:

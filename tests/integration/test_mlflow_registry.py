@@ -248,6 +248,46 @@ def test_a_kill_anywhere_leaves_the_alias_and_the_next_run_completes(
         assert tags_of(mlflow_sqlite, "2", name)[tag.ALIAS_PREFIX + "champion"] == "set"
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_promotion_that_is_completed_late_takes_no_alias_from_a_newer_version(
+    mlflow_sqlite: MlflowConnection, tmp_path: Path, when: str
+) -> None:
+    """Killed right before or after the alias was set; then a newer version is promoted."""
+
+    def kill(number: int, name: str, now: str) -> None:
+        if (name, now) == ("set_registered_model_alias", when):
+            raise Kill(name)
+
+    promoted(mlflow_sqlite, make_release(tmp_path / "old"))
+    late = make_release(tmp_path / "late", weights=b"late")
+    with pytest.raises(Kill):
+        promoted(interposed(mlflow_sqlite, kill), late, identity=OTHER)
+    newer = replace(IDENTITY, source=digest_of("a newer source"))
+    promoted(mlflow_sqlite, make_release(tmp_path / "newer", weights=b"newer"), identity=newer)
+    assert alias_of(mlflow_sqlite) == "3"
+    for _ in range(2):
+        result = promoted(mlflow_sqlite, late, identity=OTHER)
+        assert (result.version, result.alias_moved, result.alias_version, result.alias_before) == ("2", False, "3", "1")
+    tags = tags_of(mlflow_sqlite, "2")
+    assert (tags[tag.ALIAS_PREFIX + "champion"], tags[tag.BEFORE_PREFIX + "champion"]) == ("set", "1")
+    assert tags_of(mlflow_sqlite, "3")[tag.BEFORE_PREFIX + "champion"] == ("1" if when == "before" else "2")
+
+
+def test_a_first_promotion_that_was_killed_at_its_alias_goes_on(
+    mlflow_sqlite: MlflowConnection, tmp_path: Path
+) -> None:
+    def kill(number: int, name: str, when: str) -> None:
+        if (name, when) == ("set_registered_model_alias", "before"):
+            raise Kill(name)
+
+    release = make_release(tmp_path / "only")
+    with pytest.raises(Kill):
+        promoted(interposed(mlflow_sqlite, kill), release)
+    assert tags_of(mlflow_sqlite, "1")[tag.BEFORE_PREFIX + "champion"] == tag.NO_VERSION
+    assert promoted(mlflow_sqlite, release).alias_moved
+    assert alias_of(mlflow_sqlite) == "1"
+
+
 def test_ctrl_c_while_the_bytes_are_checked_leaves_the_alias(
     mlflow_sqlite: MlflowConnection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
