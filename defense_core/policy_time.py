@@ -73,9 +73,14 @@ def from_the_future(evidence: Mapping[str, Evidence], at: datetime) -> str | Non
     """The name of evidence that was made after ``at``, by more than clocks may differ; ``None``: there is none."""
     for name, each in evidence.items():
         moment = _time(each.started)
-        if moment is not None and (moment - at).total_seconds() > SKEW_S:
+        if moment is not None and is_after(moment, at):
             return name
     return None
+
+
+def is_after(moment: datetime, at: datetime) -> bool:
+    """Whether ``moment`` comes after ``at`` by more than clocks may differ."""
+    return (moment - at).total_seconds() > SKEW_S
 
 
 def _time(value: Any) -> datetime | None:

@@ -2,6 +2,8 @@
 
 Also the clock of what is undecided: an unknown that is older than the policy's limit is FAIL. The order is
 fixed: exceptions, approvals, then the clock. Built-in rules are out of reach of all but the clock.
+
+Nothing may rest in a decision that is dated before its own evidence: it would call back what expired meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Literal
 from defense_core.errors import EvidenceMismatch, PolicyError
 from defense_core.evidence import Evidence
 from defense_core.policy_requirements import SIGNATURES, requirement_ids
-from defense_core.policy_time import days_between, expired, oldest, parse_time
+from defense_core.policy_time import days_between, expired, from_the_future, oldest, parse_time
 from defense_core.policy_types import Approvable, Policy, Waiver
 from defense_core.verdict import Finding, Verdict
 
@@ -132,9 +134,19 @@ def _excepted(finding: RuleFinding, given: Circumstances) -> RuleFinding:
         if expired(waiver.expires, given.at):
             finding = _noted(finding, f"The exception of {waiver.owner} expired on {waiver.expires}.")
         elif _covers(waiver, given.source):
+            problem = _antedated(given)
+            if problem:
+                finding = _noted(finding, f"The exception of {waiver.owner} does not count: {problem}.")
+                continue
             noted = _noted(finding, f"Excepted by {waiver.owner} until {waiver.expires}: {waiver.reason}")
             return replace(noted, effect="excepted")
     return finding
+
+
+def _antedated(given: Circumstances) -> str:
+    """Why the decision cannot have been made at the time that it states; empty: it can."""
+    later = None if given.at is None else from_the_future(given.evidence, given.at)
+    return "" if later is None else f"evidence {later} is from after the decision"
 
 
 def _covers(waiver: Waiver, source: str | None) -> bool:
@@ -148,6 +160,9 @@ def _approved(finding: RuleFinding, given: Circumstances) -> RuleFinding:
     kind = approvable_rules(given.policy)[finding.rule]
     if finding.verdict is Verdict.FAIL and kind != "fail":
         return _noted(finding, "An approval was given, but a failure of this rule cannot be approved.")
+    problem = _antedated(given)
+    if problem:
+        return _noted(finding, f"An approval was given and does not count: {problem}.")
     timely = [each for each in about if kind == "fail" or not _too_late(each, given)]
     people = sorted({each.identity for each in timely})
     if len(people) < given.policy.require.approvals:

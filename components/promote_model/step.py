@@ -17,8 +17,8 @@ from components._runtime.outcome import TO_ATTEST
 from components._runtime.promotion import Promotion, promote
 from components._runtime.release import EVIDENCE_FOLDER, Release, check_release
 from defense_core.config import to_mapping
-from defense_core.errors import EvidenceMissing
-from defense_core.policy_time import parse_time
+from defense_core.errors import EvidenceMismatch, EvidenceMissing
+from defense_core.policy_time import SKEW_S, is_after, parse_time
 from defense_core.verdict import Finding, Verdict
 
 
@@ -38,7 +38,8 @@ def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConn
         Evidence ``promote``; PASS where the registry now says what the decision says.
 
     Raises:
-        EvidenceMismatch, DigestMismatch: decision, evidence and files do not belong together; nothing is registered.
+        EvidenceMismatch, DigestMismatch: decision, evidence and files do not belong together, or the decision is
+            from the future; nothing is registered.
         EvidenceMissing: the decision names no model or no source, or the policy demands a signature and
             there is none.
         RegistryConflict: this work was decided otherwise before.
@@ -46,6 +47,7 @@ def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConn
     """
     clock = Clock.start()
     replayed = replay_decision(Path(folder) / EVIDENCE_FOLDER)
+    _require_past(replayed, clock)
     release = release_of(Path(folder), replayed)
     _require_signature(release, replayed)
     identity = identity_of_decision(replayed)
@@ -84,6 +86,18 @@ def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConn
         results=results,
         findings=[finding],
     )
+
+
+def _require_past(replayed: DecisionFolder, clock: Clock) -> None:
+    # Ages and expiries count to the time of the decision: one that has not come yet was not counted at all.
+    at = replayed.decision.decided_at
+    if at is not None and is_after(parse_time(at, "the time of the decision"), parse_time(clock.started, "now")):
+        raise EvidenceMismatch(
+            "the decision is from the future",
+            expected=f"at most {SKEW_S} s after {clock.started}",
+            got=at,
+            hint="Correct the clock of this machine or of the gate's, or decide again; nothing was registered",
+        )
 
 
 def _oldest_that_counts(replayed: DecisionFolder) -> datetime | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,20 @@ def test_another_policy_than_the_runs_is_refused(chain: Chain, connection: Mlflo
     gate_promotion(chain.evidence, {**POLICY, "name": "swapped"}, tmp_path / "judged")
     with pytest.raises(errors.EvidenceMismatch, match="another policy"):
         promoted(replace(chain, root=moved(chain, tmp_path / "judged")), connection, "swapped")
+
+
+def test_a_decision_from_the_future_is_refused(chain: Chain, connection: MlflowConnection, tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    for name, ahead_s in (("early", 600), ("skewed", 200)):
+        at = (now + timedelta(seconds=ahead_s)).isoformat(timespec="seconds")
+        gate_promotion(chain.evidence, chain.plan.policy, tmp_path / name, at=at)
+        moved(chain, tmp_path / name)
+        if name == "skewed":
+            assert promoted(chain, connection, name)["results"]["decision"] == "allow"
+            continue
+        with pytest.raises(errors.EvidenceMismatch, match="the decision is from the future"):
+            promoted(chain, connection, name)
+        assert not connection.client.search_registered_models(f"name = '{name}'")
 
 
 @pytest.mark.parametrize(

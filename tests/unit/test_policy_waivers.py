@@ -100,6 +100,34 @@ def test_without_a_time_no_exception_counts():
     assert (found.effect, found.why) == ("block", "Not met: score is 0.9, demanded is <= 0.5. Because.")
 
 
+@pytest.mark.parametrize("name", ["export", "evaluate.tsbd"])
+def test_a_decision_before_its_evidence_calls_no_exception_back(name):
+    files = scored(0.9)
+    files[name]["environment"]["started"] = "2027-06-01T00:00:00+00:00"
+    decision = decide(excepted(EXCEPTION), files, at="2027-01-31T12:00:00Z")
+    found = finding(decision, "r")
+    assert (found.effect, decision.outcome) == ("block", "deny")
+    assert found.why.endswith(f" The exception of Ada does not count: evidence {name} is from after the decision.")
+
+
+def test_clocks_of_exceptions_and_approvals_may_differ_a_little():
+    files = scored(None)
+    for seconds, outcome in ((300, "allow"), (301, "unknown")):
+        files["export"]["environment"]["started"] = later(seconds / 86400)
+        assert decide(excepted(EXCEPTION), files, at=AT).outcome == outcome
+        policy = approvable()
+        assert decide(policy, files, at=AT, approvals=[approval(policy, files)]).outcome == outcome
+
+
+def test_a_decision_before_its_evidence_rests_on_no_approval():
+    policy, files = approvable("fail", max_unknown_age_days=7), scored(0.9)
+    files["export"]["environment"]["started"] = later(30)
+    decision = decide(policy, files, at=AT, approvals=[approval(policy, files)])
+    found = finding(decision, "r")
+    assert (found.effect, decision.outcome) == ("block", "deny")
+    assert found.why.endswith(" An approval was given and does not count: evidence export is from after the decision.")
+
+
 def test_an_exception_stops_the_clock_of_the_undecided():
     policy = excepted(EXCEPTION, max_unknown_age_days=1)
     found = finding(decide(policy, scored(None), at=later(9)), "r")
