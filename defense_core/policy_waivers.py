@@ -45,7 +45,8 @@ class Approval:
 
     Attributes:
         rule: identifier of the rule.
-        identity: who, as the operator of the gate names the holder of the key.
+        identity: who, as the operator of the gate names the holder of the key; people are counted by it, so whoever
+            checks the signatures lets no key have two names.
         reason: why.
         approved_at: when, ISO 8601 with a zone.
         evidence: digest of the evidence that was looked at.

@@ -179,10 +179,13 @@ def optional_path(text: str) -> Path | None:
 
 
 def approvers(given: list[str]) -> dict[str, Any]:
-    """Public keys by name, from ``NAME=PUBKEY``. Raises ConfigError."""
+    """Public keys by name, from ``NAME=PUBKEY``. Raises ConfigError: one is not usable, or has two names."""
+    from components._runtime.approvals import require_distinct
     from components._runtime.signing_keys import load_public_key
 
-    return {name: load_public_key(path) for name, path in approver_files(given).items()}
+    keys = {name: load_public_key(path) for name, path in approver_files(given).items()}
+    require_distinct(keys)
+    return keys
 
 
 def approver_files(given: list[str]) -> dict[str, Path]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from components._runtime.approvals import SignedApproval, open_approval
+from components._runtime.approvals import SignedApproval, open_approval, require_distinct
 from components._runtime.plan import parse_json
 from components._runtime.signing_keys import parse_public_key
 from defense_core.config import from_mapping
@@ -31,15 +31,17 @@ class ApprovalTexts:
         """The approvals, signatures checked.
 
         Raises:
-            ConfigError: an approver's key is not usable.
+            ConfigError: an approver's key is not usable, or has two names.
             EvidenceMismatch: an approval is signed by none of the approvers, or in the name of another.
         """
         keys = self.keys()
         return [open_approval(text.encode(), keys, f"approval {index}") for index, text in enumerate(self.approvals)]
 
     def keys(self) -> dict[str, SSlibKey]:
-        """Public keys of the approvers by name. Raises ConfigError."""
-        return {name: parse_public_key(text.encode(), f"of {name}") for name, text in self.approvers.items()}
+        """Public keys of the approvers by name. Raises ConfigError: one is not usable, or has two names."""
+        keys = {name: parse_public_key(text.encode(), f"of {name}") for name, text in self.approvers.items()}
+        require_distinct(keys)
+        return keys
 
 
 def parse_approvals(approvals: str, approvers: str) -> ApprovalTexts:

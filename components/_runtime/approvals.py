@@ -60,6 +60,20 @@ def sign_approval(
     return seal(_payload(said, evidence), key)
 
 
+def require_distinct(approvers: Mapping[str, SSlibKey]) -> None:
+    """Refuse one key under two names, with which one person would count as two. Raises ConfigError."""
+    names: dict[str, str] = {}
+    for name, key in approvers.items():
+        other = names.setdefault(str(key.keyid), name)
+        if other != name:
+            raise ConfigError(
+                f"the approvers {other} and {name} have the same key",
+                expected="a key of their own for each",
+                got=f"the key {key.keyid} twice",
+                hint="Give each person's key under one name",
+            )
+
+
 def open_approval(data: bytes, approvers: Mapping[str, SSlibKey], where: str) -> SignedApproval:
     """Check who signed an approval.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from components._runtime.approval_texts import ApprovalTexts
 from components._runtime.approvals import FOLDER, open_approval, read_approvals, sign_approval
 from components._runtime.decision_files import replay_decision
 from components._runtime.envelopes import seal
@@ -19,6 +20,7 @@ from defense_core.errors import ConfigError, EvidenceMismatch, EvidenceMissing, 
 from defense_core.files import sha256_file
 from defense_core.policy import decide, parse_policy
 from defense_core.verdict import Verdict
+from pipelines.options import approvers
 from tests.unit.policy_records import AT, OTHER, dated, later, policy_mapping, rule, with_score
 
 POLICY = {**policy_mapping(rule()), "max_unknown_age_days": 7}
@@ -79,8 +81,8 @@ def test_verify_asks_who_signed_an_approval(
     names: tuple[str, ...] | None, verdict: Verdict, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     decided(tmp_path / "out", keys, signed(keys))
-    approvers = publics(keys, *names) if names else {}
-    (finding,) = approval_findings(replay_decision(tmp_path / "out"), approvers)
+    given = publics(keys, *names) if names else {}
+    (finding,) = approval_findings(replay_decision(tmp_path / "out"), given)
     assert (finding.rule, finding.verdict) == ("verify.approval", verdict)
     assert (finding.file, finding.bound) == ("evidence/approvals/000-r.json", "signed by ada")
 
@@ -92,9 +94,22 @@ def test_verify_says_nothing_of_approvals_where_there_are_none(tmp_path: Path) -
 
 @pytest.mark.parametrize("names", [(), ("bob",)])
 def test_who_is_not_named_cannot_approve(names: tuple[str, ...], keys: dict[str, Any]) -> None:
-    approvers = publics(keys, *names) if names else {}
+    given = publics(keys, *names) if names else {}
     with pytest.raises(EvidenceMismatch, match="file is signed by nobody whose approval counts"):
-        open_approval(signed(keys), approvers, "file")
+        open_approval(signed(keys), given, "file")
+
+
+def test_one_key_is_one_person(keys: dict[str, Any]) -> None:
+    ada, bob = (str(keys[name].public) for name in ("ada", "bob"))
+    assert list(approvers([f"ada={ada}", f"bob={bob}"])) == ["ada", "bob"]
+    texts = {name: keys[name].public.read_text() for name in ("ada", "bob")}
+    assert list(ApprovalTexts((), texts).keys()) == ["ada", "bob"]
+    message = "the approvers ada and carol have the same key: expected a key of their own for each"
+    with pytest.raises(ConfigError, match=message):
+        approvers([f"ada={ada}", f"bob={bob}", f"carol={ada}"])
+    with pytest.raises(ConfigError, match=message):
+        # Other bytes of the same key.
+        ApprovalTexts((), {**texts, "carol": "Carol's\n" + texts["ada"]}).signed()
 
 
 def test_nobody_approves_in_the_name_of_another(keys: dict[str, Any]) -> None:
