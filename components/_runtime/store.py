@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from components._runtime.evidence import BESIDE, FAILED, parse_evidence
 from defense_core.config import canonical_json
-from defense_core.errors import EvidenceMismatch, StorageError
+from defense_core.errors import AccessDenied, EvidenceMismatch, SourceNotFound, StorageError
 from defense_core.files import write_atomic
 
 
@@ -31,7 +31,12 @@ class Shelf(Protocol):
         ...
 
     def get(self, name: str) -> bytes:
-        """The content of ``name``, which is there."""
+        """The content of ``name``.
+
+        Raises:
+            FileNotFoundError, SourceNotFound: it is not there.
+            AccessDenied: it may not be read, or S3 does not say whether it is there.
+        """
         ...
 
     def names(self) -> list[str]:
@@ -80,6 +85,19 @@ class EvidenceStore:
                 got="others",
                 hint="Start a new run; a run's evidence never changes",
             )
+
+    def earlier(self, name: str) -> dict[str, Any] | None:
+        """The evidence that an earlier attempt of the step ``name`` left; ``None``: there is none to be seen.
+
+        Raises:
+            EvidenceMismatch: it is damaged.
+        """
+        try:
+            data = self.shelf.get(f"{name}.json")
+        except (FileNotFoundError, SourceNotFound, AccessDenied):
+            # S3 denies what is not there to accounts that may not list. What is there is still never written over.
+            return None
+        return parse_evidence(data, name)
 
     def put_failure(self, name: str, failure: Mapping[str, Any]) -> None:
         """Record why the step ``name`` failed; the latest attempt counts."""

@@ -66,5 +66,6 @@ def gate_promotion(
             Path(decision.path),
             former=Path(former.path) if former is not None else None,
             approvals=approval_texts.parse_approvals(approvals, approvers).signed(),
+            earlier=scope.store.earlier(scope.name),
         )
         scope.finish(done, evidence.path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,20 @@ from components._runtime.decision_files import decision_bytes, replay_decision, 
 from components._runtime.evidence import POLICY, Clock, compose, read_evidence, read_folder
 from components._runtime.plan import parse_json
 from defense_core.config import to_mapping
-from defense_core.errors import EvidenceMismatch
+from defense_core.errors import ConfigError, EvidenceMismatch
 from defense_core.files import atomic_directory, sha256_bytes
-from defense_core.policy import decide, parse_policy
+from defense_core.policy import Decision, decide, parse_policy
+from defense_core.policy_time import is_after, parse_time
 
 
 def decide_given(
-    paths: Sequence[Path], policy: str, out: Path, *, former: Path | None, approvals: Sequence[SignedApproval]
+    paths: Sequence[Path],
+    policy: str,
+    out: Path,
+    *,
+    former: Path | None,
+    approvals: Sequence[SignedApproval],
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Decide on what a component was given: evidence files and a policy, or the folder of a former decision.
 
@@ -26,6 +33,7 @@ def decide_given(
         policy: JSON.
         out: folder that becomes the decision.
         former: a decision that the new one takes the place of, on the same evidence and by the same policy.
+        earlier: evidence ``gate`` that an earlier attempt of the same run left.
 
     Raises:
         ConfigError: ``policy`` is no JSON.
@@ -33,11 +41,10 @@ def decide_given(
     """
     if former is not None:
         stated = parse_json((former / POLICY).read_text("utf-8"), POLICY)
-        return gate_promotion(read_folder(former), stated, out, approvals=approvals, supersedes=former)
+        return gate_promotion(read_folder(former), stated, out, approvals=approvals, supersedes=former, earlier=earlier)
     found = [read_evidence(path) for path in paths if path.stat().st_size]
-    return gate_promotion(
-        {str(each["name"]): each for each in found}, parse_json(policy, "policy"), out, approvals=approvals
-    )
+    evidence = {str(each["name"]): each for each in found}
+    return gate_promotion(evidence, parse_json(policy, "policy"), out, approvals=approvals, earlier=earlier)
 
 
 def gate_promotion(
@@ -48,6 +55,7 @@ def gate_promotion(
     at: str | None = None,
     approvals: Sequence[SignedApproval] = (),
     supersedes: Path | None = None,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Apply ``policy`` to ``evidence``.
 
@@ -60,6 +68,8 @@ def gate_promotion(
         at: time of the decision, ISO 8601 with a zone; ``None``: now. It stands in the decision.
         approvals: of people, whose signatures were checked.
         supersedes: folder of an earlier decision about the same artifact that this one takes the place of.
+        earlier: evidence ``gate`` that an earlier attempt of the same run left. Where it came to the same decision,
+            that is made again at the time that it states instead of now: a step that is tried again says the same.
 
     Returns:
         Evidence ``gate``: ``results`` is the decision (``outcome``: allow, deny, unknown or observe;
@@ -73,13 +83,13 @@ def gate_promotion(
     clock = Clock.start()
     parsed = parse_policy(policy)
     former = None if supersedes is None else replay_decision(supersedes).decision
-    decision = decide(
-        parsed,
-        evidence,
-        at=at or clock.started,
-        approvals=[signed.approval for signed in approvals],
-        supersedes=None if former is None else sha256_bytes(decision_bytes(former)),
-    )
+    given: dict[str, Any] = {
+        "approvals": [signed.approval for signed in approvals],
+        "supersedes": None if former is None else sha256_bytes(decision_bytes(former)),
+    }
+    decision = decide(parsed, evidence, at=at or clock.started, **given)
+    if at is None and earlier is not None:
+        decision = _as_before(earlier, decision, lambda moment: decide(parsed, evidence, at=moment, **given))
     if former is not None and former.subject.source != decision.subject.source:
         raise EvidenceMismatch(
             f"{supersedes} is a decision about another artifact",
@@ -90,14 +100,8 @@ def gate_promotion(
     gate = compose(
         "gate",
         clock,
-        inputs={
-            "source": decision.subject.source,
-            "model": decision.subject.model,
-            "onnx": decision.subject.onnx,
-            "policy": decision.policy_digest,
-            "evidence": decision.evidence_digest,
-        },
-        outputs={"decision": sha256_bytes(decision_bytes(decision))},
+        inputs=_inputs(decision),
+        outputs=_outputs(decision),
         results=to_mapping(decision),
         verdict=decision.verdict,
         findings=decision.findings,
@@ -106,3 +110,35 @@ def gate_promotion(
         with atomic_directory(out) as folder:
             write_decision(folder, {**evidence, "gate": gate}, policy, decision, approvals)
     return gate
+
+
+def _inputs(decision: Decision) -> dict[str, str | None]:
+    return {
+        "source": decision.subject.source,
+        "model": decision.subject.model,
+        "onnx": decision.subject.onnx,
+        "policy": decision.policy_digest,
+        "evidence": decision.evidence_digest,
+    }
+
+
+def _outputs(decision: Decision) -> dict[str, str]:
+    return {"decision": sha256_bytes(decision_bytes(decision))}
+
+
+def _as_before(earlier: Mapping[str, Any], now: Decision, again: Callable[[str], Decision]) -> Decision:
+    """The decision that ``earlier`` speaks of, if it is about the same and comes out the same; ``now`` otherwise.
+
+    Only its time is taken from the record, and only one that has passed; what follows from it is decided again.
+    """
+    results = earlier.get("results")
+    stated = results.get("decided_at") if isinstance(results, Mapping) else None
+    if earlier.get("inputs") != _inputs(now) or now.decided_at is None:
+        return now
+    try:
+        passed = not is_after(parse_time(stated, "decided_at"), parse_time(now.decided_at, "decided_at"))
+        former = again(str(stated)) if passed else now
+    except (ConfigError, EvidenceMismatch):
+        # No time, or one before the approvals: nothing that this gate has written. The store refuses what differs.
+        return now
+    return former if earlier.get("outputs") == _outputs(former) else now

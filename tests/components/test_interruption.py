@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +27,7 @@ import components.reopen_release.step
 import components.report.step
 import components.select_model.step
 import components.sign_evidence.step
-from components._runtime.evidence import Clock, compose, write_evidence
+from components._runtime.evidence import DECISION, Clock, compose, write_evidence
 from components._runtime.mlflow_connection import MlflowSettings, connect
 from components._runtime.plan import RunSettings
 from components._runtime.step import interruptible, step_scope
@@ -42,6 +45,7 @@ from components.select_model.component import select_model
 from components.sign_evidence.component import sign_evidence
 from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, Cancelled
 from tests.finished_chain import Chain, make_release
+from tests.small_model import POLICY
 
 
 def artifact(path: Path) -> Any:
@@ -173,6 +177,53 @@ def test_a_signal_in_the_middle_of_a_step(
     assert number.name in records.failures[step]["message"]
     if step == "promote":
         assert not connect(MlflowSettings(f"sqlite:///{tmp_path / 'mlflow.db'}")).client.search_registered_models()
+
+
+def gate_at(at: str, chain: Chain, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> bytes:
+    """One attempt of the gate of the run ``run`` at the time ``at``: the decision that it wrote."""
+    folder.mkdir()
+    function, arguments = call_of("gate", chain, folder)
+    clock = SimpleNamespace(start=lambda: Clock(at, time.monotonic()))
+    monkeypatch.setattr(components.gate_promotion.step, "Clock", clock)
+    settings = RunSettings(evidence=str(folder.parent / "store"), model_name="model", name="run")
+    function(**{**arguments, **changes}, run=settings.to_json(), execution="")
+    return (Path(arguments["decision"].path) / DECISION).read_bytes()
+
+
+def test_a_gate_that_was_killed_after_its_record_comes_to_the_same_decision(
+    finished: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = datetime.now(UTC)
+    first, hour = now.isoformat(timespec="seconds"), (now + timedelta(hours=1)).isoformat(timespec="seconds")
+    decision = gate_at(first, finished, tmp_path / "first", monkeypatch)
+    assert gate_at(hour, finished, tmp_path / "again", monkeypatch) == decision
+    store = open_store(str(tmp_path / "store"), "run")
+    assert store.records().failures == {}
+    gate = store.earlier("gate")
+    assert gate is not None
+    assert gate["results"]["decided_at"] == first
+    with pytest.raises(SystemExit):
+        gate_at(hour, finished, tmp_path / "other", monkeypatch, policy=json.dumps({**POLICY, "name": "other"}))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"results": {"decided_at": "soon"}},
+        {"results": {"decided_at": "2999-01-01T00:00:00+00:00"}},
+        {"results": {"decided_at": "2020-01-01T00:00:00+00:00"}},
+        {"results": None},
+        {"inputs": {}},
+        {"outputs": {}},
+    ],
+)
+def test_a_record_that_is_no_gates_sets_no_time(forged: dict[str, Any], finished: Chain) -> None:
+    decide, policy = components.gate_promotion.step.gate_promotion, dict(finished.plan.policy)
+    later = (datetime.now(UTC) + timedelta(seconds=200)).isoformat(timespec="seconds")
+    gate = decide(finished.evidence, policy, at=later)
+    assert decide(finished.evidence, policy, earlier=gate)["results"]["decided_at"] == later
+    found = decide(finished.evidence, policy, earlier={**gate, **forged})
+    assert found["results"]["decided_at"] == found["environment"]["started"]
 
 
 def test_the_handlers_of_before_are_back() -> None:

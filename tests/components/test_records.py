@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +38,23 @@ def test_evidence_never_changes(tmp_path: Path) -> None:
     with pytest.raises(errors.EvidenceMismatch, match="differs"):
         store.put({**fetch_evidence(), "outputs": {"model": SOURCE}})
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["fetch.json"]
+
+
+def test_what_an_earlier_attempt_left_is_read_again(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), "run")
+    assert store.earlier("fetch") is None
+    first = fetch_evidence()
+    store.put(first)
+    assert store.earlier("fetch") == first
+
+    def denied(name: str) -> bytes:
+        raise errors.AccessDenied(f"cannot read {name}", hint="Check the credentials")
+
+    hidden = replace(store, shelf=SimpleNamespace(get=denied))
+    assert hidden.earlier("fetch") is None, "an account that may not list is told nothing of what is not there"
+    (tmp_path / "run" / "fetch.json").write_text("{")
+    with pytest.raises(errors.EvidenceMismatch, match="damaged"):
+        store.earlier("fetch")
 
 
 def test_a_failure_is_forgotten_once_the_step_succeeds(tmp_path: Path) -> None:
