@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, mlflow_errors, without_credentials
+from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors, without_credentials
+from components._runtime.registered_sources import require_allowed_source
 from defense_core.config import digest
 from defense_core.errors import ArtifactTooLarge, ConfigError, RegistryConflict, SourceNotFound, UnsafeArtifact
 from defense_core.files import atomic_directory, sha256_file
@@ -22,8 +22,6 @@ from defense_core.files import atomic_directory, sha256_file
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-REMOTE_SCHEMES = ("mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
-LOCAL_SCHEMES = ("", "file")
 MAX_EVIDENCE_BYTES = 64 << 20
 MAX_FILES = 10_000
 MAX_DEPTH = 16
@@ -206,22 +204,6 @@ def _files_address(connection: MlflowConnection, version: ModelVersion) -> str:
         run_id, _, path = uri.removeprefix("runs:/").partition("/")
         uri = f"{client.get_run(run_id).info.artifact_uri}/{path}"
     return uri
-
-
-def require_allowed_source(uri: str, settings: MlflowSettings, what: str) -> None:
-    """Refuse a source that a registry entry must not make us read: the web, or our own files.
-
-    Raises:
-        UnsafeArtifact: its scheme is not an artifact store's, or it is a path and MLflow is remote.
-    """
-    allowed = REMOTE_SCHEMES if settings.is_remote else REMOTE_SCHEMES + LOCAL_SCHEMES
-    if urlsplit(uri).scheme not in allowed:
-        raise UnsafeArtifact(
-            f"source of {what} may not be read",
-            expected="one of " + ", ".join(f"{scheme}:" for scheme in allowed if scheme),
-            got=without_credentials(uri),
-            hint="A registry entry can name any address; register the files through MLflow's artifact store",
-        )
 
 
 def _listing(repository: Any, what: str, part: str = "") -> dict[str, int]:

@@ -14,6 +14,7 @@ from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.promotion import Promotion, promote
 from components._runtime.registered_files import resolve_model_uri
+from components._runtime.registered_sources import require_allowed_source
 from components._runtime.release import Release
 from components._runtime.tracking import open_run
 from defense_core.errors import (
@@ -563,4 +564,4 @@ def test_server_goes_away_in_the_middle_and_comes_back(mlflow_server: MlflowServ
 def test_server_does_not_let_a_registry_entry_name_local_files(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     connection = connect(server_settings(mlflow_server))
     with pytest.raises(UnsafeArtifact, match="may not be read"):
-        registered_files.require_allowed_source((tmp_path / "etc").as_uri(), connection.settings, "models:/x/1")
+        require_allowed_source((tmp_path / "etc").as_uri(), connection.settings, "models:/x/1")
