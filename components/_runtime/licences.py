@@ -22,9 +22,15 @@ from defense_core.safetensors_file import read_metadata
 DECLARED = "the operator"
 MAX_BYTES = 1 << 20
 """Of a file beside the model; what comes after is not read."""
-_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([^\n*>]{1,200}?)[ \t]*(?:\*/|-->)?[ \t]*$", re.MULTILINE)
+MAX_FRONT_MATTER_BYTES = 16 << 10
+# Brackets in brackets cost the YAML reader the square of their number.
+_MAX_BRACKETS = 256
+_UNREADABLE = "unreadable front matter"
+# Taken apart without a pattern for what follows: one that tries where the blanks end takes the cube of their number.
+_TAG = re.compile(r"SPDX-License-Identifier:([^\n]*)")
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
 _METADATA = ("license", "licence")
+_TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,16 @@ def _beside(path: Path) -> Iterator[Claim]:
     with open(path, "rb") as stream:
         data = stream.read(MAX_BYTES)
     content = data.decode("utf-8", "replace").replace("\r\n", "\n")
-    stated = _front_matter_field(content) if path.name == "README.md" else _TAG.findall(content)
+    stated = _front_matter_field(content) if path.name == "README.md" else list(_tagged(content))
     for each in dict.fromkeys(stated):
         yield _claim(path.name, each, sha256_bytes(data))
+
+
+def _tagged(content: str) -> Iterator[str]:
+    for line in _TAG.findall(content):
+        stated = line.strip(" \t").removesuffix("*/").removesuffix("-->").strip(" \t")
+        if 0 < len(stated) <= 200 and not {"*", ">"} & set(stated):
+            yield stated
 
 
 def _front_matter_field(content: str) -> list[str]:
@@ -108,13 +121,31 @@ def _front_matter_field(content: str) -> list[str]:
     if front is None:
         return []
     try:
-        fields = yaml.safe_load(front[1])
+        fields = _fields(front[1])
     except (yaml.YAMLError, ValueError, RecursionError):
-        return ["unreadable front matter"]
-    if not isinstance(fields, dict):
-        return []
-    found = [fields[key] for key in _METADATA if fields.get(key) is not None]
-    return [str(each) for value in found for each in (value if isinstance(value, list) else [value])]
+        return [_UNREADABLE]
+    stated = [value for key, value in fields if key.value in _METADATA and value.tag != _NULL]
+    return [text for value in stated for text in _texts(value)]
+
+
+def _fields(text: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Keys and values of a mapping, as nodes: no object is built of what a stranger wrote.
+
+    Raises:
+        ValueError, yaml.YAMLError: too long, aliases (each may stand for a million copies), or no YAML.
+    """
+    if len(text.encode()) > MAX_FRONT_MATTER_BYTES or text.count("[") + text.count("{") > _MAX_BRACKETS:
+        raise ValueError(f"more than {MAX_FRONT_MATTER_BYTES} bytes or {_MAX_BRACKETS} brackets")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise ValueError("an alias")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    return root.value if isinstance(root, yaml.MappingNode) else []
+
+
+def _texts(value: yaml.Node) -> list[str]:
+    """A text, or a list of texts; nothing else states a licence."""
+    nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    return [node.value if isinstance(node, yaml.ScalarNode) and node.tag == _TEXT else _UNREADABLE for node in nodes]
 
 
 def _claim(where: str, stated: str, sha256: str | None = None) -> Claim:

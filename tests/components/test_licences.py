@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,48 @@ def test_what_disagrees_is_unknown_with_the_reason(declared: str, front: str, wh
     (tmp_path / "README.md").write_text(FRONT.format(front))
     licence = found(path, declared)
     assert (licence.licence, licence.why) == (None, why)
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [" + ", ".join([f"*{before}"] * 9) + "]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        LAUGHS + "license: *i",
+        "a: &a mit\nlicense: *a",
+        "license: {a: mit}",
+        "license: [[mit]]",
+        "license: 3",
+        "license: !!timestamp mit",
+        "license: " + "[" * 15_000,
+        "a: [" * 4_000,
+        "tags: " + "x" * (16 << 10) + "\nlicense: mit",
+    ],
+    ids=["laughs", "alias", "mapping", "nested", "number", "tagged", "brackets", "flow", "long"],
+)
+def test_front_matter_that_is_more_than_texts_is_not_read(front: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+    started = time.monotonic()
+    licence = licence_of("", tmp_path / "none", [tmp_path / "README.md"])
+    assert licence.why == "README.md says 'unreadable front matter', which is no SPDX expression"
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("front", ["license:", "license: null", "- license: mit", "tags: [vision]", ""])
+def test_front_matter_that_states_nothing(front: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+    assert licence_of("", tmp_path / "none", [tmp_path / "README.md"]).why == "nothing states a licence"
+
+
+def test_blanks_behind_a_tag_cost_no_time(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("SPDX-License-Identifier:" + " " * 5_000 + "*x\n" + TAG.format("MIT \t */ "))
+    started = time.monotonic()
+    assert licence_of("", tmp_path / "none", [tmp_path / "LICENSE"]).licence == "MIT"
+    assert time.monotonic() - started < 5
 
 
 def test_a_declaration_that_is_no_expression_ends_the_run_before_it_begins(plan: Plan) -> None:
