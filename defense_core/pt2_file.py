@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,11 @@ def read_pt2(archive: zipfile.ZipFile, root: str, limits: LoadLimits, *, path: P
         )
     tensors: dict[str, torch.Tensor] = {}
     total = 0
-    for name, entry in _table(archive, tables[0], path).items():
+    table = _table(archive, tables[0], path)
+    # Each record is read once, however many weights name it, and dropped behind the last of them.
+    uses = Counter(str(entry.get("path_name")) for entry in table.values())
+    records: dict[str, bytearray] = {}
+    for name, entry in table.items():
         if entry.get("use_pickle") is not False:
             raise UnsafeArtifact(
                 f"weight {name} of {path.name} is a pickle",
@@ -68,7 +73,12 @@ def read_pt2(archive: zipfile.ZipFile, root: str, limits: LoadLimits, *, path: P
             )
         try:
             record = folder + entry["path_name"]
-            tensor = _tensor(archive.read(record) if record in names else None, entry["tensor_meta"])
+            if record in names and record not in records:
+                records[record] = bytearray(archive.read(record))
+            tensor = _tensor(records.get(record), entry["tensor_meta"])
+            uses[entry["path_name"]] -= 1
+            if not uses[entry["path_name"]]:
+                records.pop(record, None)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise _damaged(path, f"weight {name}: {type(error).__name__} {error}") from error
         total += tensor.numel() * tensor.element_size()
@@ -92,7 +102,7 @@ def _table(archive: zipfile.ZipFile, name: str, path: Path) -> dict[str, Mapping
     return table
 
 
-def _tensor(data: bytes | None, meta: Mapping[str, Any]) -> torch.Tensor:
+def _tensor(data: bytearray | None, meta: Mapping[str, Any]) -> torch.Tensor:
     if data is None:
         raise ValueError("its record is missing")
     dtype = _DTYPES[meta["dtype"]]
@@ -104,7 +114,7 @@ def _tensor(data: bytes | None, meta: Mapping[str, Any]) -> torch.Tensor:
         raise ValueError("sizes and strides do not fit")
     if math.prod(sizes) == 0:
         return torch.zeros(sizes, dtype=dtype)
-    flat = torch.frombuffer(bytearray(data), dtype=dtype)
+    flat = torch.frombuffer(data, dtype=dtype)
     # as_strided checks that every element lies inside the record.
     return torch.as_strided(flat, sizes, strides, _size(meta["storage_offset"]))
 

@@ -6,6 +6,7 @@ FunctionProto, TrainingInfoProto, SparseTensorProto).
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import re
@@ -18,7 +19,9 @@ from defense_core.artifact_scan.onnx_operators import STANDARD_DOMAINS, STANDARD
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 32
-_MAX_FIELDS = 5_000_000
+_MAX_FIELDS = 2_000_000
+_MAX_TOP_FIELDS = 100_000
+_MAX_DIMENSIONS = 1000
 _MAX_TEXT_BYTES = 500
 # Names of operators, functions and their domains.
 _NAMES = (("node", 4), ("node", 7), ("function", 1), ("function", 10))
@@ -41,16 +44,25 @@ class _Malformed(ValueError):
     """The bytes are no protocol buffer of this shape."""
 
 
+class _TooMany(ValueError):
+    """More fields than are read."""
+
+
 def looks_like_onnx(path: Path) -> bool:
     """Whether the file is, from its first byte to its last, a model with an IR version, a graph and operator sets."""
     try:
         with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:1] != b"\x08" and data[:1] not in (b"\x12", b"\x3a", b"\x42"):
                 return False
-            numbers = [number for number, _, _, _ in _fields(data, 0, len(data))]
+            numbers = set()
+            for count, (number, _, _, _) in enumerate(_fields(data, 0, len(data))):
+                numbers.add(number)
+                # No model has so many; the rest is not read, and the format stays unknown.
+                if count >= _MAX_TOP_FIELDS or number > 100:
+                    return False
     except (_Malformed, ValueError, OSError):
         return False
-    return {1, 7, 8} <= set(numbers) and max(numbers) <= 100
+    return {1, 7, 8} <= numbers
 
 
 def scan_onnx(path: Path, where: str, max_bytes: int) -> list[ScanFinding]:
@@ -61,13 +73,18 @@ def scan_onnx(path: Path, where: str, max_bytes: int) -> list[ScanFinding]:
             reader.message(0, len(data), "model", 0)
         except _Malformed as error:
             reader.found.append(ScanFinding("damaged", where, f"no complete ONNX model: {error}"))
+        except _TooMany as error:
+            reader.found.append(ScanFinding("too-large", where, str(error)))
     if not reader.operators:
         reader.found.append(ScanFinding("damaged", where, "a graph without any operator"))
-    for domain, name in sorted(reader.operators):
-        standard = domain in STANDARD_DOMAINS and name in STANDARD_OPERATORS
-        if not standard and (domain, name) not in reader.functions:
-            called = f"{domain or 'ai.onnx'}.{name}"
-            reader.found.append(ScanFinding("onnx-custom-operator", where, f"it needs the operator {called}"))
+    foreign = (
+        (domain, name)
+        for domain, name in sorted(reader.operators - reader.functions)
+        if not (domain in STANDARD_DOMAINS and name in STANDARD_OPERATORS)
+    )
+    for domain, name in itertools.islice(foreign, MAX_FINDINGS):
+        called = f"{domain or 'ai.onnx'}.{name}"
+        reader.found.append(ScanFinding("onnx-custom-operator", where, f"it needs the operator {called}"))
     return reader.found[:MAX_FINDINGS]
 
 
@@ -90,10 +107,7 @@ class _Reader:
             self.tensor(at, end)
             return
         texts: dict[int, str] = {}
-        for number, wire, start, stop in _fields(self.data, at, end):
-            self.fields += 1
-            if self.fields > _MAX_FIELDS:
-                raise _Malformed(f"more than {_MAX_FIELDS} fields")
+        for number, wire, start, stop in self.counted(at, end):
             inner = _MESSAGES.get(kind, {}).get(number)
             if inner is not None and wire != _BYTES:
                 raise _Malformed(f"field {number} of a {kind} has another type")
@@ -106,12 +120,20 @@ class _Reader:
         elif kind == "function":
             self.functions.add((texts.get(10, ""), texts.get(1, "")))
 
+    def counted(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """The fields from ``at`` to ``end``, as long as the whole model has not too many."""
+        for each in _fields(self.data, at, end):
+            self.fields += 1
+            if self.fields > _MAX_FIELDS:
+                raise _TooMany(f"more than {_MAX_FIELDS} fields")
+            yield each
+
     def tensor(self, at: int, end: int) -> None:
         dims: list[int] = []
         external: dict[str, str] = {}
         numbers: dict[int, int] = {}
         name, raw_bytes = "", None
-        for number, wire, start, stop in _fields(self.data, at, end):
+        for number, wire, start, stop in self.counted(at, end):
             if wire == _VARINT:
                 dims += [_signed(start)] if number == 1 else []
                 numbers[number] = start
@@ -123,6 +145,9 @@ class _Reader:
                 raw_bytes = stop - start
             elif (wire, number) == (_BYTES, 13):
                 external.update([_entry(self, start, stop)])
+            if len(dims) > _MAX_DIMENSIONS:
+                # Their product alone would take the square of their number.
+                raise _TooMany(f"a tensor of more than {_MAX_DIMENSIONS} dimensions")
         if len(self.found) > MAX_FINDINGS:
             return
         if numbers.get(14) or external:
@@ -153,7 +178,7 @@ def _external(location: str, name: str, where: str) -> ScanFinding:
 
 def _entry(reader: _Reader, at: int, end: int) -> tuple[str, str]:
     texts = {1: "", 2: ""}
-    for number, wire, start, stop in _fields(reader.data, at, end):
+    for number, wire, start, stop in reader.counted(at, end):
         if number in texts and wire == _BYTES:
             texts[number] = reader.text(start, stop)
     return re.sub(r"\s", "", texts[1]).lower(), texts[2]
@@ -181,14 +206,17 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int,
 
 
 def _packed(data: mmap.mmap, at: int, end: int) -> list[int]:
-    values = []
-    while at < end:
+    values: list[int] = []
+    while at < end and len(values) <= _MAX_DIMENSIONS:
         value, at = _varint(data, at, end)
         values.append(value)
     return values
 
 
 def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+    if at < end and data[at] < 0x80:
+        # Nearly all of them.
+        return data[at], at + 1
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

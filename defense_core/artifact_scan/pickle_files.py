@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from defense_core.limits import LoadLimits
 from defense_core.pickles import LEGACY_MAGIC, MAX_PICKLE_BYTES, PickleWalk, walk_pickle
 
 _LEGACY_PICKLES = 5
+_MAX_PICKLES = 1000
 
 
 def scan_one_pickle(
@@ -65,12 +67,16 @@ def scan_bare_pickle(path: Path, where: str) -> list[ScanFinding]:
     """Findings of a plain pickle; never none, because no reader here vouches for one."""
     found: list[ScanFinding] = []
     with open(path, "rb") as stream:
-        while len(found) < MAX_FINDINGS:
+        for number in itertools.count():
             start = stream.tell()
+            if number >= _MAX_PICKLES or start > MAX_PICKLE_BYTES:
+                what = f"more than {_MAX_PICKLES} pickles, or {MAX_PICKLE_BYTES} bytes of them, one behind the other"
+                found.append(ScanFinding("too-large", where, what, start))
+                break
             walk = walk_pickle(stream, max_objections=MAX_FINDINGS)
             found += _objections(walk, where, start)
             # Several pickles may stand one behind the other, and a reader may read them all.
-            if walk.damage is not None or not stream.read(1):
+            if len(found) >= MAX_FINDINGS or walk.damage is not None or not stream.read(1):
                 break
             stream.seek(-1, io.SEEK_CUR)
     if not any(finding.rule == "pickle-code" for finding in found):

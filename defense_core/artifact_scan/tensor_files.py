@@ -64,11 +64,11 @@ def _total_bytes(table: Any) -> int:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _Lies(f"the header has {twice!r} twice")
+    mapping: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in mapping:
+            raise _Lies(f"the header has {name!r} twice")
+        mapping[name] = value
     return mapping
 
 
