@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 from defense_core.errors import CorruptArtifact, StorageError, UnsafeArtifact
 from defense_core.files import CHUNK_BYTES
 from defense_core.limits import LoadLimits
-from defense_core.zip_layout import check_layout
+from defense_core.tar_layout import check_tar_layout
+from defense_core.zip_layout import check_layout, require_few_entries
 
 _MAX_RATIO = 200  # deflate reaches 1000:1 on a bomb, about 1.1:1 on weights
 _RATIO_FREE_BYTES = 1 << 20
@@ -52,6 +53,8 @@ def checked_zip(path: Path, limits: LoadLimits, *, stored_only: bool) -> Iterato
         UnsafeArtifact: names that escape or repeat, links, encryption, too many or too large entries.
         CorruptArtifact: not a complete zip file, or damage found while it is read.
     """
+    with damage_as_errors(path):
+        require_few_entries(path, limits.max_entries)
     with damage_as_errors(path), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if archive.comment or not entries or min(entry.header_offset for entry in entries) != 0:
@@ -101,6 +104,7 @@ def _unpack_tar(path: Path, target: Path, limits: LoadLimits) -> None:
     with damage_as_errors(path), tempfile.TemporaryFile() as plain:
         # Expanded first and under a limit: tarfile reads extended headers of any declared size into memory.
         _expand(path, plain, limits)
+        check_tar_layout(plain, limits.max_entries, where=path.name)
         plain.seek(0)
         with tarfile.open(fileobj=plain, mode="r:") as archive:
             members: list[tarfile.TarInfo] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from pathlib import Path
 from typing import BinaryIO
 
 from defense_core.errors import UnsafeArtifact
@@ -20,6 +21,69 @@ _LOCATOR = struct.Struct("<4sIQI")
 _DESCRIPTOR = b"PK\x07\x08"
 _HAS_DESCRIPTOR = 0x8
 _UTF8 = 0x800
+_ENTRY = struct.Struct("<4s24x3H12x")
+_MAX_COMMENT_BYTES = (1 << 16) - 1
+MAX_ENTRY_BYTES = 1024
+"""Name, extra fields and comment of one entry; archives of models need some 100."""
+
+
+def require_few_entries(path: Path, max_entries: int) -> None:
+    """Refuse a zip file of more entries, or longer ones, than are read, before zipfile reads them all.
+
+    The number in the end record is not believed: the table itself is walked, for every end record that a version of
+    zipfile may go by. What is no zip file is left to zipfile to say.
+
+    Raises:
+        UnsafeArtifact: more than ``max_entries``, or one of more than :data:`MAX_ENTRY_BYTES`.
+    """
+    with open(path, "rb") as stream:
+        for start, end in _tables(stream):
+            _walk_table(stream, start, end, max_entries, path.name)
+
+
+def _tables(stream: BinaryIO) -> list[tuple[int, int]]:
+    """From where to where a table of contents may lie."""
+    length = stream.seek(0, 2)
+    tail_at = max(0, length - _END.size - _MAX_COMMENT_BYTES - 1)
+    stream.seek(tail_at)
+    tail = stream.read()
+    # As zipfile does: the last bytes if they are an end record without comment, else the last that looks like one.
+    at = len(tail) - _END.size
+    if at < 0 or tail[at : at + 4] != b"PK\x05\x06" or tail[-2:] != b"\x00\x00":
+        at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) < at + _END.size:
+        return []
+    end_at = tail_at + at
+    tables = [(end_at - _END.unpack_from(tail, at)[5], end_at)]
+    stream.seek(max(0, end_at - _LOCATOR.size))
+    locator = stream.read(_LOCATOR.size)
+    if len(locator) == _LOCATOR.size and locator[:4] == b"PK\x06\x07":
+        for end64_at in {_LOCATOR.unpack(locator)[2], end_at - _LOCATOR.size - _END64.size}:
+            if 0 <= end64_at <= length - _END64.size:
+                stream.seek(end64_at)
+                head = _END64.unpack(stream.read(_END64.size))
+                tables += [(end64_at - head[8], end64_at)] if head[0] == b"PK\x06\x06" else []
+    return [(start, end) for start, end in tables if start >= 0]
+
+
+def _walk_table(stream: BinaryIO, start: int, end: int, max_entries: int, where: str) -> None:
+    count = 0
+    while start < end:
+        stream.seek(start)
+        head = stream.read(_ENTRY.size)
+        if len(head) != _ENTRY.size or head[:4] != b"PK\x01\x02":
+            # zipfile stops here too.
+            return
+        count += 1
+        held = sum(_ENTRY.unpack(head)[1:])
+        if count > max_entries or held > MAX_ENTRY_BYTES:
+            raise UnsafeArtifact(
+                f"{where} has too many entries, or too long ones",
+                expected=f"at most {max_entries}, of at most {MAX_ENTRY_BYTES} bytes each",
+                got=f"one of {held} bytes" if held > MAX_ENTRY_BYTES else "more",
+                hint="Ask the sender for a plain archive of the model",
+            )
+        start += _ENTRY.size + held
 
 
 def check_layout(stream: BinaryIO, entries: list[zipfile.ZipInfo], directory_at: int, *, where: str) -> None:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from defense_core.archives import common_root
+from defense_core.errors import UnsafeArtifact
+from defense_core.limits import LoadLimits
+from defense_core.zip_layout import require_few_entries
 
 SAFETENSORS, TORCH_ZIP, TORCH_LEGACY, PT2 = "safetensors", "torch zip", "torch legacy", "pt2"
 ONNX, NPY, NPZ, JSON, TEXT = "onnx", "npy", "npz", "json", "text"
@@ -64,13 +67,13 @@ class Kind:
     note: str = ""
 
 
-def kind_of(path: Path) -> Kind:
-    """What the bytes of the regular file at ``path`` are."""
+def kind_of(path: Path, max_entries: int = LoadLimits.max_entries) -> Kind:
+    """What the bytes of the regular file at ``path`` are; a zip file of more entries is only called one."""
     with open(path, "rb") as stream:
         head = stream.read(HEAD_BYTES)
     found = next((name for name, fits in _TESTS if fits(head)), None)
     if found == ZIP:
-        return Kind(_zip_kind(path))
+        return Kind(_zip_kind(path, max_entries))
     if found is not None:
         return Kind(found)
     named = next((name for magic, name in _OTHERS.items() if head.startswith(magic)), "")
@@ -114,11 +117,12 @@ def ends_as_zip(path: Path, size: int) -> bool:
     return False
 
 
-def _zip_kind(path: Path) -> str:
+def _zip_kind(path: Path, max_entries: int) -> str:
     try:
+        require_few_entries(path, max_entries)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, EOFError):
+    except (UnsafeArtifact, zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, EOFError):
         return ZIP
     root = common_root(names) or ""
     inner = [name.removeprefix(root) for name in names]

@@ -124,7 +124,7 @@ def _scan_file(path: Path, shown: str, limits: LoadLimits, *, follow: bool = Fal
 
 def _judge(path: Path, where: str, limits: LoadLimits, depth: int) -> tuple[Kind, list[ScanFinding]]:
     size = path.stat().st_size
-    kind = kind_of(path)
+    kind = kind_of(path, limits.max_entries)
     if kind.name == kinds.UNKNOWN and looks_like_onnx(path):
         kind = Kind(kinds.ONNX)
     try:
