@@ -44,8 +44,10 @@ def member(name: str = "bundle.json", content: bytes = b"{}") -> bytes:
 
 
 SPARSE = record("GNU.sparse.map", ",".join(["0"] * 200_000))
+LONG_SPARSE = record("GNU.sparse.map", ",".join(["0"] * 10_000_000))
 TARS: dict[str, bytes] = {
     "sparse map": extended(b"x", SPARSE) + member(),
+    "long sparse map": extended(b"x", LONG_SPARSE) + member(),
     "sparse map for all": extended(b"g", SPARSE) + member(),
     "sparse map in the padding": extended(b"x", record("a", "b"))[:-490] + record("GNU.sparse.map", "0,1"),
     "one large header": extended(b"x", record("comment", "x" * (2 << 20))) + member(),
@@ -63,13 +65,16 @@ TARS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_tar_files_that_tarfile_would_take_apart(name: str, tmp_path: Path) -> None:
+def test_tar_files_that_tarfile_would_take_apart(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr(tarfile, "open", lambda *arguments, **options: opened.append(options))
     path = tmp_path / "m.tgz"
     path.write_bytes(gzip.compress(TARS[name] + bytes(1024), 1))
     with quickly(), pytest.raises((UnsafeArtifact, CorruptArtifact)), unpacked(path, LoadLimits()):
         pass
     with quickly():
         assert scan_artifact(path).state is not State.CLEAN
+    assert not opened
 
 
 @pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
