@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from components._runtime.promotion import require_usable
+from components._runtime.registered_names import require_usable
 from defense_core.policy import Policy, parse_policy
 from pipelines.triggers.watch import Watch
 

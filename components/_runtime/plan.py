@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from components._runtime.promotion import require_usable
+from components._runtime.registered_names import require_usable
 from components._runtime.release import Identity
 from components._runtime.spdx import require_spdx
 from defense_core import __version__

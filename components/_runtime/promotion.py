@@ -19,7 +19,6 @@ promoted model. Doing the same work again (same :class:`Identity`) comes back to
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from components._runtime.model_versions import (
     version_tags,
 )
 from components._runtime.registered_files import Manifest, download_version, manifest_differences
+from components._runtime.registered_names import require_usable
 from components._runtime.release import (
     EVIDENCE_FOLDER,
     Identity,
@@ -53,7 +53,7 @@ from components._runtime.release import (
 from components._runtime.run_election import TrackedRun
 from components._runtime.version_alias import alias_before, alias_version, move_alias, wants_alias
 from defense_core.config import digest
-from defense_core.errors import ConfigError, RegistryConflict, SourceNotFound
+from defense_core.errors import RegistryConflict, SourceNotFound
 from defense_core.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -157,28 +157,6 @@ def promote(
         decided = _decide(connection, version, order)
         moved = decided == tag.ALLOW and move_alias(connection, version, order)
         return _promotion(connection, version, order, served, reused=reused, moved=moved)
-
-
-def require_usable(name: str, alias: str, tags: Mapping[str, str]) -> None:
-    """Refuse names that the registry cannot take. Raises ConfigError."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
-        raise ConfigError(
-            "name of the registered model is not usable",
-            expected="1 to 128 letters, digits and . _ -",
-            got=repr(name),
-            hint="Choose another name",
-        )
-    reserved = alias.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", alias)
-    if reserved or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", alias):
-        raise ConfigError(
-            f"alias {alias!r} is {'reserved by MLflow' if reserved else 'not usable'}",
-            expected="letters, digits, _ and -, not 'latest' and not 'v' with a number",
-            got=repr(alias),
-            hint="Use a name such as champion",
-        )
-    own = sorted(key for key in tags if key.startswith("quarantine."))
-    if own:
-        raise ConfigError("tag is reserved", expected="no name under quarantine.", got=", ".join(own), hint="Rename it")
 
 
 # -- what its bytes are ----------------------------------------------------------------

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from components._runtime import registry_tags as tag
 from components._runtime.plan import Plan, RunSettings, run_settings
-from components._runtime.promotion import require_usable
+from components._runtime.registered_names import require_usable
 from defense_core.config import from_mapping, require
 from defense_core.errors import ConfigError
 from defense_core.policy import parse_policy
