@@ -27,13 +27,18 @@ from components._runtime.resumption import Resumption
 from components._runtime.signing_keys import (
     CERTIFICATE_VARIABLE,
     KEY_VARIABLE,
+    PUBLIC_KEY_VARIABLE,
+    PUBLIC_NAME,
+    SigningKey,
+    load_public_key,
     load_signing_key,
     signing_key_from_environment,
+    trusted_signer_from_environment,
 )
 from components._runtime.step import STEP_LINE, failure_record, interruptible
 from components._runtime.store import EvidenceStore, open_store
 from components.report.step import report_run
-from defense_core.errors import Cancelled, QuarantineError, StorageError
+from defense_core.errors import Cancelled, ConfigError, QuarantineError, StorageError
 from defense_core.files import write_atomic
 
 STOP_GRACE_S = 20.0
@@ -101,13 +106,15 @@ def run_local(
         alias: what moves on allow.
         controls: where positive controls are kept, a folder or ``s3://bucket/prefix``; empty: nowhere.
         name: of the execution; empty: the time.
-        signing_key: private key that signs the release; ``None``: as ``QUARANTINE_SIGNING_KEY`` says.
+        signing_key: private key that signs the release; ``None``: as ``QUARANTINE_SIGNING_KEY`` says. Promotion trusts
+            its public half, unless ``QUARANTINE_PUBLIC_KEY`` or ``QUARANTINE_CERTIFICATE_CHAIN`` names somebody.
         on_line: called with every message that a step logs; what kfp says is in the log only.
 
     MLflow is where ``MLFLOW_TRACKING_URI`` says; without it, in ``mlflow.db`` in ``work``.
 
     Raises:
-        ConfigError: ``model_name``, ``alias``, ``name`` or ``signing_key`` is not usable.
+        ConfigError: ``model_name``, ``alias``, ``name`` or ``signing_key`` is not usable, or promotion trusts
+            another key.
         StorageError: ``work`` cannot be written, or holds a run of this name.
     """
     started = time.monotonic()
@@ -117,7 +124,8 @@ def run_local(
         evidence=str(work / EVIDENCE_FOLDER), model_name=model_name, alias=alias, name=name, controls=_reached(controls)
     )
     settings = run_settings(wanted.to_json())
-    variables = _with_key(signing_key)
+    key = load_signing_key(signing_key) if signing_key is not None else signing_key_from_environment()
+    _require_trusted(key)
     folder, root = work / EVIDENCE_FOLDER / name, work / "artifacts" / name
     if folder.exists() or root.exists():
         raise StorageError(
@@ -131,7 +139,8 @@ def run_local(
         "arguments": {**asked.arguments(), "run": settings.to_json()},
     }
     write_atomic(request, json.dumps(told).encode())
-    environment = local_environment(work, variables)
+    variables = {KEY_VARIABLE: str(Path(signing_key).absolute()), CERTIFICATE_VARIABLE: ""} if signing_key else {}
+    environment = local_environment(work, {**variables, **_with_public_half(key, root)})
     store = open_store(settings.evidence, name)
     stopped = _run_worker(request, log, environment.variables, on_line)
     _finish_report(settings, store, folder, environment.variables, stopped)
@@ -158,13 +167,30 @@ def _reached(address: str) -> str:
     return str(Path(address).absolute()) if address and not urlsplit(address).scheme else address
 
 
-def _with_key(signing_key: Path | None) -> dict[str, str]:
-    """Which key signs; checked now, because the sign step comes last."""
-    if signing_key is None:
-        signing_key_from_environment()
+def _require_trusted(key: SigningKey | None) -> None:
+    """Refuse a run whose signature promotion would not let pass: now, because that step comes last."""
+    trusted = trusted_signer_from_environment()
+    if key is None or trusted is None or trusted.public_key is None:
+        return
+    expected = str(load_public_key(trusted.public_key).keyid)
+    if key.key_id != expected:
+        raise ConfigError(
+            f"{PUBLIC_KEY_VARIABLE} is of another key than the one that signs",
+            expected=f"the key {expected}",
+            got=f"the key {key.key_id}",
+            hint=f"Sign with the key that promotion trusts, or unset {PUBLIC_KEY_VARIABLE}",
+        )
+
+
+def _with_public_half(key: SigningKey | None, root: Path) -> dict[str, str]:
+    """Whom the promote step trusts where nobody was named: who runs all steps on one machine holds the key anyway.
+
+    A certificate names its root nowhere, so that one has to be given.
+    """
+    if key is None or key.certificate is not None or trusted_signer_from_environment() is not None:
         return {}
-    load_signing_key(signing_key)
-    return {KEY_VARIABLE: str(Path(signing_key).absolute()), CERTIFICATE_VARIABLE: ""}
+    write_atomic(root / PUBLIC_NAME, key.public_pem.encode())
+    return {PUBLIC_KEY_VARIABLE: str(root / PUBLIC_NAME)}
 
 
 def _release(root: Path) -> Path | None:

@@ -26,11 +26,13 @@ _RESERVED = re.compile(r"(KFP|ARGO)_.*|QUARANTINE_(ACCELERATOR|SERVICE_ACCOUNT(_
 SHARED_MEMORY_VOLUME = "shared-memory"
 _TAKEN_VOLUMES = re.compile(r"kfp-.*|(gcs|s3|minio|dot-(local|cache|config))-scratch|custom-ca|" + SHARED_MEMORY_VOLUME)
 
-SIGNING = "signing key"
+SIGNING, TRUST = "signing key", "public key"
 STORAGE = frozenset({"model source", "evidence store", "MLflow tracking", "MLflow registry"})
 MLFLOW = frozenset({"model source", "MLflow tracking", "MLflow registry"})
 _RIGHTS_OF_VARIABLE = (
     (re.compile(r"QUARANTINE_SIGNING_.*"), frozenset({SIGNING})),
+    # No secret, but whoever writes it says whose signature promotion lets pass.
+    (re.compile(r"QUARANTINE_(PUBLIC_KEY|CERTIFICATE_CHAIN)"), frozenset({TRUST})),
     (re.compile(r"MLFLOW_.*"), MLFLOW),
     (re.compile(r"AWS_.*"), STORAGE),
 )

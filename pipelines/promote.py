@@ -46,4 +46,5 @@ def promote(
         gate = set_up(
             gate_promotion(former=former, approvals=approvals, approvers=approvers, **records), "gate_promotion"
         )
-        publish(reopened.outputs["bundle"], reopened.outputs["onnx"], gate.outputs["decision"], records)
+        made = (reopened.outputs["bundle"], reopened.outputs["onnx"], gate.outputs["decision"])
+        publish(*made, records, approvers=approvers)

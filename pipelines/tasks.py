@@ -19,13 +19,14 @@ def set_up(task: dsl.PipelineTask, component: str) -> dsl.PipelineTask:
     return configure(task, component)
 
 
-def publish(bundle: Any, onnx: Any, decision: Any, records: dict[str, Any]) -> None:
+def publish(bundle: Any, onnx: Any, decision: Any, records: dict[str, Any], *, approvers: Any = "{}") -> None:
     """Sign → promote → attest.
 
     Args:
         bundle, onnx, decision: outputs of earlier tasks.
         records: the parameters ``run`` and ``execution``.
+        approvers: JSON, public keys by the name of whose approvals count.
     """
     signed = set_up(sign_evidence(bundle=bundle, onnx=onnx, decision=decision, **records), "sign_evidence")
-    promoted = set_up(promote_model(release=signed.outputs["release"], **records), "promote_model")
+    promoted = set_up(promote_model(release=signed.outputs["release"], approvers=approvers, **records), "promote_model")
     set_up(attest_promotion(promoted=promoted.outputs["evidence"], **records), "attest_promotion")

@@ -6,7 +6,7 @@ step   what is done                                  what a kill right after it 
 1      hash the release, compare with the evidence   nothing
 2      upload into a folder named by its content     files that nothing points at
 3      create the version, tagged ``pending``        a pending version; the next run takes it up
-4      download what the registry serves, hash it    the same
+4      download what the registry serves, check it   the same
 5      tag the decision                              a decided version; the next run goes on
 6      tag whose alias it was; set it, on PASS only  a promoted version; the next run sets the tag, and the
                                                      alias where it still is with whose it was
@@ -40,6 +40,7 @@ from components._runtime.model_versions import (
     takes_its_place,
     version_tags,
 )
+from components._runtime.promotion_signature import SignatureCheck
 from components._runtime.registered_files import Manifest, download_version, manifest_differences
 from components._runtime.registered_names import require_usable
 from components._runtime.release import (
@@ -53,13 +54,14 @@ from components._runtime.release import (
 from components._runtime.run_election import TrackedRun
 from components._runtime.version_alias import alias_before, alias_version, move_alias, wants_alias
 from defense_core.config import digest
-from defense_core.errors import RegistryConflict, SourceNotFound
+from defense_core.errors import EvidenceMismatch, EvidenceMissing, RegistryConflict, SourceNotFound
 from defense_core.verdict import Verdict
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MAX_BYTES = 16 << 30
+NOBODY = SignatureCheck()
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Promotion:
         evidence_digest: of the evidence in the version.
         files_digest: over names and contents of all its files, as the registry serves them.
         decision_digest: of the ``decision.json`` among them; ``None`` if there is none.
-        signed: whether they have a model signature.
+        signed: whether they verify as signed by whom promotion trusts; ``None``: they carry a signature that nobody
+            was named to check; false: they carry none.
         source: where the version's files are.
     """
 
@@ -97,7 +100,7 @@ class Promotion:
     evidence_digest: str
     files_digest: str
     decision_digest: str | None
-    signed: bool
+    signed: bool | None
     source: str
 
     @property
@@ -120,6 +123,7 @@ def promote(
     description: str = "",
     renews_before: datetime | None = None,
     supersedes: str | None = None,
+    signatures: SignatureCheck = NOBODY,
 ) -> Promotion:
     """Register ``release`` as a version of ``name``; move ``alias`` to it only on PASS.
 
@@ -136,12 +140,14 @@ def promote(
         description: Markdown for people, see :mod:`components._runtime.model_card`; set when the version is created.
         renews_before: decisions of the same work that were made before this time are too old to count.
         supersedes: digest of the decision that this one takes the place of; a version that it refused is no conflict.
+        signatures: checked on what the registry serves; checking ``release`` first is the caller's.
 
     Raises:
         ConfigError: reserved alias, unusable name or tag, malformed digest.
         DigestMismatch: the local files are not those of the evidence; nothing is registered.
         RegistryConflict: the registered bytes are not those of the evidence (the version is tagged,
-            the alias stays); or the identity was decided otherwise before, or gave other bytes.
+            the alias stays); or the identity was decided otherwise before, gave other bytes, or was
+            registered with a signature that does not hold.
         RegistryUnavailable: MLflow does not answer; run again.
     """
     require_usable(name, alias, tags or {})
@@ -153,24 +159,33 @@ def promote(
     with mlflow_errors(f"register {name}", connection.settings):
         version, reused = find_or_create(connection, order)
     with mlflow_errors(f"promote models:/{name}/{version.version}", connection.settings):
-        served = _verify(connection, version, order)
+        served, signed = _verify(connection, version, order, signatures)
         decided = _decide(connection, version, order)
         moved = decided == tag.ALLOW and move_alias(connection, version, order)
-        return _promotion(connection, version, order, served, reused=reused, moved=moved)
+        return _promotion(connection, version, order, served, signed=signed, reused=reused, moved=moved)
 
 
 # -- what its bytes are ----------------------------------------------------------------
 
 
-def _verify(connection: MlflowConnection, version: ModelVersion, order: Order) -> Manifest:
-    """Step 4: download what a consumer would get, hash it, compare with the evidence; the digest of every file.
+def _verify(
+    connection: MlflowConnection, version: ModelVersion, order: Order, signatures: SignatureCheck
+) -> tuple[Manifest, bool | None]:
+    """Step 4: download what a consumer would get and check it; the digest of every file, and whether they are signed.
 
     Raises:
-        RegistryConflict: other bytes (the version is tagged so), or an older layout around the
-            right model, which is no damage but gets no alias.
+        RegistryConflict: other bytes (the version is tagged so), no good signature, or an older layout
+            around the right model, which is no damage but gets no alias.
     """
+    with tempfile.TemporaryDirectory(prefix="quarantine-verify-") as folder:
+        got = _registered(connection, version, Path(folder))
+        _compare(connection, version, order, got)
+        return got, _signed(version, Path(folder), signatures)
+
+
+def _compare(connection: MlflowConnection, version: ModelVersion, order: Order, got: Manifest) -> None:
+    """Compare the downloaded files with the evidence."""
     what = f"models:/{version.name}/{version.version}"
-    got = _registered(connection, version)
     damage = manifest_differences(model_files(order.manifest), model_files(got))
     if not damage and digest(dict(got)) != version.tags.get(tag.FILES_DIGEST):
         damage = manifest_differences(order.manifest, got) or [f"the tag {tag.FILES_DIGEST} changed"]
@@ -197,15 +212,26 @@ def _verify(connection: MlflowConnection, version: ModelVersion, order: Order) -
             got="; ".join(layout[:10]),
             hint="Delete the version and run again",
         )
-    return got
 
 
-def _registered(connection: MlflowConnection, version: ModelVersion) -> Manifest:
-    with tempfile.TemporaryDirectory(prefix="quarantine-verify-") as folder:
-        try:
-            return download_version(connection, version, Path(folder), max_bytes=MAX_BYTES)
-        except SourceNotFound:
-            return {}  # its files are gone: every one of them differs
+def _signed(version: ModelVersion, folder: Path, signatures: SignatureCheck) -> bool | None:
+    """Whether the files are signed: an earlier run of the same work may have registered what nobody signed."""
+    try:
+        return signatures.of_version(folder, name=version.name)
+    except (EvidenceMissing, EvidenceMismatch) as error:
+        raise RegistryConflict(
+            f"models:/{version.name}/{version.version}, from the same work, was registered without a good signature",
+            expected=error.expected,
+            got=error.got,
+            hint="Find out who registered it, delete the version and run again",
+        ) from error
+
+
+def _registered(connection: MlflowConnection, version: ModelVersion, folder: Path) -> Manifest:
+    try:
+        return download_version(connection, version, folder, max_bytes=MAX_BYTES)
+    except SourceNotFound:
+        return {}  # its files are gone: every one of them differs
 
 
 # -- decision ----------------------------------------------------------------------
@@ -245,7 +271,14 @@ def _supersede(connection: MlflowConnection, version: ModelVersion, order: Order
 
 
 def _promotion(
-    connection: MlflowConnection, version: ModelVersion, order: Order, served: Manifest, *, reused: bool, moved: bool
+    connection: MlflowConnection,
+    version: ModelVersion,
+    order: Order,
+    served: Manifest,
+    *,
+    signed: bool | None,
+    reused: bool,
+    moved: bool,
 ) -> Promotion:
     passed = order.verdict is Verdict.PASS
     return Promotion(
@@ -262,6 +295,6 @@ def _promotion(
         evidence_digest=str(version.tags.get(tag.EVIDENCE_DIGEST)),
         files_digest=digest(dict(served)),
         decision_digest=served.get(f"{EVIDENCE_FOLDER}/{DECISION}"),
-        signed=SIGNATURE in served,
+        signed=signed,
         source=str(version.source),
     )

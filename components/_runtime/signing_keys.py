@@ -22,6 +22,10 @@ KEY_VARIABLE = "QUARANTINE_SIGNING_KEY"
 """Path of the private key, PEM. Only the sign step reads it."""
 CERTIFICATE_VARIABLE = "QUARANTINE_SIGNING_CERTIFICATE"
 """Path of its certificate, PEM: the signing certificate first, then the intermediate ones."""
+PUBLIC_KEY_VARIABLE = "QUARANTINE_PUBLIC_KEY"
+"""Path of the public key, PEM, whose signature on a release the promote step lets pass."""
+CHAIN_VARIABLE = "QUARANTINE_CERTIFICATE_CHAIN"
+"""Path of the root and intermediate certificates, PEM, instead of that key."""
 PRIVATE_NAME, PUBLIC_NAME = "signing.key", "signing.pub"
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 MAX_KEY_BYTES = 1 << 16
@@ -44,6 +48,11 @@ class SigningKey:
     key_id: str
     certificate: Path | None = None
     signer: CryptoSigner = field(repr=False, compare=False, kw_only=True)
+
+    @property
+    def public_pem(self) -> str:
+        """The public half, PEM."""
+        return str(self.signer.public_key.keyval["public"])
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,28 @@ def signing_key_from_environment(environment: Mapping[str, str] | None = None) -
     if not path:
         return None
     return load_signing_key(Path(path), Path(certificate) if certificate else None)
+
+
+def trusted_signer_from_environment(environment: Mapping[str, str] | None = None) -> TrustedSigner | None:
+    """Whom ``QUARANTINE_PUBLIC_KEY`` or ``QUARANTINE_CERTIFICATE_CHAIN`` names; ``None`` where neither names anybody.
+
+    Raises:
+        ConfigError: both are set, or what they name cannot be used.
+    """
+    values = os.environ if environment is None else environment
+    key, chain = values.get(PUBLIC_KEY_VARIABLE, ""), values.get(CHAIN_VARIABLE, "")
+    if key and chain:
+        raise ConfigError(
+            "two are named whose signature would count",
+            expected=f"one of {PUBLIC_KEY_VARIABLE} and {CHAIN_VARIABLE}",
+            got="both",
+            hint="Unset the one that did not sign",
+        )
+    if not key and not chain:
+        return None
+    trusted = TrustedSigner(Path(key) if key else None, Path(chain) if chain else None)
+    trusted.check()
+    return trusted
 
 
 def load_signing_key(path: Path, certificate: Path | None = None) -> SigningKey:

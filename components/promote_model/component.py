@@ -12,6 +12,7 @@ def promote_model(
     run: str,
     execution: str,
     evidence: dsl.Output[dsl.Artifact],
+    approvers: str = "{}",
 ) -> None:
     """Register the decided model; move the alias only on allow, quarantine it otherwise.
 
@@ -20,13 +21,14 @@ def promote_model(
         run: JSON, where records go and what is promoted.
         execution: Name of the execution where run names none.
         evidence: What the registry now says.
+        approvers: JSON, public keys by the name of whose approvals count.
     """
     from pathlib import Path
 
     from components._runtime.step import step_scope
 
     with step_scope("promote", run, execution) as scope:
-        from components._runtime import journal
+        from components._runtime import approval_texts, journal, signing_keys
         from components.promote_model import step
 
         done = step.promote_model(
@@ -34,5 +36,7 @@ def promote_model(
             name=scope.settings.model_name,
             alias=scope.settings.alias,
             connection=journal.open_connection(),
+            trusted=signing_keys.trusted_signer_from_environment(),
+            approvers=approval_texts.parse_approvals("[]", approvers).keys(),
         )
         scope.finish(done, evidence.path)

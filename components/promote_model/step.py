@@ -3,45 +3,62 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from components._runtime.decided_files import identity_of_decision, release_of
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.evidence import Clock, compose
 from components._runtime.journal import parent_run
 from components._runtime.mlflow_connection import MlflowConnection
-from components._runtime.model_signature import SIGNATURE
 from components._runtime.outcome import TO_ATTEST
 from components._runtime.promotion import Promotion, promote
-from components._runtime.release import EVIDENCE_FOLDER, Release, check_release
+from components._runtime.promotion_signature import SignatureCheck
+from components._runtime.release import EVIDENCE_FOLDER, check_release
+from components._runtime.signing_keys import TrustedSigner
 from defense_core.config import to_mapping
-from defense_core.errors import EvidenceMismatch, EvidenceMissing
+from defense_core.errors import EvidenceMismatch
 from defense_core.policy_time import SKEW_S, is_after, parse_time
 from defense_core.verdict import Finding, Verdict
 
+if TYPE_CHECKING:
+    from securesystemslib.signer import SSlibKey
 
-def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConnection) -> dict[str, Any]:
+
+def promote_model(
+    folder: Path,
+    *,
+    name: str,
+    alias: str,
+    connection: MlflowConnection,
+    trusted: TrustedSigner | None = None,
+    approvers: Mapping[str, SSlibKey] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Carry out a decision in the registry.
 
-    The decision is made again from its policy and evidence, and the files are hashed again, before
-    anything is registered. On deny and unknown the version is tagged quarantined and no alias
+    The decision is made again from its policy and evidence, the signatures are checked, and the files are hashed
+    again, before anything is registered. On deny and unknown the version is tagged quarantined and no alias
     moves. A policy that only observes registers nothing.
 
     Args:
         folder: the release that the sign step wrote; it is registered exactly as it is.
         name: the registered model.
         alias: what moves to the new version on allow.
+        trusted: whose signature counts; ``None``: nobody's, so that a policy that demands one lets nothing pass.
+        approvers: whose approvals count: public key by name.
 
     Returns:
         Evidence ``promote``; PASS where the registry now says what the decision says.
 
     Raises:
-        EvidenceMismatch, DigestMismatch: decision, evidence and files do not belong together, or the decision is
-            from the future; nothing is registered.
+        EvidenceMismatch, DigestMismatch: decision, evidence, files, signatures and destination do not belong
+            together, or the decision is from the future; nothing is registered.
         EvidenceMissing: the decision names no model or no source, or the policy demands a signature and
             there is none.
+        ConfigError: the policy demands a signature, and nobody was named whose would count.
         RegistryConflict: this work was decided otherwise before.
         RegistryUnavailable: MLflow does not answer.
     """
@@ -49,7 +66,8 @@ def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConn
     replayed = replay_decision(Path(folder) / EVIDENCE_FOLDER)
     _require_past(replayed, clock)
     release = release_of(Path(folder), replayed)
-    _require_signature(release, replayed)
+    signatures = SignatureCheck(trusted, demanded=replayed.requires_signature, approvers=approvers)
+    signatures.of_release(release.folder, name=name, alias=alias)
     identity = identity_of_decision(replayed)
     if replayed.decision.outcome == "observe":
         check_release(release)
@@ -70,6 +88,7 @@ def promote_model(folder: Path, *, name: str, alias: str, connection: MlflowConn
             description=_card(replayed),
             renews_before=_oldest_that_counts(replayed),
             supersedes=replayed.decision.supersedes,
+            signatures=signatures,
         )
         results = {"registered": True, "outcome": replayed.decision.outcome, **to_mapping(done)}
         finding = Finding("promote.registered", Verdict.PASS, done.version, replayed.decision.outcome, _sentence(done))
@@ -114,16 +133,6 @@ def _card(replayed: DecisionFolder) -> str:
     from defense_core.report import build_report
 
     return model_card(build_report(replayed.evidence, decision=json.loads(replayed.decision.to_json())))
-
-
-def _require_signature(release: Release, replayed: DecisionFolder) -> None:
-    if replayed.requires_signature and not (release.folder / SIGNATURE).is_file():
-        raise EvidenceMissing(
-            "the policy demands a signature and the release has none",
-            expected=SIGNATURE,
-            got="an unsigned release",
-            hint="Give the sign step its key and run again; nothing was registered",
-        )
 
 
 def _sentence(done: Promotion) -> str:

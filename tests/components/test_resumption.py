@@ -81,7 +81,14 @@ class Former:
             destination=Destination(self.name, "champion"),
             key=load_signing_key(self.keys.private),
         )
-        done = promote_model(folder / "release", name=self.name, alias="champion", connection=self.connection)
+        done = promote_model(
+            folder / "release",
+            name=self.name,
+            alias="champion",
+            connection=self.connection,
+            trusted=TrustedSigner(public_key=self.keys.public),
+            approvers=request.given.keys(),
+        )
         results: dict[str, Any] = done["results"]
         return results
 

@@ -13,7 +13,7 @@ import pytest
 from components._runtime.envelopes import unseal
 from components._runtime.evidence import IMAGE_DIGEST_VARIABLE, Clock
 from components._runtime.release import ATTESTATIONS, BOM_FOLDER
-from components._runtime.signing_keys import KEY_VARIABLE, KeyPair, load_public_key
+from components._runtime.signing_keys import KEY_VARIABLE, KeyPair, TrustedSigner, load_public_key
 from components._runtime.statements import LICENSED_FETCH_PREDICATE, PREDICATES, chain_order, parse_statement
 from components.promote_model.step import promote_model
 from defense_core import errors
@@ -111,10 +111,12 @@ def test_a_demanding_policy_promotes_what_is_signed_only(chain: Chain, keys: Key
     stripped = tmp_path / "stripped"
     shutil.copytree(tmp_path / "release", stripped)
     (stripped / "model.sig").unlink()
+    wishes: dict[str, Any] = {"name": "digits", "alias": "champion", "connection": connection}
+    wishes["trusted"] = TrustedSigner(public_key=keys.public)
     with pytest.raises(errors.EvidenceMissing, match="demands a signature"):
-        promote_model(stripped, name="digits", alias="champion", connection=connection)
+        promote_model(stripped, **wishes)
     assert not connection.client.search_registered_models()
-    done = promote_model(tmp_path / "release", name="digits", alias="champion", connection=connection)
+    done = promote_model(tmp_path / "release", **wishes)
     assert done["results"]["alias_moved"]
 
 

@@ -17,13 +17,16 @@ from cryptography.hazmat.primitives.serialization import (
 
 from components._runtime.signing_keys import (
     CERTIFICATE_VARIABLE,
+    CHAIN_VARIABLE,
     KEY_VARIABLE,
+    PUBLIC_KEY_VARIABLE,
     TrustedSigner,
     existing_or_new_pair,
     generate_key_pair,
     load_public_key,
     load_signing_key,
     signing_key_from_environment,
+    trusted_signer_from_environment,
 )
 from defense_core.errors import ConfigError, StorageError
 from tests.certificates import make_certificates
@@ -149,3 +152,19 @@ def test_a_certificate_must_be_of_the_key(tmp_path: Path) -> None:
         load_signing_key(made.key, other.certificate)
     with pytest.raises(ConfigError, match="certificates in PEM"):
         load_signing_key(made.key, made.key)
+
+
+def test_whom_promotion_trusts_comes_from_the_environment(tmp_path: Path) -> None:
+    pair, chain = generate_key_pair(tmp_path / "pair"), make_certificates(tmp_path / "certificates").root
+    assert trusted_signer_from_environment({}) is None
+    assert trusted_signer_from_environment({PUBLIC_KEY_VARIABLE: "", CHAIN_VARIABLE: ""}) is None
+    by_key = trusted_signer_from_environment({PUBLIC_KEY_VARIABLE: str(pair.public)})
+    assert by_key == TrustedSigner(public_key=pair.public)
+    by_chain = trusted_signer_from_environment({CHAIN_VARIABLE: str(chain)})
+    assert by_chain == TrustedSigner(certificate_chain=chain)
+    with pytest.raises(ConfigError, match="one of QUARANTINE_PUBLIC_KEY and QUARANTINE_CERTIFICATE_CHAIN"):
+        trusted_signer_from_environment({PUBLIC_KEY_VARIABLE: str(pair.public), CHAIN_VARIABLE: str(chain)})
+    with pytest.raises(ConfigError, match="never be given"):
+        trusted_signer_from_environment({PUBLIC_KEY_VARIABLE: str(pair.private)})
+    with pytest.raises(ConfigError, match="cannot be read"):
+        trusted_signer_from_environment({CHAIN_VARIABLE: str(tmp_path / "gone.crt")})

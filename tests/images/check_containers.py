@@ -253,7 +253,7 @@ def test_the_whole_demo_runs_with_every_step_in_its_container(cpu: Image, inputs
         environment = {
             name: value for name, value in os.environ.items() if name.startswith("AWS_") and "CA" not in name
         }
-        environment["QUARANTINE_SIGNING_KEY"] = str(keys.private)
+        environment |= {"QUARANTINE_SIGNING_KEY": str(keys.private), "QUARANTINE_PUBLIC_KEY": str(keys.public)}
         records, containers, log = run_in_containers(
             cpu, tmp_path / "work", demo.make_plan(0), network="host", environment=environment
         )

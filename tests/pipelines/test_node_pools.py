@@ -151,6 +151,7 @@ def test_no_step_reaches_both_the_registry_and_the_key() -> None:
     reach = {name: set(metadata_of(name)["reaches"]) for name in component_names()}
     assert [name for name in reach if "MLflow registry" in reach[name]] == ["promote_model"]
     assert [name for name in reach if "signing key" in reach[name]] == ["attest_promotion", "sign_evidence"]
+    assert [name for name in reach if "public key" in reach[name]] == ["promote_model"]
     assert reach["purify_model"] == {"evidence store"}
     # So that a default can hold it for all.
     assert all("evidence store" in each for each in reach.values())
@@ -179,6 +180,11 @@ def test_a_variable_names_the_right_that_it_needs() -> None:
     key = {"secret": "k", "grants": ["evidence store"], "mount": "/var/run/k", "paths": {"QUARANTINE_SIGNING_KEY": "k"}}
     with pytest.raises(ConfigError, match="grants of QUARANTINE_SIGNING_KEY"):
         parse_node_pools({"format": 1, **purify(secrets=[key])})
+    trust = {**key, "paths": {"QUARANTINE_PUBLIC_KEY": "k"}}
+    with pytest.raises(ConfigError, match="grants of QUARANTINE_PUBLIC_KEY"):
+        parse_node_pools({"format": 1, **purify(secrets=[trust])})
+    both = step("promote_model", secrets=[{**trust, "grants": ["public key"]}])
+    assert parse_node_pools({"format": 1, **both}).for_step("promote_model").secrets
 
 
 @pytest.mark.parametrize("key", ["secrets", "service_account"])

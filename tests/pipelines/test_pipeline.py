@@ -10,7 +10,7 @@ import pytest
 
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.plan import Loading, Plan
-from components._runtime.signing_keys import TrustedSigner, generate_key_pair
+from components._runtime.signing_keys import PUBLIC_KEY_VARIABLE, TrustedSigner, generate_key_pair
 from components._runtime.verification import verify_release
 from components._runtime.verification_registry import verify_registered
 from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, ConfigError, StorageError
@@ -64,6 +64,7 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     assert "allow" in json.loads((ended.evidence / "report.json").read_text())["outcome"]
     assert ended.promotion is not None
     assert ended.promotion["alias_moved"]
+    assert ended.promotion["signed"] is True, "by the public half of the key that signs"
     settings = MlflowSettings(ended.tracking_uri)
     client = connect(settings).client
     assert str(client.get_registered_model("digits").aliases["champion"]) == ended.promotion["version"]
@@ -101,6 +102,17 @@ def test_a_key_that_cannot_sign_ends_the_run_before_it_begins(tmp_path: Path) ->
     assert not (tmp_path / "work" / "artifacts").exists()
 
 
+def test_a_key_that_promotion_does_not_trust_ends_the_run_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_inputs(tmp_path / "inputs")
+    keys, other = generate_key_pair(tmp_path / "keys"), generate_key_pair(tmp_path / "other")
+    monkeypatch.setenv(PUBLIC_KEY_VARIABLE, str(other.public))
+    with pytest.raises(ConfigError, match="of another key"):
+        run_local(plan, tmp_path / "work", model_name="digits", signing_key=keys.private)
+    assert not (tmp_path / "work" / "artifacts").exists()
+
+
 def test_a_run_that_is_denied(tmp_path: Path) -> None:
     # The scan finds nothing, and the policy has the model purified all the same.
     ended = run(
@@ -120,7 +132,7 @@ def test_a_run_that_is_denied(tmp_path: Path) -> None:
     assert ended.report is not None
     assert "severe" in ended.report.read_text()
     assert ended.promotion is not None
-    assert ended.promotion["decision"] == "quarantined"
+    assert (ended.promotion["decision"], ended.promotion["signed"]) == ("quarantined", False)
     assert ended.signed == {"signed": False, "key_id": None, "statements": 0}
     assert not registry(ended).get_registered_model("digits").aliases
 

@@ -109,6 +109,7 @@ def test_only_those_steps_hold_what_they_reach(golden: tuple[NodePools, bytes, b
         references = [each["valueFrom"].get("secretKeyRef") for each in main_of(pod)["env"] if "valueFrom" in each]
         held[name] |= {each["name"] for each in references if each}
     assert [name for name in held if "quarantine-signing" in held[name]] == ["attest-promotion", "sign-evidence"]
+    assert [name for name in held if "quarantine-trust" in held[name]] == ["promote-model"]
     assert [name for name in held if "mlflow-registry" in held[name]] == ["promote-model"]
     for name in ("scan-backdoor", "purify-model", "evaluate-model", "export-onnx", "select-model", "gate-promotion"):
         assert held[name] == held["select-model"]
