@@ -34,7 +34,7 @@ def promote(
         run: JSON, evidence store, registered model, alias, and the execution's name or nothing.
         approvals: JSON, texts of signed approvals.
         approvers: JSON, public keys by the name of whose approvals count.
-        public_key: PEM, of whoever signed the former release; empty for one without signature.
+        public_key: PEM, of whoever signed the former release; empty: whom promotion trusts, if anybody.
     """
     records: dict[str, Any] = {"run": run, "execution": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
     last = set_up(report(**records), "report")

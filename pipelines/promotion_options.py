@@ -41,7 +41,7 @@ def promotion_order(
     approver_key: o.ApproverKeys = [],
     public_key: Annotated[
         Path | None,
-        typer.Option(help="Public key, PEM, of whoever signed the former release; there is no default."),
+        typer.Option(help="Public key, PEM, of whoever signed the former release; default: whom promotion trusts."),
     ] = None,
     register: Annotated[
         str, typer.Option(help="Registered model that gets a new version; default: that of models:/name/3.")

@@ -12,7 +12,7 @@ from components._runtime.decided_files import release_of
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.model_signature import SIGNATURE
 from components._runtime.release import EVIDENCE_FOLDER, check_release
-from components._runtime.signing_keys import TrustedSigner
+from components._runtime.signing_keys import PUBLIC_KEY_VARIABLE, TrustedSigner
 from components._runtime.sources import acquire
 from components._runtime.verification import verify_release
 from defense_core.config import require, to_mapping
@@ -29,7 +29,8 @@ class Resumption:
     Attributes:
         release: of the former run: ``models:/name/3``, ``models:/name@alias``, ``file://`` or a folder.
         given: approvals, and whose count.
-        public_key: PEM, of whoever signed the former release; empty for one without signature.
+        public_key: PEM, of whoever signed the former release; empty for one that promotion's own trusted signer
+            signed, or, where there is no such signer, for one without signature.
     """
 
     release: str
@@ -64,8 +65,12 @@ def acquire_release(uri: str, folder: Path, *, max_bytes: int, progress: Progres
     return found
 
 
-def check_former(folder: Path, request: Resumption) -> DecisionFolder:
+def check_former(folder: Path, request: Resumption, trusted: TrustedSigner | None = None) -> DecisionFolder:
     """Make the former decision again, and check every file; a signed release must hold for the key that is named.
+
+    Args:
+        trusted: whose signature promotion lets pass; it counts where the request names no key. Where there is one,
+            this run signs, so a release that nobody signed would come out of it signed: it is refused.
 
     Raises:
         EvidenceMissing, EvidenceMismatch, DigestMismatch: it is not whole, or not signed by whom you trust.
@@ -74,22 +79,24 @@ def check_former(folder: Path, request: Resumption) -> DecisionFolder:
     replayed = replay_decision(folder / EVIDENCE_FOLDER)
     check_release(release_of(folder, replayed))
     if request.public_key:
-        _verify(folder, request)
+        with tempfile.TemporaryDirectory(prefix="quarantine-key-") as scratch:
+            public = Path(scratch) / "public.pem"
+            write_atomic(public, request.public_key.encode())
+            _verify(folder, request, TrustedSigner(public_key=public))
+    elif trusted is not None:
+        _verify(folder, request, trusted)
     elif replayed.requires_signature or (folder / SIGNATURE).is_file():
         raise ConfigError(
             "nobody was named whose signature on the former release would count",
             expected="a public key",
             got="none",
-            hint="Give --public-key FILE; there is no default",
+            hint=f"Give --public-key FILE, or set {PUBLIC_KEY_VARIABLE}; there is no default",
         )
     return replayed
 
 
-def _verify(folder: Path, request: Resumption) -> None:
-    with tempfile.TemporaryDirectory(prefix="quarantine-key-") as scratch:
-        public = Path(scratch) / "public.pem"
-        write_atomic(public, request.public_key.encode())
-        verified = verify_release(folder, TrustedSigner(public_key=public), approvers=request.given.keys())
+def _verify(folder: Path, request: Resumption, trusted: TrustedSigner) -> None:
+    verified = verify_release(folder, trusted, approvers=request.given.keys())
     if verified.verdict is not Verdict.PASS:
         raise EvidenceMismatch(
             "the former release does not verify",

@@ -24,7 +24,7 @@ def reopen_release(
     Args:
         release: Address of the former run's release, models:/name/version or a folder.
         approvers: JSON, public keys of approvers by name.
-        public_key: PEM, of whoever signed the former release; empty for one without signature.
+        public_key: PEM, of whoever signed the former release; empty: whom promotion trusts, if anybody.
         run: JSON, where records go and what is promoted.
         execution: Name of the execution where run names none.
         bundle: The model that was chosen.
@@ -37,13 +37,14 @@ def reopen_release(
     from components._runtime.step import step_scope
 
     with step_scope("reopen", run, execution) as scope:
-        from components._runtime import approval_texts, resumption
+        from components._runtime import approval_texts, resumption, signing_keys
         from components.reopen_release import step
 
         given = approval_texts.parse_approvals("[]", approvers)
         request = resumption.Resumption(release, given, public_key)
         paths = (Path(bundle.path), Path(onnx.path), Path(decision.path))
-        done, former = step.reopen_release(request, *paths, progress=scope.progress)
+        trusted = signing_keys.trusted_signer_from_environment()
+        done, former = step.reopen_release(request, *paths, trusted=trusted, progress=scope.progress)
         for each in former:
             scope.store.put(each)
         scope.finish(done, evidence.path)

@@ -14,6 +14,7 @@ from components._runtime.model_signature import SIGNATURE
 from components._runtime.promotion import MAX_BYTES
 from components._runtime.release import ATTESTATIONS, BOM_FOLDER, BUNDLE_FOLDER, EVIDENCE_FOLDER, ONNX_NAME
 from components._runtime.resumption import Resumption, acquire_release, check_former
+from components._runtime.signing_keys import TrustedSigner
 from defense_core.evidence import BEFORE_DECISION
 from defense_core.files import atomic_directory, sha256_bytes
 from defense_core.progress import NullProgress, Progress
@@ -21,7 +22,13 @@ from defense_core.verdict import Finding, Verdict
 
 
 def reopen_release(
-    request: Resumption, bundle: Path, onnx: Path, decision: Path, *, progress: Progress | None = None
+    request: Resumption,
+    bundle: Path,
+    onnx: Path,
+    decision: Path,
+    *,
+    trusted: TrustedSigner | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Fetch the release of a former run and lay out what it consists of.
 
@@ -29,6 +36,7 @@ def reopen_release(
         request: what the promote run was asked.
         bundle, onnx, decision: folders that become the model, the folder of ``model.onnx``, and the former decision
             with its evidence.
+        trusted: whose signature promotion lets pass; see :func:`components._runtime.resumption.check_former`.
 
     Returns:
         Evidence ``reopen``, and the evidence of the former run's steps up to its decision.
@@ -43,7 +51,7 @@ def reopen_release(
         folder = acquire_release(
             request.release, Path(scratch), max_bytes=MAX_BYTES, progress=progress or NullProgress()
         )
-        former = check_former(folder, request)
+        former = check_former(folder, request, trusted)
         release = release_of(folder, former)
         _lay_out(folder, bundle, onnx, decision)
         signed = (folder / SIGNATURE).is_file()

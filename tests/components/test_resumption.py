@@ -207,6 +207,19 @@ def test_an_address_that_is_no_release(address: str, former: Former, tmp_path: P
         former.resumed(tmp_path / "new", former.request(release=named))
 
 
+def test_what_nobody_signed_is_not_resumed_where_releases_are_signed(
+    former: Former, finished: Chain, keys: KeyPair, tmp_path: Path
+) -> None:
+    trusted = TrustedSigner(public_key=keys.public)
+    parts = [tmp_path / name for name in ("bundle", "onnx", "former")]
+    make_release(finished, tmp_path / "unsigned", None)
+    with pytest.raises(errors.EvidenceMismatch, match="does not verify"):
+        reopen_release(Resumption(str(tmp_path / "unsigned")), *parts, trusted=trusted)
+    assert not any(path.exists() for path in parts)
+    evidence, _ = reopen_release(Resumption(str(former.release)), *parts, trusted=trusted)
+    assert evidence["results"]["signed"] is True
+
+
 def test_an_unsigned_release_is_replayed_and_hashed(
     chain: Chain, keys: KeyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,7 +151,7 @@ def test_no_step_reaches_both_the_registry_and_the_key() -> None:
     reach = {name: set(metadata_of(name)["reaches"]) for name in component_names()}
     assert [name for name in reach if "MLflow registry" in reach[name]] == ["promote_model"]
     assert [name for name in reach if "signing key" in reach[name]] == ["attest_promotion", "sign_evidence"]
-    assert [name for name in reach if "public key" in reach[name]] == ["promote_model"]
+    assert [name for name in reach if "public key" in reach[name]] == ["promote_model", "reopen_release"]
     assert reach["purify_model"] == {"evidence store"}
     # So that a default can hold it for all.
     assert all("evidence store" in each for each in reach.values())
