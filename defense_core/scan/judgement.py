@@ -108,7 +108,8 @@ def judge(
     p_value = min((each.adjusted for each in channels), default=None)
     score = max((each.score for each in channels), default=None)
     confirmed = tuple(each.target for each in confirmations if each.confirmed)
-    because = incomparable(config.fpr, pool, observed, channels=len(channels))
+    fewest = min((standings[name].references for name in planned if name in standings), default=_references(pool))
+    because = incomparable(config.fpr, pool, observed, channels=len(planned), references=fewest)
     comparable = p_value is not None and not because
     reasons = because + undecided(
         config.fpr, observed, confirmations, p_value=p_value, targets=targets, comparable=comparable

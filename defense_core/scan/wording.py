@@ -10,17 +10,24 @@ from defense_core.scan.pool import Pool
 from defense_core.verdict import Verdict
 
 
-def incomparable(fpr: float, pool: Pool | None, observed: Observed, *, channels: int) -> tuple[str, ...]:
-    """Why the p-values say nothing: such a model is UNKNOWN whatever was found in it."""
+def incomparable(
+    fpr: float, pool: Pool | None, observed: Observed, *, channels: int, references: int
+) -> tuple[str, ...]:
+    """Why the p-values say nothing: such a model is UNKNOWN whatever was found in it.
+
+    Args:
+        channels: that Holm counts, whether or not they could be read.
+        references: the fewest that a channel was compared with.
+    """
     reasons = [observed.failure] if observed.failure else []
     if observed.observations and pool is None:
         reasons.append("There is no calibration pool of clean models of this kind; quarantine calibrate makes one")
     if pool is not None:
         reasons += [f"The pool does not cover this model: {each}" for each in uncovered(pool, observed.covariates)]
-        least = channels / (len(pool.references) + 1)
+        least = channels / (references + 1)
         if least > fpr:
             reasons.append(
-                f"{len(pool.references)} references cannot tell a rate of {fpr:g}: the smallest p-value of "
+                f"{references} references cannot tell a rate of {fpr:g}: the smallest p-value of "
                 f"{channels} channels is {least:.3f}"
             )
     return tuple(reasons)

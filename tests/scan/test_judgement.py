@@ -247,15 +247,18 @@ def test_a_picture_says_what_its_own_trigger_did() -> None:
     assert other == report.observations["additive"].why
 
 
-def test_a_search_that_had_too_few_images_is_not_claimed() -> None:
-    seen = observed()
+def blind(seen: Observed) -> Observed:
+    """``seen`` where nothing stands out and ``pairs`` could not search, as with 64 classes or more."""
     even = {
         name: replace(each, statistic=0.0, class_scores=(0.0,) * len(each.classes))
         for name, each in seen.observations.items()
     }
-    seen = replace(seen, observations=even)
-    blind = replace(seen.observations["pairs"], statistic=0.0, facts={"measured": False})
-    report = judged(replace(seen, observations={**seen.observations, "pairs": blind}))
+    return replace(seen, observations={**even, "pairs": replace(even["pairs"], facts={"measured": False})})
+
+
+def test_a_search_that_had_too_few_images_is_not_claimed() -> None:
+    seen = blind(observed())
+    report = judged(seen)
     assert report.verdict is Verdict.PASS
     assert {channel.name for channel in report.channels} == {"margin", "inversion"}
     assert all(channel.adjusted >= min(1.0, 2 * channel.p_value) for channel in report.channels)
@@ -264,4 +267,20 @@ def test_a_search_that_had_too_few_images_is_not_claimed() -> None:
     )
     assert not any("lead from one class to another" in sentence for sentence in report.coverage)
     assert any("none has two of the images" in sentence for sentence in report.coverage)
-    assert any("lead from one class to another" in sentence for sentence in judged(seen).coverage)
+    assert any("lead from one class to another" in sentence for sentence in judged(observed()).coverage)
+
+
+def test_a_channel_that_could_not_search_still_takes_references() -> None:
+    report = judged(blind(observed()), pool=pool(45))
+    assert len(report.channels) == 2
+    assert report.verdict is Verdict.UNKNOWN
+    assert not report.comparable
+    assert "45 references cannot tell a rate of 0.05: the smallest p-value of 3 channels is 0.065" in report.sentence
+
+
+def test_the_channel_with_the_fewest_references_tells_the_rate() -> None:
+    whole = pool(60)
+    less = [replace(each, readings={**each.readings, "many": {}}) for each in whole.references[:20]]
+    report = judged(observed(), pool=replace(whole, references=(*less, *whole.references[20:])))
+    assert report.verdict is Verdict.UNKNOWN
+    assert "40 references cannot tell a rate of 0.05" in report.sentence

@@ -157,6 +157,25 @@ def test_too_few_references_for_the_rate_tell_nothing(model: nn.Module, splits: 
     assert "without enough clean reference models" in found.sentence()
 
 
+def test_a_channel_without_references_counts_under_the_rate_all_the_same(model: nn.Module, splits: Splits) -> None:
+    pool = pool_beside(model, splits.fit, -100.0)
+    without = tuple(
+        replace(
+            each,
+            readings={
+                of: {name: found[name] for name in found if name != "pairs"} for of, found in each.readings.items()
+            },
+        )
+        for each in pool.references
+    )
+    found = controlled(  # two channels of twelve references reach 2/13, three no less than 3/13
+        model, splits, replace(pool, references=without), scanning=replace(CONFIG, fpr=0.2), size_share=0.25
+    )
+    assert found.planted
+    assert not found.scan.comparable
+    assert not found.detected
+
+
 def test_one_image_a_class_leaves_nothing_to_measure_on(model: nn.Module, splits: Splits) -> None:
     first = torch.tensor([int((splits.fit.labels == label).nonzero()[0]) for label in range(10)])
     alone = split_clean_set(splits.fit.subset(first), seed=0)
