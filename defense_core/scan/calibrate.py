@@ -65,23 +65,24 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def standing(
-    pool: Pool, regimes: Sequence[str], readings: Mapping[str, Reading], channel: str, *, by_class: bool
+    pool: Pool, regimes: Sequence[str], readings: Mapping[str, Reading], detectors: Sequence[str], *, by_class: bool
 ) -> Standing | None:
-    """A model's standing in one channel.
+    """A model's standing by one detector, or by those of a channel together.
 
-    Each detector of the channel is standardised on the references, every one of them against the others, and the
-    channel's value is the largest of them; the same is done for each reference, so ranks are comparable.
+    Each detector is standardised on the references, every one of them against the others, and the value is the
+    largest of them; the same is done for each reference, so ranks are comparable.
 
     Args:
         regimes: whose readings of the pool to compare with.
+        detectors: names. Not the name of a channel: ``margin`` is one of each.
         readings: of the model, by detector.
         by_class: compare class by class (the model knows the references' classes).
 
     Returns:
-        ``None`` where none of the channel's detectors was run, on the model or on the references.
+        ``None`` where none of the detectors was run, on the model or on the references.
     """
     values, nulls, targets = [], [], []
-    for detector in CHANNELS.get(channel, (channel,)):
+    for detector in detectors:
         others = [
             reference.readings[regime][detector]
             for reference in pool.references

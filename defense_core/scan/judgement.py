@@ -92,7 +92,8 @@ def judge(
 ) -> ScanReport:
     """From what the detectors saw to a verdict: p-values by the pool, and the confirmation of a suspicion."""
     regime = regime_of(clean)
-    standings = {} if pool is None else _standings(pool, observed, regime, task.class_names)
+    standings = {} if pool is None else _channel_standings(pool, observed, regime, task.class_names)
+    singly = {} if pool is None else _detector_standings(pool, observed, regime, task.class_names)
     planned = _planned(regime)
     adjusted = holm({name: standings[name].p_value if name in standings else 1.0 for name in planned})
     targets = _targets(standings, [name for name in planned if name in standings and adjusted[name] <= config.fpr])
@@ -136,7 +137,7 @@ def judge(
         fpr=config.fpr,
         target_classes=confirmed + tuple(target for target in targets if target not in confirmed),
         channels=channels,
-        detectors=tuple(_entry(each, standings) for each in observed.observations.values()),
+        detectors=tuple(_entry(each, singly) for each in observed.observations.values()),
         confirmations=confirmations,
         reasons=reasons if verdict is Verdict.UNKNOWN else (),
         coverage=coverage(regime, pool, without_pairs=without_pairs),
@@ -151,7 +152,7 @@ def judge(
 
 def combined_score(observed: Observed, regime: Regime, pool: Pool, class_names: tuple[str, ...]) -> float:
     """The largest channel score: what models are ranked by."""
-    standings = _standings(pool, observed, regime, class_names)
+    standings = _channel_standings(pool, observed, regime, class_names)
     return max(standings[name].score for name in _planned(regime) if name in standings)
 
 
@@ -161,25 +162,42 @@ def _planned(regime: Regime) -> tuple[str, ...]:
     return tuple(channel for channel, members in CHANNELS.items() if set(members) & set(names))
 
 
-def _standings(pool: Pool, observed: Observed, regime: Regime, class_names: tuple[str, ...]) -> dict[str, Standing]:
-    """Standing of every channel of the verdict, and of every single detector."""
+def _channel_standings(
+    pool: Pool, observed: Observed, regime: Regime, class_names: tuple[str, ...]
+) -> dict[str, Standing]:
+    """Standing in every channel of the verdict; half a channel has another null distribution, and none."""
+    whole = {name: each for name, each in CHANNELS.items() if not set(each) & set(observed.unfinished)}
+    return _standings(pool, observed, regime, class_names, whole)
+
+
+def _detector_standings(
+    pool: Pool, observed: Observed, regime: Regime, class_names: tuple[str, ...]
+) -> dict[str, Standing]:
+    """Standing by every single detector."""
+    return _standings(pool, observed, regime, class_names, {name: (name,) for name in DETECTORS})
+
+
+def _standings(
+    pool: Pool,
+    observed: Observed,
+    regime: Regime,
+    class_names: tuple[str, ...],
+    groups: Mapping[str, tuple[str, ...]],
+) -> dict[str, Standing]:
+    """Standing by the detectors of each of ``groups``, where one of them was run."""
     readings = {name: reading_of(each) for name, each in observed.observations.items() if each.measured}
     by_class = bool(class_names) and class_names == pool.stratum.class_names
     regimes = ("none",) if regime == "none" else ("none", regime)
-    unfinished = set(observed.unfinished)
     found: dict[str, Standing] = {}
-    for name in (*CHANNELS, *DETECTORS):
-        if unfinished & set(CHANNELS.get(name, ())):
-            continue  # half a channel has another null distribution
-        place = standing(pool, regimes, readings, name, by_class=by_class)
+    for name, members in groups.items():
+        place = standing(pool, regimes, readings, members, by_class=by_class)
         if place is not None:
-            found[name] = place if place.targets else replace(place, targets=_named(observed, name))
+            found[name] = place if place.targets else replace(place, targets=_named(observed, members))
     return found
 
 
-def _named(observed: Observed, name: str) -> tuple[int, ...]:
-    """The classes that the detectors of a channel name by themselves: pairs have no score for each class."""
-    members = CHANNELS.get(name, (name,))
+def _named(observed: Observed, members: tuple[str, ...]) -> tuple[int, ...]:
+    """The classes that detectors name by themselves: pairs have no score for each class."""
     return tuple(
         target for each in members if each in observed.observations for target in observed.observations[each].targets
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from defense_core.errors import ConfigError
 from defense_core.scan.base import outlying
-from defense_core.scan.calibrate import conformal, holm, standing, uncovered
+from defense_core.scan.calibrate import CHANNELS, conformal, holm, standing, uncovered
 from defense_core.scan.pool import Pool, Probability, Reading, Reference, Stratum, load_pool, save_pool
 
 CLASSES = tuple(range(10))
@@ -84,7 +84,7 @@ def test_holm_of_one_is_itself_and_never_exceeds_one() -> None:
 
 def test_an_easy_class_is_no_suspicion_where_it_is_easy_in_every_reference() -> None:
     readings = {"margin": reading(natural())}
-    place = standing(POOL, ("none",), readings, "margin", by_class=True)
+    place = standing(POOL, ("none",), readings, ("margin",), by_class=True)
     assert place is not None
     assert place.p_value > 0.05
     assert place.references == 59
@@ -94,8 +94,8 @@ def test_an_easy_class_is_no_suspicion_where_it_is_easy_in_every_reference() -> 
 def test_a_class_that_is_unusual_for_its_kind_is_found_though_another_is_higher(target: int) -> None:
     scores = natural()
     scores[target] += 2.5
-    by_class = standing(POOL, ("none",), {"margin": reading(scores)}, "margin", by_class=True)
-    by_gap = standing(POOL, ("none",), {"margin": reading(scores)}, "margin", by_class=False)
+    by_class = standing(POOL, ("none",), {"margin": reading(scores)}, ("margin",), by_class=True)
+    by_gap = standing(POOL, ("none",), {"margin": reading(scores)}, ("margin",), by_class=False)
     assert by_class is not None
     assert by_gap is not None
     assert by_class.p_value == pytest.approx(1 / 60)
@@ -129,7 +129,7 @@ def test_a_standing_is_that_of_the_slow_computation(classes: int, scale: float) 
     readings = [Reading(0.0, tuple(each), names) for each in table]
     references = tuple(Reference(f"r{i}", {}, {}, {"none": {"margin": each}}) for i, each in enumerate(readings))
     pool = Pool(replace(STRATUM, num_classes=classes), "", references, {})
-    place = standing(pool, ("none",), {"margin": Reading(0.0, tuple(scores), names)}, "margin", by_class=True)
+    place = standing(pool, ("none",), {"margin": Reading(0.0, tuple(scores), names)}, ("margin",), by_class=True)
     null = [slow_value(each, table[:i] + table[i + 1 :]) for i, each in enumerate(table)]
     centre = median(null)
     assert place is not None
@@ -146,7 +146,7 @@ def test_one_of_two_classes_can_stand_out(classes: int) -> None:
     references = tuple(Reference(f"r{i}", {}, {}, {"none": {"margin": each}}) for i, each in enumerate(models))
     pool = Pool(replace(STRATUM, num_classes=classes), "", references, {})
     lifted = Reading(0.0, (20.0, *(0.0 for _ in names[1:])), names)
-    place = standing(pool, ("none",), {"margin": lifted}, "margin", by_class=True)
+    place = standing(pool, ("none",), {"margin": lifted}, ("margin",), by_class=True)
     assert place is not None
     assert place.p_value == pytest.approx(1 / 61)
     assert place.targets[0] == 0
@@ -156,13 +156,13 @@ def test_a_channel_takes_its_most_suspicious_arm_and_counts_it_alike_for_the_ref
     scores = natural()
     scores[3] += 4.0
     readings = {"patch": reading(natural()), "additive": reading(scores)}
-    place = standing(POOL, ("many",), readings, "inversion", by_class=True)
+    place = standing(POOL, ("many",), readings, CHANNELS["inversion"], by_class=True)
     assert place is not None
     assert place.targets[0] == 3
     null = [
         standing(
             replace(POOL, references=tuple(each for each in POOL.references if each is not reference)),
-            ("many",), reference.readings["many"], "inversion", by_class=True,
+            ("many",), reference.readings["many"], CHANNELS["inversion"], by_class=True,
         )
         for reference in POOL.references[:30]
     ]  # fmt: skip
@@ -172,17 +172,17 @@ def test_a_channel_takes_its_most_suspicious_arm_and_counts_it_alike_for_the_ref
 
 def test_other_classes_are_compared_by_the_gap_alone() -> None:
     other = Reading(900.0, (1.0, 2.0, 3.0), (0, 1, 2))
-    place = standing(POOL, ("none",), {"margin": other}, "margin", by_class=True)
+    place = standing(POOL, ("none",), {"margin": other}, ("margin",), by_class=True)
     assert place is not None
     assert place.p_value == pytest.approx(1 / 60)
     assert place.targets == (2,)
 
 
 def test_what_was_not_run_has_no_standing() -> None:
-    assert standing(POOL, ("none",), {}, "margin", by_class=True) is None
-    assert standing(POOL, ("few",), {"patch": reading(natural())}, "inversion", by_class=True) is None
+    assert standing(POOL, ("none",), {}, ("margin",), by_class=True) is None
+    assert standing(POOL, ("few",), {"patch": reading(natural())}, CHANNELS["inversion"], by_class=True) is None
     few = replace(POOL, references=POOL.references[:2])
-    assert standing(few, ("none",), {"margin": reading(natural())}, "margin", by_class=True) is None
+    assert standing(few, ("none",), {"margin": reading(natural())}, ("margin",), by_class=True) is None
 
 
 def test_a_model_of_another_kind_is_not_covered() -> None:

@@ -284,3 +284,29 @@ def test_the_channel_with_the_fewest_references_tells_the_rate() -> None:
     report = judged(observed(), pool=replace(whole, references=(*less, *whole.references[20:])))
     assert report.verdict is Verdict.UNKNOWN
     assert "40 references cannot tell a rate of 0.05" in report.sentence
+
+
+def test_the_detector_margin_is_not_its_channel() -> None:
+    seen = observed()
+    subspace = observation("subspace", suspicious=True)
+    readings = [
+        {**each.readings, "many": {**each.readings["many"], "subspace": reading_of(observation("subspace"))}}
+        for each in POOL.references
+    ]
+    references = [replace(each, readings=of) for each, of in zip(POOL.references, readings, strict=True)]
+    report = judged(
+        replace(seen, observations={**seen.observations, "subspace": subspace}),
+        pool=replace(POOL, references=tuple(references)),
+    )
+    channel = next(each for each in report.channels if each.name == "margin")
+    alone = {each.name: each for each in judged(seen).detectors}["margin"]
+    detectors = {each.name: each for each in report.detectors}
+    assert channel.p_value == detectors["subspace"].p_value == pytest.approx(1 / 61)
+    assert detectors["margin"] == alone
+    assert detectors["margin"].score != channel.score
+
+
+def test_a_detector_stands_by_itself_where_the_rest_of_its_channel_had_no_time() -> None:
+    report = judged(observed(without=("subspace",)))
+    assert "margin" not in {each.name for each in report.channels}
+    assert {each.name: each for each in report.detectors}["margin"].p_value is not None
