@@ -39,6 +39,7 @@ def calibrate_pool(
     What was read is kept in ``<out>.partial``, a file a reference, until the pool is written.
 
     Args:
+        clean: images that no reference was trained on; each is read on its own draw of 10 and 100 of them.
         specs: how the networks are built; references take turns.
 
     Raises:
@@ -58,10 +59,11 @@ def calibrate_pool(
     shelf = out.with_name(f"{out.name}.partial")
     asked = {"settings": parsed, "models": models, "clean": images.digest, "version": __version__}
 
-    def read(name: str, model: Any, facts: Mapping[str, Any]) -> Reference:
+    def read(name: str, number: int, model: Any, facts: Mapping[str, Any]) -> Reference:
         return read_reference(
-            name, model, facts, images, parsed, task=first.task_object(), device=where, progress=progress
-        )
+            name, model, facts, images, parsed, number=number, task=first.task_object(), device=where,
+            progress=progress,
+        )  # fmt: skip
 
     def trained(data: CleanSet) -> Iterator[Reference]:
         for number in range(count):
@@ -75,7 +77,8 @@ def calibrate_pool(
             model, facts = train_reference(
                 network, data, number, recipe, task=spec.task_object(), device=where, progress=progress
             )
-            reference = read(f"reference-{number:04}", model, {**facts, "architecture_args": spec.architecture_args})
+            recorded = {**facts, "architecture_args": spec.architecture_args}
+            reference = read(f"reference-{number:04}", number, model, recorded)
             shelf.mkdir(parents=True, exist_ok=True)
             write_atomic(kept, canonical_json(reference))
             yield reference
@@ -83,7 +86,8 @@ def calibrate_pool(
     def taken() -> Iterator[Reference]:
         for number, path in enumerate(given):
             bundle = open_model(path, specs[number % len(specs)])
-            yield read(f"{number:04}-{path.stem}", bundle.model, {"file": path.name, "model": bundle.digest})
+            recorded = {"file": path.name, "model": bundle.digest}
+            yield read(f"{number:04}-{path.stem}", number, bundle.model, recorded)
 
     if train is not None:
         data = load_clean_set(train, input_size=first.input_size, num_classes=first.num_classes)

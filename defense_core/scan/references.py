@@ -16,7 +16,7 @@ from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.loop import Schedule, Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.scan.detectors import DETECTORS, Regime, Settings, regime_of
+from defense_core.scan.detectors import DETECTORS, FEW, MANY, Regime, Settings, regime_of
 from defense_core.scan.observe import Observed, observe, wanted
 from defense_core.scan.pool import Pool, Reading, Reference, Stratum, reading_of
 from defense_core.task import Augment, ImageClassification
@@ -103,6 +103,7 @@ def read_reference(
     clean: CleanSet,
     settings: Settings,
     *,
+    number: int,
     task: ImageClassification,
     device: torch.device | str,
     progress: Progress,
@@ -110,15 +111,19 @@ def read_reference(
     """What the detectors read on one clean model, in every regime that ``clean`` allows.
 
     Args:
+        number: of the reference; draws which of the images it is read on. Users scan with images of their own, and
+            references that were all read on the same ones lie closer together than models on different images do.
         clean: images that the model was not trained on.
     """
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(number))
     readings: dict[str, dict[str, Reading]] = {}
     covariates: dict[str, float] = {}
     regimes: tuple[Regime, ...] = ("few", "many") if regime_of(clean) == "many" else (regime_of(clean),)
     for regime in regimes:
         # What looks at the model alone says the same in every regime.
         fresh = [detector for detector in wanted(("none", regime)) if detector not in readings.get("none", {})]
-        observed = observe(model, clean, regime, settings, task=task, device=device, progress=progress, only=fresh)
+        own = clean.subset(order[: MANY if regime == "many" else FEW])
+        observed = observe(model, own, regime, settings, task=task, device=device, progress=progress, only=fresh)
         covariates.update(observed.covariates)
         file_readings(readings, observed, regime)
     return Reference(name, dict(recipe), covariates, readings)

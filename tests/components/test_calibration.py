@@ -11,9 +11,11 @@ import pytest
 from components.scan_backdoor import calibrate
 from defense_core.errors import Cancelled
 from defense_core.loop import Tuning
+from defense_core.scan import references
+from defense_core.scan.observe import Observed
 from defense_core.scan.pool import Pool, load_pool
 from defense_core.scan.references import ReferenceTraining
-from tests.small_model import PLAN_OPTIONS, make_inputs
+from tests.small_model import PLAN_OPTIONS, make_inputs, save_images
 
 
 @pytest.fixture
@@ -95,3 +97,23 @@ def test_what_another_recipe_left_is_not_taken(
     monkeypatch.setattr(ReferenceTraining, "varied", otherwise)
     assert {reference.recipe["weight_decay"] for reference in made(tmp_path).references} == {0.0}
     assert trained == [0, 1, 0, 1, 2]
+
+
+def test_each_reference_is_read_on_its_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_inputs(tmp_path)
+    save_images(tmp_path / "clean.npz", 150, seed=1)
+    read: list[tuple[str, list[list[int]]]] = []
+
+    def seeing(_: Any, clean: Any, regime: str, *__: Any, **___: Any) -> Observed:
+        read.append((regime, clean.images.flatten(1).tolist()))
+        return Observed({}, {}, ())
+
+    monkeypatch.setattr(references, "observe", seeing)
+    made(tmp_path)
+    made(tmp_path)
+    assert [regime for regime, _ in read] == ["few", "many"] * 6
+    assert read[:6] == read[6:]
+    for regime, count in (("few", 10), ("many", 100)):
+        drawn = [sorted(pixels) for of, pixels in read[:6] if of == regime]
+        assert [len(each) for each in drawn] == [count] * 3
+        assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
