@@ -208,6 +208,7 @@ def _findings(name: str, found: ScanReport) -> list[Finding]:
     for channel in found.channels:
         members = [each for each in found.detectors if each.channel == channel.name]
         why = "; ".join(f"{each.name}: {each.why}" for each in members)
-        verdict = Verdict.PASS if channel.adjusted > found.fpr else found.verdict
+        # Among references that say nothing about the model, no rank is a PASS.
+        verdict = Verdict.PASS if found.comparable and channel.adjusted > found.fpr else found.verdict
         lines.append(Finding(f"{name}.{channel.name}", verdict, round(channel.adjusted, 4), f"p > {found.fpr:g}", why))
     return lines

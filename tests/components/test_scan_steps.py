@@ -95,6 +95,14 @@ def test_a_model_like_its_references_passes_and_its_p_value_is_of_the_pool(passe
     assert {each["rule"] for each in passed["findings"]} == {"scan.verdict", "scan.margin", "scan.inversion"}
 
 
+def test_where_references_say_nothing_no_channel_passes(finished: Chain, tmp_path: Path) -> None:
+    make_pool(tmp_path / "pool.json", shift=100.0)
+    evidence = scanned(finished, tmp_path / "scan", pool=tmp_path / "pool.json", config={**SCAN, "fpr": 0.01})
+    assert not evidence["results"]["comparable"]
+    assert len(evidence["findings"]) == 3
+    assert {each["verdict"] for each in evidence["findings"]} == {"UNKNOWN"}
+
+
 def test_a_model_that_stands_out_never_passes(finished: Chain, tmp_path: Path) -> None:
     make_pool(tmp_path / "pool.json", shift=-100.0)
     evidence = scanned(finished, tmp_path / "scan", pool=tmp_path / "pool.json")
