@@ -85,6 +85,11 @@ class Control:
     asr_after: float | None
     accuracy_lost: float
 
+    @property
+    def decided(self) -> bool:
+        """Whether the control says anything: a patch that a scan missed, cut short, a whole one might have found."""
+        return self.planted and self.scan.comparable and (self.detected or not self.scan.unfinished)
+
     def sentence(self) -> str:
         """The control in words."""
         if not self.planted:
@@ -93,6 +98,12 @@ class Control:
             found = (
                 f"A patch of {self.patch} was planted into a copy of this model; without enough clean reference models "
                 "of its kind it cannot be told whether the scan would have found it"
+            )
+        elif not self.decided:
+            found = (
+                f"A patch of {self.patch} was planted into a copy of this model; the time ran out before "
+                f"{', '.join(self.scan.unfinished)} had finished, and it cannot be told whether the scan would have "
+                "found it"
             )
         else:
             found = self._found()

@@ -48,8 +48,8 @@ def control_model(
         kept: where controls are kept; one of the same work is repeated and says so.
 
     Returns:
-        Evidence ``control``; UNKNOWN where nothing could be planted or measured or no pool covers the model, FAIL
-        where the planted patch was missed.
+        Evidence ``control``; UNKNOWN where nothing could be planted or measured, no pool covers the model, or the
+        time ran out on the scan before it found the patch; FAIL where the planted patch was missed.
 
     Raises:
         ConfigError, ArtifactError, DataError, Cancelled: of the kind that fits.
@@ -113,6 +113,6 @@ def _repeated(earlier: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _finding(control: Control) -> Finding:
     verdict = Verdict.PASS if control.detected else Verdict.FAIL
-    if not control.planted or not control.scan.comparable:
+    if not control.decided:
         verdict = Verdict.UNKNOWN
     return Finding("control.detected", verdict, control.scan.p_value, f"p <= {control.scan.fpr:g}", control.sentence())

@@ -15,7 +15,7 @@ from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, subject_of
 from defense_core.scan.calibrate import CHANNELS, Standing, holm, standing
 from defense_core.scan.confirm import Confirmation, confirm
-from defense_core.scan.detectors import DETECTORS, Regime, Settings, regime_of
+from defense_core.scan.detectors import DETECTORS, EVIDENCE_ONLY, Regime, Settings, regime_of
 from defense_core.scan.observe import Observed, observe, wanted
 from defense_core.scan.pool import Pool, reading_of
 from defense_core.scan.report import ChannelEntry, DetectorEntry, ScanReport
@@ -140,6 +140,7 @@ def judge(
         detectors=tuple(_entry(each, singly) for each in observed.observations.values()),
         confirmations=confirmations,
         reasons=reasons if verdict is Verdict.UNKNOWN else (),
+        unfinished=tuple(name for name in observed.unfinished if name not in EVIDENCE_ONLY),
         coverage=coverage(regime, pool, without_pairs=without_pairs),
         regime=regime,
         images=0 if clean is None else len(clean),

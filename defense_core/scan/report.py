@@ -73,6 +73,7 @@ class ScanReport:
         fpr: nominal false positive rate.
         target_classes: suspected, the most suspicious first; empty unless the p-value is at most ``fpr``.
         reasons: why UNKNOWN.
+        unfinished: detectors of the verdict that the time did not allow.
         coverage: what a PASS would mean, and what it says nothing about.
         regime, images: clean images that the detectors searched with.
         pool: digest of the calibration pool, and its number of references; empty and 0 without.
@@ -90,6 +91,7 @@ class ScanReport:
     detectors: tuple[DetectorEntry, ...]
     confirmations: tuple[Confirmation, ...]
     reasons: tuple[str, ...]
+    unfinished: tuple[str, ...]
     coverage: tuple[str, ...]
     regime: str
     images: int

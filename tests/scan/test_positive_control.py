@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from components.control_model.step import _finding
 from defense_core.architectures import build
 from defense_core.config import digest
 from defense_core.data import CleanSet, Splits, split_clean_set
@@ -24,7 +25,7 @@ from defense_core.scan.features import ActivenessConfig, CurvatureConfig
 from defense_core.scan.generator import GeneratorConfig
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.margin import MarginConfig
-from defense_core.scan.observe import observe
+from defense_core.scan.observe import Observed, observe
 from defense_core.scan.pairs import PairsConfig
 from defense_core.scan.patch import PatchConfig
 from defense_core.scan.pool import Pool, Reading, Reference, Stratum, reading_of
@@ -174,6 +175,24 @@ def test_a_channel_without_references_counts_under_the_rate_all_the_same(model: 
     assert found.planted
     assert not found.scan.comparable
     assert not found.detected
+
+
+@pytest.mark.parametrize(("unfinished", "verdict"), [((), "FAIL"), (("pairs",), "UNKNOWN")])
+def test_a_scan_that_ran_out_of_time_missed_nothing(
+    model: nn.Module, splits: Splits, monkeypatch: pytest.MonkeyPatch, unfinished: tuple[str, ...], verdict: str
+) -> None:
+    def stopped(*arguments: Any, **named: Any) -> Observed:
+        seen = observe(*arguments, **named)
+        kept = {name: each for name, each in seen.observations.items() if name not in unfinished}
+        return replace(seen, observations=kept, unfinished=unfinished)
+
+    pool = pool_beside(model, splits.fit, 1000.0)
+    monkeypatch.setattr("defense_core.scan.judgement.observe", stopped)
+    missed = controlled(model, splits, pool, size_share=0.25)
+    assert missed.scan.comparable
+    assert not missed.detected
+    assert _finding(missed).verdict == verdict
+    assert ("ran out before pairs had finished" in missed.sentence()) == bool(unfinished)
 
 
 def test_one_image_a_class_leaves_nothing_to_measure_on(model: nn.Module, splits: Splits) -> None:
