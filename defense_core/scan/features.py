@@ -105,6 +105,8 @@ def activeness(subject: Subject, config: ActivenessConfig = ActivenessConfig()) 
     except MethodDiverged as error:
         return unmeasured("activeness", f"the unlearning diverged ({error})")
     moved = neuron_weight_change(layers, changes)
+    if not all(torch.isfinite(each).all() for each in moved):
+        return unmeasured("activeness", "its weights moved by more than a number can hold")
     ratios = [concentration(each, config.share) for each in moved]
     sizes = [float(layer.weight.norm()) / math.sqrt(layer.weight.numel()) for layer in layers]
     relative = [
@@ -174,6 +176,11 @@ def curvature(subject: Subject, config: CurvatureConfig = CurvatureConfig()) -> 
             )  # fmt: skip
     except ConfigError as error:  # a BatchNorm without running statistics: no sample has a loss of its own
         return unmeasured("curvature", str(error))
+    # Lanczos ends so on products that are not finite.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        found = None
+    if found is None or not (math.isfinite(trace) and math.isfinite(found.value)):
+        return unmeasured("curvature", "its gradients are larger than a number can hold")
     return Observation(
         detector="curvature",
         statistic=math.log(max(trace, SMALLEST)),

@@ -18,6 +18,9 @@ from defense_core.scan.base import InvertedTrigger, Observation
 SHOWN_IMAGES = 4
 MAX_BARS = 40
 INK, SOFT, ALARM = "#3b4252", "#9aa5b8", "#c2410c"
+STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False}
+"""Around building a figure as well as writing it: a text keeps what held when it was made, and the layout reads it. The
+names of classes are the user's, and a dollar in them is a dollar."""
 TITLES = {
     "margin": "How strongly any image can be made to look like each class",
     "subspace": "How strongly each class is reached without what its own images show",
@@ -57,6 +60,7 @@ def class_pictures(
     ]
 
 
+@matplotlib.rc_context(STYLE)
 def trigger_picture(
     detector: str, trigger: InvertedTrigger, clean: CleanSet, note: str, class_names: Sequence[str] = ()
 ) -> Picture:
@@ -85,6 +89,7 @@ def trigger_picture(
     return Picture(f"trigger-{detector}-{trigger.target}", title, note, alt, _png(figure))
 
 
+@matplotlib.rc_context(STYLE)
 def _bars(observation: Observation, suspects: Sequence[int], class_names: Sequence[str]) -> Picture:
     scores = torch.tensor(observation.class_scores)
     order = list(range(len(scores)))
@@ -124,6 +129,5 @@ def _shown(image: torch.Tensor) -> Any:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "text.parse_math": False}):
-        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()

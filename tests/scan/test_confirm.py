@@ -205,3 +205,12 @@ def test_pictures_are_png_and_say_what_they_show() -> None:
     assert "c" in shown.title
     again = trigger_picture("patch", patch(2), images(), "works", ("a", "b", "c", "d"))
     assert again.png == shown.png
+
+
+def test_a_class_name_is_no_formula() -> None:
+    names = ("a", "b", "$\\frac$", "d")
+    scored = Observation("patch", 5.0, "costs 3 $ or $\\frac$", (0.1, 0.2, 5.0, 0.0), (0, 1, 2, 3), (2,))
+    (bars,) = class_pictures({"patch": scored}, (2,), names)
+    shown = trigger_picture("patch", patch(2), images(), "works", names)
+    assert bars.png.startswith(b"\x89PNG")
+    assert shown.png.startswith(b"\x89PNG")

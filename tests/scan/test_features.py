@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -125,3 +126,29 @@ def test_activeness_settings_out_of_range(values: dict[str, float]) -> None:
 def test_curvature_settings_out_of_range(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         CurvatureConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("detector", [activeness, curvature])
+@pytest.mark.parametrize("factor", [1e26, 1e30])
+def test_answers_that_are_huge_are_not_measured(detector: Callable[[Subject], Observation], factor: float) -> None:
+    model = _network()
+    with torch.no_grad():
+        model.linear.weight.mul_(factor)
+    found = detector(_subject(model))
+    assert not found.measured
+    assert found.why.startswith("Not measured on this model: ")
+
+
+def test_weights_that_move_beyond_all_numbers_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = [torch.full((4, 9), math.inf), torch.full((8, 9), math.nan)]
+    monkeypatch.setattr("defense_core.scan.features.unlearning_changes", lambda *_, **__: moved)
+    monkeypatch.setattr("defense_core.scan.features.neuron_weight_change", lambda *_: moved)
+    assert not activeness(_subject(_network())).measured
+
+
+def test_a_hessian_beyond_all_numbers_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflowing(*_: object, **__: object) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+        return lambda vector: vector * math.nan, 9
+
+    monkeypatch.setattr("defense_core.scan.features.scaled_hessian", overflowing)
+    assert not curvature(_subject(_network())).measured
