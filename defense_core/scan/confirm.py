@@ -29,6 +29,7 @@ from defense_core.errors import MethodDiverged
 from defense_core.inference import correct
 from defense_core.loop import Tuning, tune, working_copy
 from defense_core.scan.base import InvertedTrigger, Observation, Subject
+from defense_core.scan.sampling import spread_over_classes
 
 MIN_SUCCESS = 0.9
 MIN_SOURCE_SUCCESS = 0.7
@@ -41,6 +42,9 @@ MIN_SOURCE_IMAGES = 3
 SURE = 0.95
 """A source class resists where its success is below ``MIN_SOURCE_SUCCESS`` with this confidence, not where one image of
 three fails by chance; likewise a loss of accuracy."""
+IMAGES_AT_ONCE = 256
+MAX_HELD_OUT = 1000
+"""Held-out images that a suspicion is tried on, at most: with so many, every rate is known within two points."""
 UNLEARNING = Tuning(epochs=10, batch_size=32, lr=0.003, max_grad_norm=1.0)
 UNLEARNT = 0.2
 """Success of the trigger after unlearning, at most."""
@@ -84,11 +88,12 @@ def confirm(
 
     Args:
         subject: its images are those that the detectors searched with, to unlearn a trigger on.
-        held_out: other clean images.
+        held_out: other clean images; :func:`enough` of them are tried.
 
     Raises:
         Cancelled: a stop was requested.
     """
+    held_out = enough(held_out)
     found = []
     for target in targets:
         tried = []
@@ -142,18 +147,27 @@ def success(subject: Subject, clean: CleanSet, trigger: InvertedTrigger) -> tupl
         wanted &= torch.isin(labels, torch.tensor(trigger.sources))
     hits = []
     with torch.no_grad():
-        for images in clean.images[wanted].split(256):
+        for images in clean.images[wanted].split(IMAGES_AT_ONCE):
             pixels = trigger.apply(images.to(subject.device))
             hits.append((subject.logits(pixels / 255).argmax(1) == trigger.target).cpu())
     return torch.cat(hits) if hits else torch.zeros(0, dtype=torch.bool), labels[wanted]
 
 
-def size_of(trigger: InvertedTrigger, clean: CleanSet) -> tuple[float, float]:
+def size_of(trigger: InvertedTrigger, clean: CleanSet, *, device: torch.device | str) -> tuple[float, float]:
     """(share of the pixels that change noticeably, mean squared change in units of the squared pixel range)."""
-    pixels = clean.images.float()
-    change = (trigger.apply(clean.images).cpu() - pixels.cpu()) / 255
+    total = 0.0
+    for images in clean.images.split(IMAGES_AT_ONCE):  # a trigger takes tens of bytes for each byte of an image
+        pixels = images.to(device)
+        total += float(((trigger.apply(pixels) - pixels.float()) / 255).square().sum(dtype=torch.float64))
     share = float(trigger.mask.mean()) if trigger.mask is not None else 1.0
-    return share, float(change.square().mean())
+    return share, total / max(1, clean.images.numel())
+
+
+def enough(held_out: CleanSet) -> CleanSet:
+    """At most ``MAX_HELD_OUT`` of the images, of each class an equal share as far as it has so many."""
+    if len(held_out) <= MAX_HELD_OUT:
+        return held_out
+    return held_out.subset(spread_over_classes(held_out)[:MAX_HELD_OUT].sort().values)
 
 
 def _placebo(
@@ -178,7 +192,7 @@ def _tried(
     share = float(hits.float().mean()) if len(hits) else 0.0
     sources = {label: hits[labels == label] for label in labels.unique().tolist()}
     sources = {label: each for label, each in sources.items() if len(each) >= MIN_SOURCE_IMAGES}
-    masked, square = size_of(trigger, held_out)
+    masked, square = size_of(trigger, held_out, device=subject.device)
     small = masked <= MAX_MASK_SHARE or square <= MAX_MEAN_SQUARE
     placebo = _placebo(subject, held_out, trigger, others)
     return Confirmation(

@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from defense_core.data import CleanSet
 from defense_core.scan.additive import AdditiveConfig, additive
-from defense_core.scan.base import DRAWS, Observation, Subject
+from defense_core.scan.base import Observation, Subject
 from defense_core.scan.features import ActivenessConfig, CurvatureConfig, activeness, curvature
 from defense_core.scan.generator import GeneratorConfig, generator
 from defense_core.scan.margin import MarginConfig, margin
 from defense_core.scan.pairs import PairsConfig, pairs
 from defense_core.scan.patch import PatchConfig, patch
+from defense_core.scan.sampling import spread_over_classes
 from defense_core.scan.subspace import SubspaceConfig, subspace
 from defense_core.scan.weights import WeightsConfig, weights
 
@@ -92,13 +91,7 @@ def searched_and_held_out(clean: CleanSet | None, regime: Regime) -> tuple[Clean
     than ``FEW`` are left over: a suspicion is never confirmed on images that it was found with."""
     if clean is None or regime == "none":
         return None, None
-    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(DRAWS))
-    labels = clean.labels.cpu()[order]
-    rank = torch.zeros(len(order), dtype=torch.int64)
-    for label in labels.unique():
-        member = labels == label
-        rank[member] = torch.arange(int(member.sum()))
-    spread = order[rank.argsort(stable=True)]
+    spread = spread_over_classes(clean)
     count = SEARCHED[regime]
     searched, rest = clean.subset(spread[:count].sort().values), spread[count:].sort().values
     return searched, clean.subset(rest) if len(rest) >= FEW else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from defense_core.data import CleanSet
 from defense_core.errors import DataError
-from defense_core.scan.base import Subject
+from defense_core.scan.base import DRAWS, Subject
 from defense_core.universal import PIXELS_AT_ONCE
 
 ADAM_BETAS = (0.5, 0.9)
@@ -30,6 +30,17 @@ def halves(subject: Subject, generator: torch.Generator) -> tuple[CleanSet, Clea
     order = torch.randperm(len(images), generator=generator)
     by_class = order[images.labels.cpu()[order].argsort(stable=True)]
     return images.subset(by_class[0::2]).to(subject.device), images.subset(by_class[1::2]).to(subject.device)
+
+
+def spread_over_classes(clean: CleanSet) -> Tensor:
+    """Positions of all images, one of every class before a second of any, drawn by the fixed seed. int64 (N,), CPU."""
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(DRAWS))
+    labels = clean.labels.cpu()[order]
+    rank = torch.zeros(len(order), dtype=torch.int64)
+    for label in labels.unique():
+        member = labels == label
+        rank[member] = torch.arange(int(member.sum()))
+    return order[rank.argsort(stable=True)]
 
 
 def others(clean: CleanSet, target: int) -> Tensor:

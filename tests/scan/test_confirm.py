@@ -13,7 +13,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import CorruptArtifact
 from defense_core.progress import NullProgress
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, subject_of
-from defense_core.scan.confirm import confirm, cut_to, size_of, success, surely_lost, upper_bound
+from defense_core.scan.confirm import confirm, cut_to, enough, size_of, success, surely_lost, upper_bound
 from defense_core.scan.pictures import class_pictures, trigger_picture
 from defense_core.scan.residual import residuals
 from defense_core.scan.stored_triggers import INDEX, kept_triggers, load_triggers, save_triggers
@@ -160,12 +160,42 @@ def test_success_counts_only_the_sources_that_the_trigger_is_for() -> None:
 
 
 def test_the_size_of_a_change_is_what_it_does_to_the_images() -> None:
-    share, square = size_of(patch(2), images())
+    share, square = size_of(patch(2), images(), device="cpu")
     assert share == pytest.approx(1 / 64)
     values = [(255 - 200) / 255] * 6 + [(255 - 20) / 255] * 18
     assert square == pytest.approx(sum(each**2 for each in values) / 24 / 64)
     faint = InvertedTrigger(1, "additive", torch.full((1, 8, 8), 6.0))
-    assert size_of(faint, images()) == (1.0, pytest.approx((6 / 255) ** 2))
+    assert size_of(faint, images(), device="cpu") == (1.0, pytest.approx((6 / 255) ** 2))
+
+
+def test_the_size_is_measured_on_few_images_at_once() -> None:
+    seen = []
+
+    class Counting(InvertedTrigger):
+        def apply(self, images: Tensor) -> Tensor:
+            seen.append(len(images))
+            return super().apply(images)
+
+    many = images(150)
+    faint = Counting(1, "additive", torch.full((1, 8, 8), 60.0))
+    share, square = size_of(faint, many, device="cpu")
+    assert seen == [256, 256, 88]
+    change = (InvertedTrigger.apply(faint, many.images) - many.images.float()) / 255
+    assert (share, square) == (1.0, pytest.approx(float(change.square().mean()), rel=1e-6))
+
+
+def test_a_suspicion_is_tried_on_an_equal_share_of_each_class_of_a_large_set() -> None:
+    (found,) = confirm(subject(Corner()), images(400), [observation(patch(2), patch(0))], (2,))
+    assert found.images == 750
+    assert found.confirmed
+
+
+def test_a_thousand_images_are_all_tried() -> None:
+    whole, uneven = images(250), images(400).subset(torch.cat([torch.arange(1100), torch.arange(1101, 1600, 4)]))
+    assert enough(whole) is whole
+    counts = enough(uneven).labels.bincount()
+    assert int(counts.sum()) == 1000
+    assert int(counts.max() - counts.min()) <= 1
 
 
 def test_triggers_survive_their_files_and_are_tried_again(tmp_path: Path) -> None:
