@@ -57,7 +57,9 @@ def calibrate_pool(
     images = load_clean_set(clean, input_size=first.input_size, num_classes=first.num_classes)
     stratum = Stratum(first.architecture, first.num_classes, first.input_size, first.class_names)
     shelf = out.with_name(f"{out.name}.partial")
-    asked = {"settings": parsed, "models": models, "clean": images.digest, "version": __version__}
+    asked = {
+        "settings": parsed, "models": models, "clean": images.digest, "drawn": "for each", "version": __version__
+    }  # fmt: skip
 
     def read(name: str, number: int, model: Any, facts: Mapping[str, Any]) -> Reference:
         return read_reference(
