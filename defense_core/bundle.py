@@ -13,6 +13,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Mapping
@@ -160,7 +161,8 @@ def load_model_file(
     Args:
         path: ``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pt2``, or a bundle.
         spec: fields of :class:`ModelSpec`. ``num_classes`` may be left out: it is what the network
-            returns for a zero image. With a bundle, any subset or ``None``.
+            returns for a zero image. With a bundle, any subset or ``None``; it must agree, and may name the classes
+            of one that does not name them.
         origin: where the file came from; by default its name and digest.
 
     Raises:
@@ -170,8 +172,7 @@ def load_model_file(
     given: dict[str, Any] = dict(to_mapping(spec)) if spec is not None else {}
     if path.is_dir() or sniff(path, limits) == ARCHIVE:
         bundle = load_bundle(path, limits=limits, trusted_modules=trusted_modules)
-        _check_agrees(given, bundle.spec, path)
-        return bundle
+        return dataclasses.replace(bundle, spec=_agreed(given, bundle.spec, path))
     # The description is checked first: a mistyped option should not cost the reading of a large file.
     known = from_mapping(ModelSpec, {"architecture_args": {}, "num_classes": 2, **given, "class_names": ()})
     model = _build(known, limits, trusted_modules)
@@ -288,10 +289,12 @@ def _encoded(model: nn.Module, spec: ModelSpec, origin: Origin | None) -> tuple[
     return weights, description_bytes(spec, origin, sha256_bytes(weights))
 
 
-def _check_agrees(given: Mapping[str, Any], spec: ModelSpec, path: Path) -> None:
+def _agreed(given: Mapping[str, Any], spec: ModelSpec, path: Path) -> ModelSpec:
     complete = to_mapping(spec)
-    merged = to_mapping(from_mapping(ModelSpec, {**complete, **given}))
-    different = [name for name in complete if merged[name] != complete[name]]
+    agreed = from_mapping(ModelSpec, {**complete, **given})
+    merged = to_mapping(agreed)
+    unnamed = {"class_names"} if not spec.class_names else set()
+    different = [name for name in complete if merged[name] != complete[name] and name not in unnamed]
     if different:
         raise ConfigError(
             f"bundle {path.name} says something else about {', '.join(different)}",
@@ -299,6 +302,7 @@ def _check_agrees(given: Mapping[str, Any], spec: ModelSpec, path: Path) -> None
             got={name: merged[name] for name in different},
             hint="Leave the option out: a bundle describes itself",
         )
+    return agreed
 
 
 def _wrong_classes(where: str, expected: int, got: int) -> StateDictMismatch:

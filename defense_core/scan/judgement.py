@@ -141,7 +141,7 @@ def judge(
         confirmations=confirmations,
         reasons=reasons if verdict is Verdict.UNKNOWN else (),
         unfinished=tuple(name for name in observed.unfinished if name not in EVIDENCE_ONLY),
-        coverage=coverage(regime, pool, without_pairs=without_pairs),
+        coverage=coverage(regime, pool, without_pairs=without_pairs, class_names=task.class_names),
         regime=regime,
         images=0 if clean is None else len(clean),
         pool="" if pool is None else pool.digest,

@@ -37,7 +37,8 @@ class Stratum:
         num_classes: K.
         input_size: (C, H, W).
         class_names: of the data that the references were trained on. A model with the same names is compared class by
-            class, another with the same K only by how far its highest class stands out.
+            class; another with the same K, for which the user named the pool, only by how far its highest class stands
+            out.
     """
 
     architecture: str
@@ -173,13 +174,12 @@ def shipped_pools() -> tuple[Path, ...]:
 
 
 def pool_for(stratum: Stratum, settings_digest: str) -> Pool | None:
-    """The shipped pool that covers ``stratum`` under these settings: one of the same class names before another."""
-    fitting = [
-        pool
-        for pool in map(load_pool, shipped_pools())
-        if pool.settings_digest == settings_digest
-        and (pool.stratum.architecture, pool.stratum.num_classes, pool.stratum.input_size)
-        == (stratum.architecture, stratum.num_classes, stratum.input_size)
-    ]
-    fitting.sort(key=lambda pool: pool.stratum.class_names != stratum.class_names)
-    return fitting[0] if fitting else None
+    """The shipped pool that covers ``stratum`` under these settings; ``None``: there is none.
+
+    The names of the classes must be the pool's: they are what tells a model of the same data from one of other images
+    of the same size, about which the pool's p-values say nothing.
+    """
+    if not stratum.class_names:
+        return None
+    shipped = (load_pool(path) for path in shipped_pools())
+    return next((pool for pool in shipped if pool.settings_digest == settings_digest and pool.stratum == stratum), None)

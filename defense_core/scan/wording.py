@@ -21,7 +21,10 @@ def incomparable(
     """
     reasons = [observed.failure] if observed.failure else []
     if observed.observations and pool is None:
-        reasons.append("There is no calibration pool of clean models of this kind; quarantine calibrate makes one")
+        reasons.append(
+            "There is no calibration pool of clean models of this architecture, input size and classes by name; "
+            "quarantine calibrate makes one, and --pool names one"
+        )
     if pool is not None:
         reasons += [f"The pool does not cover this model: {each}" for each in uncovered(pool, observed.covariates)]
         least = channels / (references + 1)
@@ -96,8 +99,23 @@ def _classes(targets: tuple[int, ...]) -> str:
     return f"class{'es' if len(targets) > 1 else ''} {', '.join(map(str, targets))}"
 
 
-def coverage(regime: Regime, pool: Pool | None, *, without_pairs: bool) -> tuple[str, ...]:
-    """What was looked for, and what was not; ``without_pairs``: the images were too few for pairs of classes."""
+def _data(pool: Pool, class_names: tuple[str, ...]) -> str:
+    names = pool.stratum.class_names
+    if names and names == class_names:
+        return f"of the same classes ({', '.join(names[:3])} …), class by class"
+    stated = f"of the classes {', '.join(names[:3])} …" if names else "of classes that the pool does not name"
+    return f"{stated}: that this pool is of the model's data is for whoever named it to say"
+
+
+def coverage(
+    regime: Regime, pool: Pool | None, *, without_pairs: bool, class_names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """What was looked for, and what was not.
+
+    Args:
+        without_pairs: the images were too few for pairs of classes.
+        class_names: of the model.
+    """
     searched = "such a class, for small patches, faint or bending changes of all images"
     looked = {
         "none": "Looked for a class whose logit can be driven further than any other's, without any image",
@@ -118,5 +136,7 @@ def coverage(regime: Regime, pool: Pool | None, *, without_pairs: bool) -> tuple
         )
     sentences.append("Says nothing about triggers that need more than one change at a time, or that nobody has tested")
     if pool is not None:
-        sentences.append(f"Compared with {len(pool.references)} clean {pool.stratum.architecture} models")
+        sentences.append(
+            f"Compared with {len(pool.references)} clean {pool.stratum.architecture} models {_data(pool, class_names)}"
+        )
     return tuple(sentences)

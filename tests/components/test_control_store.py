@@ -38,6 +38,7 @@ class Planting:
         self.times += 1
         return SimpleNamespace(
             planted=True,
+            decided=self.p_value is not None,
             detected=True,
             scan=SimpleNamespace(p_value=self.p_value, fpr=0.05, comparable=self.p_value is not None),
             sentence=lambda: "A patch would have been detected",

@@ -257,7 +257,7 @@ def test_a_control_is_kept_where_the_option_says(
 
     found = SimpleNamespace(p_value=0.01, fpr=0.05, comparable=True)
     said: dict[str, Any] = {"sentence": lambda: "Found", "to_results": dict}
-    planted = SimpleNamespace(planted=True, detected=True, scan=found, **said)
+    planted = SimpleNamespace(planted=True, decided=True, detected=True, scan=found, **said)
     monkeypatch.setattr(step, "positive_control", lambda *_, **__: planted)
     words = control(inputs, tmp_path / "control.json", "--controls", tmp_path / "kept")
     assert "kept since" not in quarantine(*words).out

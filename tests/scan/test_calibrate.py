@@ -12,10 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from defense_core.config import digest
 from defense_core.errors import ConfigError
 from defense_core.scan.base import outlying
 from defense_core.scan.calibrate import CHANNELS, conformal, holm, standing, uncovered
-from defense_core.scan.pool import Pool, Probability, Reading, Reference, Stratum, load_pool, save_pool
+from defense_core.scan.detectors import Settings
+from defense_core.scan.pool import (
+    Pool,
+    Probability,
+    Reading,
+    Reference,
+    Stratum,
+    load_pool,
+    pool_for,
+    save_pool,
+    shipped_pools,
+)
 
 CLASSES = tuple(range(10))
 DRAW = numpy.random.default_rng(5)
@@ -242,3 +254,15 @@ def test_outlying_names_several_targets() -> None:
     assert members == (4, 2)
     assert statistic > 10
     assert outlying([1.0], floor=0.1) == (0.0, ())
+
+
+def test_a_shipped_pool_is_taken_for_its_own_classes_alone() -> None:
+    settings = digest(Settings())
+    shipped = [load_pool(path) for path in shipped_pools()]
+    assert shipped
+    for pool in shipped:
+        assert pool_for(pool.stratum, settings) == pool
+        assert pool_for(replace(pool.stratum, class_names=()), settings) is None
+        others = tuple(f"texture {number}" for number in range(pool.stratum.num_classes))
+        assert pool_for(replace(pool.stratum, class_names=others), settings) is None
+        assert pool_for(pool.stratum, "sha256:of other settings") is None

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,18 @@ def test_options_beside_a_bundle_must_agree_with_it(loaded: Bundle, tmp_path: Pa
     assert load_model_file(tmp_path / "out", loaded.spec).digest == loaded.digest
     with pytest.raises(ConfigError, match="something else about mean"):
         load_model_file(tmp_path / "out", {**SPEC, "mean": [0.4]})
+
+
+def test_a_bundle_without_class_names_may_be_given_some(loaded: Bundle, tmp_path: Path) -> None:
+    names = loaded.spec.class_names
+    digest = save_bundle(replace(loaded, spec=replace(loaded.spec, class_names=())), tmp_path / "out")
+    named = load_model_file(tmp_path / "out", {"class_names": names})
+    assert (named.spec.class_names, named.digest) == (names, digest)
+    save_bundle(named, tmp_path / "named")
+    with pytest.raises(ConfigError, match="something else about class_names"):
+        load_model_file(tmp_path / "named", {"class_names": names[::-1]})
+    with pytest.raises(ConfigError, match="class_names"):
+        load_model_file(tmp_path / "out", {"class_names": names[:-1]})
 
 
 def test_origin_that_was_given_is_kept(tmp_path: Path) -> None:
