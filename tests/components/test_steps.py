@@ -284,7 +284,7 @@ def test_a_method_that_does_not_fit_the_network_ends_no_run(
     clean = finished["data"] / "clean.npz"
     evidence = purify_candidate(finished["bundle"], clean, tmp_path / "ngf", method="ngf", report=0.0)
     assert (evidence["verdict"], evidence["outputs"]) == ("UNKNOWN", {})
-    assert evidence["findings"][0]["id"] == "purify.not_applicable"
+    assert evidence["findings"][0]["rule"] == "purify.not_applicable"
     with pytest.raises(errors.EvidenceMissing, match=r"ngf: NGF needs a linear classifier"):
         select_model([tmp_path / "ngf", finished["fine_tuning"]], tmp_path / "selected")
     with pytest.raises(errors.ConfigError, match="linear classifier"):
