@@ -93,7 +93,9 @@ def _print(evidence: dict[str, Any], out: Path, *, as_json: bool) -> None:
 
 
 @app.command(rich_help_panel=panels.STEP)
+@takes(loading_of, into="loading")
 def calibrate(
+    *,
     out: Annotated[Path, typer.Option(help="Pool file to write, JSON.")],
     clean: Annotated[
         str, typer.Option(help="Clean images that no reference was trained on: what scans will have, or more.")
@@ -119,6 +121,7 @@ def calibrate(
         list[str], typer.Option("--set", help="Of the training: epochs=15; repeatable.", metavar="KEY=VALUE")
     ] = [],
     device: o.Device = "auto",
+    loading: Loading,
 ) -> None:
     """Make the calibration pool that scans of one kind of model are compared with.
 
@@ -151,6 +154,7 @@ def calibrate(
             training=o.parse_settings(settings),
             settings=o.optional_mapping(config),
             device=device,
+            loading=loading,
             progress=default_progress(stop),
         )
     typer.echo(f"{out}: {len(pool.references)} references of {pool.stratum.architecture}, {pool.digest}")

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from components._runtime.loading import open_model, resolve_device
+from components._runtime.plan import Loading
+from components._runtime.trust import trusted_modules
 from defense_core import __version__, architectures
+from defense_core.bundle import untrained_bundle
 from defense_core.config import canonical_json, digest, from_mapping
 from defense_core.data import CleanSet, load_clean_set
 from defense_core.errors import ConfigError
 from defense_core.files import write_atomic
-from defense_core.model_spec import ModelSpec
 from defense_core.progress import NullProgress, Progress
 from defense_core.scan.detectors import Settings
 from defense_core.scan.pool import MIN_REFERENCES, Pool, Reference, Stratum, save_pool
@@ -32,6 +34,7 @@ def calibrate_pool(
     training: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     device: str = "auto",
+    loading: Loading = Loading(),
     progress: Progress = NullProgress(),
 ) -> Pool:
     """Train references on ``train``, or take ``given`` ones, read them and write the pool to ``out``.
@@ -41,10 +44,11 @@ def calibrate_pool(
     Args:
         clean: images that no reference was trained on; each is read on its own draw of 10 and 100 of them.
         specs: how the networks are built; references take turns.
+        loading: limits, and whose code may build a network.
 
     Raises:
         ConfigError: neither training images nor references, or both; a bad setting.
-        ArtifactError, DataError, MethodDiverged, Cancelled: of the kind that fits.
+        ArtifactError, SourceError, DataError, MethodDiverged, Cancelled: of the kind that fits.
     """
     if bool(train) == bool(given):
         raise ConfigError(
@@ -52,7 +56,8 @@ def calibrate_pool(
         )
     parsed = from_mapping(Settings, settings or {}, where="settings")
     recipe = from_mapping(ReferenceTraining, training or {}, where="training")
-    models = [from_mapping(ModelSpec, spec, where="model") for spec in specs]
+    trusted = trusted_modules(loading.trusted_modules)
+    models = [untrained_bundle(spec, limits=loading.limits, trusted_modules=trusted).spec for spec in specs]
     first, where = models[0], resolve_device(device)
     images = load_clean_set(clean, input_size=first.input_size, num_classes=first.num_classes)
     stratum = Stratum(first.architecture, first.num_classes, first.input_size, first.class_names)
@@ -75,7 +80,7 @@ def calibrate_pool(
                 yield from_mapping(Reference, json.loads(kept.read_text("utf-8")), where=kept.name)
                 continue
             spec = models[number % len(models)]
-            network = architectures.build(spec.architecture, spec.architecture_args)
+            network = architectures.build(spec.architecture, spec.architecture_args, trusted_modules=trusted)
             model, facts = train_reference(
                 network, data, number, recipe, task=spec.task_object(), device=where, progress=progress
             )
@@ -87,7 +92,7 @@ def calibrate_pool(
 
     def taken() -> Iterator[Reference]:
         for number, path in enumerate(given):
-            bundle = open_model(path, specs[number % len(specs)])
+            bundle = open_model(path, specs[number % len(specs)], loading)
             recorded = {"file": path.name, "model": bundle.digest}
             yield read(f"{number:04}-{path.stem}", number, bundle.model, recorded)
 

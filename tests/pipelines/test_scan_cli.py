@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import yaml
 
+from defense_core.architectures import build
 from defense_core.scan.pool import load_pool
 from tests.pipelines.commands import Call
 from tests.small_model import PLAN_OPTIONS, images, make_inputs
@@ -219,6 +220,59 @@ def test_calibrate_refuses_bad_options(
     assert answer.code == 3, answer
     assert said in " ".join(answer.err.split())
     assert not (tmp_path / "pool.json").exists()
+
+
+OWN_NETWORK = """
+from torch import nn
+
+def make(width: int = 4) -> nn.Module:
+    convolution, norm = nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width)
+    return nn.Sequential(convolution, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(width * 4, 4))
+"""
+OWN = ("--architecture", "{name}:make", "--input-size", "1,8,8", "--mean", "0.5", "--std", "0.5")
+
+
+def own_network(folder: Path, name: str, monkeypatch: Any) -> list[object]:
+    """Options of a network that the module ``name`` in ``folder`` builds; it counts its classes itself."""
+    (folder / f"{name}.py").write_text(OWN_NETWORK)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delenv("QUARANTINE_TRUSTED_MODULES", raising=False)
+    return [word.format(name=name) for word in OWN]
+
+
+@pytest.mark.parametrize("trusts", ["option", "environment"])
+def test_calibrate_trains_a_network_of_the_user_s_own(
+    trusts: str, inputs: Path, tmp_path: Path, monkeypatch: Any, quarantine: Call
+) -> None:
+    name = f"calibrated_{trusts}"
+    network = own_network(tmp_path, name, monkeypatch)
+    quick = ("--clean", inputs / "clean.npz", "--config", inputs / "quick.yaml", "--device", "cpu")
+    trained = ("--train", inputs / "clean.npz", "--references", "2", "--set", "epochs=1", "--set", "lr=0.01")
+    words = ["calibrate", *network, *quick, *trained, "--out", tmp_path / "pool.json"]
+    refused = quarantine(*words)
+    assert refused.code == 3
+    assert "is not in a trusted module" in " ".join(refused.err.split())
+    if trusts == "environment":
+        monkeypatch.setenv("QUARANTINE_TRUSTED_MODULES", name)
+    else:
+        words += ["--trusted-module", name]
+    assert quarantine(*words).code == 0
+    pool = load_pool(tmp_path / "pool.json")
+    assert (len(pool.references), pool.stratum.architecture, pool.stratum.num_classes) == (2, f"{name}:make", 4)
+
+
+def test_calibrate_reads_references_of_the_user_s_own_network(
+    inputs: Path, tmp_path: Path, monkeypatch: Any, quarantine: Call
+) -> None:
+    network = own_network(tmp_path, "calibrated_given", monkeypatch)
+    model = build("calibrated_given:make", {}, trusted_modules=("calibrated_given",))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "m.safetensors")
+    quick = ("--clean", inputs / "clean.npz", "--config", inputs / "quick.yaml", "--device", "cpu")
+    words = ["calibrate", *network, *quick, "--reference", tmp_path / "m.safetensors", "--out", tmp_path / "pool.json"]
+    assert quarantine(*words).code == 3
+    answer = quarantine(*words, "--trusted-module", "calibrated_given")
+    assert answer.code == 0, answer
+    assert len(load_pool(tmp_path / "pool.json").references) == 1
 
 
 # -- control -----------------------------------------------------------------------------
