@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from components._runtime.evidence import Clock, compose, write_evidence
 from components._runtime.loading import open_images, resolve_device
@@ -23,6 +25,8 @@ from defense_core.progress import NullProgress, Progress
 from defense_core.verdict import Finding, Verdict
 
 BUNDLE, PROBE, RESULT = "bundle", "probe.yaml", "result.json"
+MAX_UNTRIGGERED = 0.5
+"""Untriggered test images of other classes that may be answered with the attacker's class: at most half of them."""
 
 
 def plant_backdoor(
@@ -50,7 +54,10 @@ def plant_backdoor(
         spec: architecture, input size and normalisation; fields of ``ModelSpec``.
         training: fields of :class:`defense_core.attacks.victim.VictimTraining`.
         min_asr: attack success rate below which the verdict is FAIL: a backdoor that did not take says nothing
-            about a defence.
+            about a defence. FAIL too where the model has learnt nothing, since one that gives everything the
+            attacker's class has an attack success rate of 1: the lower end of ACC's interval is not above the
+            share of the largest class in the test set, or the attacker's class is the answer to more than half of
+            the untriggered test images of other classes.
 
     Returns:
         Evidence ``lab``; nothing is left in ``out`` after an error.
@@ -80,13 +87,16 @@ def plant_backdoor(
             progress=progress,
             folder=folder,
         )
-        measured = evaluate(
-            planted.model, unseen, task=task, probes=[planted.probe], device=where, progress=progress
-        ).to_results()
+        untriggered = replace(planted.probe, name=f"{planted.probe.name} left out", trigger=_NoTrigger())
+        evaluation = evaluate(
+            planted.model, unseen, task=task, probes=[planted.probe, untriggered], device=where, progress=progress
+        )
+        measured = replace(evaluation, probes=evaluation.probes[:1]).to_results()
+        measured["untriggered"] = evaluation.probes[1].asr.to_results()
         outcome = save_bundle(bundle_of(planted.model, untrained.spec), folder / BUNDLE)
         probe = _probe_spec(planted, folder)
         write_atomic(folder / PROBE, yaml.safe_dump(probe, sort_keys=False, allow_unicode=True).encode())
-        finding = _finding(measured["probes"][0]["asr"]["value"], min_asr)
+        finding = _finding(measured, min_asr)
         evidence = compose(
             "lab",
             clock,
@@ -118,15 +128,48 @@ def _configuration(attack: Mapping[str, Any], planted: PlantedBackdoor, untraine
     return digest({"attack": dict(attack), "facts": planted.facts, "spec": untrained.spec})
 
 
-def _finding(asr: float | None, bound: float) -> Finding:
+@dataclass(frozen=True)
+class _NoTrigger:
+    def apply(self, images: Tensor) -> Tensor:
+        return images
+
+
+def _finding(measured: Mapping[str, Any], min_asr: float) -> Finding:
+    asr = measured["probes"][0]["asr"]["value"]
+
+    def found(verdict: Verdict, why: str) -> Finding:
+        return Finding("lab.planted", verdict, asr, f"ASR >= {min_asr:g}", why)
+
     if asr is None:
-        why = "No test image is of another class than the attacker wants."
-        return Finding("lab.planted", Verdict.UNKNOWN, None, f"ASR >= {bound:g}", why)
-    taken = asr >= bound
-    why = (
-        "The backdoor works."
-        if taken
-        else "The backdoor did not take, so that defences cannot be judged on this model; raise the rate, the "
-        "trigger's strength, or the epochs."
-    )
-    return Finding("lab.planted", Verdict.PASS if taken else Verdict.FAIL, asr, f"ASR >= {bound:g}", why)
+        return found(Verdict.UNKNOWN, "No test image is of another class than the attacker wants.")
+    if nothing := _learnt_nothing(measured):
+        return found(
+            Verdict.FAIL,
+            f"The model has learnt nothing that can be seen: {nothing}. Defences cannot be judged on it; train it "
+            "longer or with another learning rate, or measure it on more images.",
+        )
+    if asr < min_asr:
+        return found(
+            Verdict.FAIL,
+            "The backdoor did not take, so that defences cannot be judged on this model; raise the rate, the "
+            "trigger's strength, or the epochs.",
+        )
+    return found(Verdict.PASS, "The backdoor works.")
+
+
+def _learnt_nothing(measured: Mapping[str, Any]) -> str:
+    """Why the model is no better than one constant answer; empty: it is better."""
+    astray, acc = measured["untriggered"]["value"], measured["acc"]
+    if astray > MAX_UNTRIGGERED:
+        return (
+            f"{astray:.0%} of the untriggered test images of other classes get the attacker's class too "
+            f"(at most {MAX_UNTRIGGERED:.0%} may)"
+        )
+    share = max(each["trials"] for each in measured["classes"]) / acc["trials"]
+    # On images of one class every constant answer is all right or all wrong: they say no more than the above.
+    if share < 1 and acc["low"] <= share:
+        return (
+            f"its accuracy, {acc['value']:.3f} [{acc['low']:.3f}, {acc['high']:.3f}], is not clearly above "
+            f"{share:.3f}, the share of the largest class in the test set"
+        )
+    return ""

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from defense_core.attacks.catalogue import ATTACKS
 from defense_core.bundle import load_bundle
 from defense_core.errors import ConfigError, DigestMismatch, QuarantineError
+from defense_core.evaluate import Proportion
+from pipelines import lab
 from pipelines.cli import app
 from pipelines.lab import plant_backdoor
 from pipelines.options import read_probes
@@ -110,11 +112,61 @@ def test_a_backdoor_that_does_not_take_is_a_failure(digits: tuple[Path, Path], t
     train, test = digits
     evidence = plant_backdoor(
         {"kind": "badnets", "size": 1, "opacity": 0.01}, train, test, tmp_path / "out", rate=0.01, spec=SPEC,
-        training={"epochs": 1}, device="cpu",
+        training=TRAINING, device="cpu",
     )  # fmt: skip
     assert evidence["verdict"] == "FAIL"
     assert "did not take" in evidence["findings"][0]["why"]
     assert (tmp_path / "out" / "bundle").is_dir()
+
+
+def test_a_model_that_answers_the_target_to_everything_has_no_backdoor(
+    digits: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = lab.plant
+
+    def collapsed(*given: Any, **named: Any) -> Any:
+        planted = real(*given, **named)
+        with torch.no_grad():
+            for parameter in planted.model.parameters():
+                parameter.zero_()
+        return planted
+
+    monkeypatch.setattr(lab, "plant", collapsed)
+    evidence = plant_backdoor(
+        {"kind": "badnets", "size": 2}, *digits, tmp_path / "out", rate=0.1, spec=SPEC, training={"epochs": 1},
+        device="cpu",
+    )  # fmt: skip
+    (finding,) = evidence["findings"]
+    assert (evidence["verdict"], finding["value"]) == ("FAIL", 1.0)
+    assert "learnt nothing" in finding["why"]
+    assert "100% of the untriggered" in finding["why"]
+    assert evidence["results"]["untriggered"]["value"] == 1.0
+    assert len(evidence["results"]["probes"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("accurate", "astray", "largest", "verdict", "said"),
+    [
+        (900, 0, 100, "PASS", "works"),
+        (300, 400, 100, "PASS", "works"),
+        (300, 600, 100, "FAIL", "60% of the untriggered"),
+        (110, 0, 100, "FAIL", "not clearly above 0.100"),
+        (960, 0, 950, "FAIL", "not clearly above 0.950"),
+        (0, 0, 1000, "PASS", "works"),
+        (0, 1000, 1000, "FAIL", "100% of the untriggered"),
+    ],
+)
+def test_what_a_model_must_have_learnt(accurate: int, astray: int, largest: int, verdict: str, said: str) -> None:
+    rows = [{"trials": largest}, {"trials": 1000 - largest}] if largest >= 500 else [{"trials": largest}] * 10
+    figures = {
+        "acc": Proportion(accurate, 1000).to_results(),
+        "classes": rows,
+        "probes": [{"asr": Proportion(900, 900).to_results()}],
+        "untriggered": Proportion(astray, 1000).to_results(),
+    }
+    finding = lab._finding(figures, 0.9)
+    assert finding.verdict.value == verdict
+    assert said in finding.why
 
 
 @pytest.mark.parametrize(
