@@ -128,14 +128,14 @@ def load_bundle(path: Path, *, limits: LoadLimits | None = None, trusted_modules
     """The bundle in the folder, or in the zip or tar archive, at ``path``.
 
     Raises:
-        SourceNotFound: nothing is there.
+        SourceNotFound: nothing is there, or nothing that this account may read.
         UnsafeArtifact: links, unknown files, an archive that escapes or explodes.
         DigestMismatch: the weights are not those that ``bundle.json`` names.
         CorruptArtifact, ArtifactTooLarge, ArchitectureNotAllowed, ConfigError: as the names say.
         StateDictMismatch, NonFiniteWeights: as the names say.
     """
     path, limits = Path(path), limits or LoadLimits()
-    if not path.is_dir():
+    if not _is_folder(path):
         if sniff(path, limits) != ARCHIVE:
             raise CorruptArtifact(
                 f"{path.name} is no bundle",
@@ -170,7 +170,7 @@ def load_model_file(
     """
     path, limits = Path(path), limits or LoadLimits()
     given: dict[str, Any] = dict(to_mapping(spec)) if spec is not None else {}
-    if path.is_dir() or sniff(path, limits) == ARCHIVE:
+    if _is_folder(path) or sniff(path, limits) == ARCHIVE:
         bundle = load_bundle(path, limits=limits, trusted_modules=trusted_modules)
         return dataclasses.replace(bundle, spec=_agreed(given, bundle.spec, path))
     # The description is checked first: a mistyped option should not cost the reading of a large file.
@@ -188,7 +188,7 @@ def load_model_file(
 
 
 def _load_folder(folder: Path, limits: LoadLimits, trusted_modules: tuple[str, ...]) -> Bundle:
-    for entry in sorted(os.scandir(folder), key=lambda item: item.name):
+    for entry in _entries(folder):
         if entry.name not in {WEIGHTS, DESCRIPTION} | _COMPANIONS or not entry.is_file(follow_symlinks=False):
             raise UnsafeArtifact(
                 f"bundle holds {entry.name!r}",
@@ -212,6 +212,31 @@ def _load_folder(folder: Path, limits: LoadLimits, trusted_modules: tuple[str, .
     if classes != description.spec.num_classes:
         raise _wrong_classes(DESCRIPTION, description.spec.num_classes, classes)
     return Bundle(model, description.spec, description.origin, sha256_bytes(data))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # of a folder above it
+        raise _unreadable(path, error) from error
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda item: item.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> SourceNotFound:
+    return SourceNotFound(
+        f"{path} cannot be read",
+        expected="a file or folder that this account may read",
+        got=error.strerror,
+        hint="Give this account permission to read it and to enter the folders above it",
+    )
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,7 @@ from components._runtime.evidence import DECISION, FAILED
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
 from components._runtime.registered_decisions import UNREADABLE, registered_decision
 from components._runtime.store import open_store
-from defense_core.errors import (
-    EvidenceMissing,
-)
+from defense_core.errors import AccessDenied, EvidenceMissing
 from defense_core.report import Report, build_report
 from defense_core.report_fleet import FleetVersion, version_of_report, version_without_evidence
 from defense_core.report_text import at, text
@@ -34,11 +33,13 @@ def report_of_folder(folder: Path) -> Report:
     Raises:
         EvidenceMissing: it holds no record of any step.
         EvidenceMismatch, PolicyError: it holds a decision that its policy and evidence do not give.
+        AccessDenied: this account may not read the folder or a file in it.
     """
     folder = Path(folder)
-    if (folder / DECISION).is_file():
-        return _decided_report(replay_decision(folder))
-    records = open_store(str(folder.absolute().parent), folder.absolute().name).records()
+    with _readable(folder):
+        if (folder / DECISION).is_file():
+            return _decided_report(replay_decision(folder))
+        records = open_store(str(folder.absolute().parent), folder.absolute().name).records()
     if not (records.evidence or records.failures or records.damaged):
         raise EvidenceMissing(
             f"no evidence in {folder}", expected="<step>.json files", got="none", hint="Name the run's evidence folder"
@@ -55,8 +56,10 @@ def folder_versions(root: Path) -> list[FleetVersion]:
 
     Raises:
         EvidenceMissing: there is no evidence anywhere below ``root``.
+        AccessDenied: this account may not read a folder or file there; a page without it would not be whole.
     """
-    rows = [_folder_version(folder) for folder in _evidence_folders(Path(root), MAX_DEPTH)]
+    with _readable(Path(root)):
+        rows = [_folder_version(folder) for folder in _evidence_folders(Path(root), MAX_DEPTH)]
     if not rows:
         raise EvidenceMissing(
             f"no evidence below {root}", expected="folders of <step>.json files", got="none", hint="Check --evidence"
@@ -108,6 +111,20 @@ class _Placed:
     started: str
     alias: str = ""
     alias_version: str = ""
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Files that this account may not read, as a typed error."""
+    try:
+        yield
+    except PermissionError as error:
+        raise AccessDenied(
+            f"{error.filename or folder} cannot be read",
+            expected="evidence that this account may read",
+            got=error.strerror,
+            hint="Give this account permission to read the folder and the files in it",
+        ) from error
 
 
 def _evidence_folders(folder: Path, depth: int) -> Iterator[Path]:

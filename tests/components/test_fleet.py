@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
@@ -22,7 +23,7 @@ from components._runtime.promotion import promote
 from components._runtime.release import EVIDENCE_FOLDER, Identity, Parts, Release, stage
 from components._runtime.tracking import open_run
 from components.gate_promotion.step import gate_promotion
-from defense_core.errors import EvidenceMissing
+from defense_core.errors import AccessDenied, EvidenceMissing, QuarantineError
 from defense_core.files import sha256_bytes, sha256_file
 from defense_core.report import build_report
 from defense_core.report_fleet import build_fleet
@@ -75,6 +76,49 @@ def test_every_run_below_a_folder_is_a_row_and_the_newest_promotion_has_the_alia
     assert rows["digits", "4"].aliases == rows["digits.pt", ""].aliases == ()
     assert rows["digits.pt", ""].outcome == "incomplete"
     assert build_fleet(rows.values()).drift == ()
+
+
+def locked(monkeypatch: pytest.MonkeyPatch, name: str, method: str) -> None:
+    """From here on ``Path.<method>`` is refused for what is called ``name``, as for an account without permission."""
+    real = getattr(Path, method)
+
+    def refusing(path: Path, *given: Any, **named: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(Path, method, refusing)
+
+
+@pytest.mark.parametrize("command", ["report", "fleet"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("decision.json", "is_file"), ("decision.json", "read_bytes"), ("fetch.json", "read_bytes")],
+)
+def test_what_may_not_be_read_is_a_typed_error(
+    command: str, name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    evidence = whole_run()
+    del evidence["gate"], evidence["promote"]
+    gate_promotion(evidence, POLICY, folder)
+    locked(monkeypatch, name, method)
+    result = CliRunner().invoke(app, [command, "--evidence", str(folder), "--out", str(tmp_path / "page.html")])
+    assert isinstance(result.exception, QuarantineError), result
+    assert result.exception.exit_code == 3
+    assert f"{name} cannot be read" in str(result.exception)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_records_without_a_decision_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "run", {"fetch": whole_run()["fetch"]})
+    locked(monkeypatch, "fetch.json", "read_bytes")
+    for read in (report_of_folder, folder_versions):
+        with pytest.raises(AccessDenied, match=r"fetch\.json cannot be read"):
+            read(tmp_path / "run")
+    locked(monkeypatch, tmp_path.name, "iterdir")
+    with pytest.raises(AccessDenied, match="cannot be read"):
+        folder_versions(tmp_path)
 
 
 def test_a_decision_that_does_not_replay_is_a_row_that_says_so(tmp_path: Path) -> None:

@@ -425,3 +425,17 @@ def test_tutorial_of_the_own_network_does_what_it_says(tmp_path: Path, monkeypat
         assert _same(load_model_file(tmp_path / name, options, trusted_modules=trusted).model, model.state_dict())
     for name in ("mynets.vision", "mynets"):
         sys.modules.pop(name)
+
+
+@pytest.mark.parametrize("load", [load_bundle, lambda path: load_model_file(path, None)], ids=["bundle", "model"])
+def test_a_folder_that_may_not_be_read_is_refused(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_bundle(load_model_file(_file(tmp_path, _state()), SPEC), tmp_path / "out")
+
+    def refused(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for where, name in ((bundle_module.os, "scandir"), (Path, "is_dir")):
+        with monkeypatch.context() as context:
+            context.setattr(where, name, refused)
+            with pytest.raises(SourceNotFound, match=r"cannot be read.*Permission denied"):
+                load(tmp_path / "out")
