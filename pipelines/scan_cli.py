@@ -143,6 +143,8 @@ def calibrate(
         )
         for arguments in architecture_args or [""]
     ]
+    if train or reference:
+        _warn_of_few(references if train else len(reference))
     with interruptible() as stop:
         pool = calibrate_pool(
             out,
@@ -158,6 +160,17 @@ def calibrate(
             progress=default_progress(stop),
         )
     typer.echo(f"{out}: {len(pool.references)} references of {pool.stratum.architecture}, {pool.digest}")
+
+
+def _warn_of_few(references: int) -> None:
+    from defense_core.scan.pool import MIN_REFERENCES
+    from pipelines.console import err
+
+    if 1 <= references < MIN_REFERENCES:
+        err.print(
+            f"[yellow]warning:[/yellow] {references} reference{'s' * (references > 1)}: a scan at a false positive "
+            f"rate of 0.05 needs {MIN_REFERENCES}"
+        )
 
 
 @app.command(rich_help_panel=panels.STEP)

@@ -13,7 +13,7 @@ from components._runtime.plan import Loading
 from components._runtime.trust import trusted_modules
 from defense_core import __version__, architectures
 from defense_core.bundle import untrained_bundle
-from defense_core.config import canonical_json, digest, from_mapping
+from defense_core.config import canonical_json, digest, from_mapping, require
 from defense_core.data import CleanSet, load_clean_set
 from defense_core.errors import ConfigError
 from defense_core.files import write_atomic
@@ -47,13 +47,14 @@ def calibrate_pool(
         loading: limits, and whose code may build a network.
 
     Raises:
-        ConfigError: neither training images nor references, or both; a bad setting.
+        ConfigError: neither training images nor references, or both; no reference to train; a bad setting.
         ArtifactError, SourceError, DataError, MethodDiverged, Cancelled: of the kind that fits.
     """
     if bool(train) == bool(given):
         raise ConfigError(
             "nothing to calibrate with", expected="either --train or --reference", got="both" if given else "neither"
         )
+    require(count >= 1, "references", "1 or more", count)
     parsed = from_mapping(Settings, settings or {}, where="settings")
     recipe = from_mapping(ReferenceTraining, training or {}, where="training")
     trusted = trusted_modules(loading.trusted_modules)

@@ -195,6 +195,7 @@ def test_calibrate_takes_models_that_are_known_to_be_clean(inputs: Path, tmp_pat
     pool = load_pool(tmp_path / "pool.json")
     assert (len(pool.references), pool.stratum.architecture, pool.stratum.num_classes) == (4, "small_cnn", 4)
     assert pool.digest in answer.out
+    assert "4 references: a scan at a false positive rate of 0.05 needs 59" in " ".join(answer.err.split())
     assert not (tmp_path / "pool.json.partial").exists()
     # Four references cannot tell a rate of 0.05, and the scan says so.
     scanned = quarantine(*words(inputs, tmp_path / "scan", pool=tmp_path / "pool.json"), "--json")
@@ -210,6 +211,8 @@ def test_calibrate_takes_models_that_are_known_to_be_clean(inputs: Path, tmp_pat
         (("--train", "absent.npz"), "absent.npz is not there"),
         (("--reference", "absent.pt"), "absent.pt"),
         (("--train", "absent.npz", "--set", "epohcs=1"), "Did you mean 'epochs'?"),
+        (("--train", "clean.npz", "--references", "0"), "references is out of range: expected 1 or more, got 0"),
+        (("--train", "clean.npz", "--references", "-3"), "references is out of range"),
     ],
 )
 def test_calibrate_refuses_bad_options(
@@ -273,6 +276,15 @@ def test_calibrate_reads_references_of_the_user_s_own_network(
     answer = quarantine(*words, "--trusted-module", "calibrated_given")
     assert answer.code == 0, answer
     assert len(load_pool(tmp_path / "pool.json").references) == 1
+
+
+@pytest.mark.parametrize(("count", "warned"), [(1, True), (58, True), (59, False), (60, False)])
+def test_calibrate_warns_where_a_scan_at_the_usual_rate_could_not_decide(
+    count: int, warned: bool, inputs: Path, tmp_path: Path, quarantine: Call
+) -> None:
+    answer = quarantine(*calibrate(inputs, tmp_path / "pool.json", "--train", "absent.npz", "--references", count))
+    assert answer.code == 3
+    assert ("needs 59" in answer.err) == warned
 
 
 # -- control -----------------------------------------------------------------------------
