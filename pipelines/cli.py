@@ -206,7 +206,7 @@ def evaluate(
         write_evidence(out, evidence)
     if not as_json:
         print_comparison({evidence["name"]: evidence}, selected=None)
-    _finish(evidence, as_json, f"evidence in {out}")
+    _finish(evidence, as_json, f"measured: {out}", judged=False)
 
 
 @app.command(rich_help_panel=panels.STEP)
@@ -273,8 +273,12 @@ def methods(as_json: o.AsJson = False) -> None:
         table(f"{name}: {row.summary}", ("setting", "default"), to_mapping(row.config()).items())
 
 
-def _finish(evidence: dict[str, Any], as_json: bool, sentence: str) -> None:
-    """Print what was found and end with the verdict's exit code."""
+def _finish(evidence: dict[str, Any], as_json: bool, sentence: str, *, judged: bool = True) -> None:
+    """Print what was found and end with the verdict's exit code.
+
+    Args:
+        judged: whether PASS says something of the model; where it only says that the step was done, it is left out.
+    """
     from pipelines.console import coloured, out, print_findings, print_json
 
     verdict = Verdict(evidence["verdict"])
@@ -282,7 +286,8 @@ def _finish(evidence: dict[str, Any], as_json: bool, sentence: str) -> None:
         print_json(evidence)
     else:
         print_findings(evidence["findings"])
-        out.print(f"{coloured(verdict.value)}  ", end="")
+        if judged or verdict is not Verdict.PASS:
+            out.print(f"{coloured(verdict.value)}  ", end="")
         out.print(sentence, markup=False)
     raise typer.Exit(verdict.exit_code)
 

@@ -50,7 +50,7 @@ def coloured(text: str) -> str:
 
 
 def print_comparison(evidence: Mapping[str, Mapping[str, Any]], *, selected: str | None) -> None:
-    """ACC, ASR, RA and DER with intervals: before, after and control."""
+    """ACC, ASR, RA and DER with intervals: before, after and control; or of one model, which has no such role."""
     # This brings torch, which takes seconds to import and half a gigabyte; every command imports this module.
     from defense_core.evaluate.compare import HEADINGS, compare
 
@@ -59,8 +59,12 @@ def print_comparison(evidence: Mapping[str, Mapping[str, Any]], *, selected: str
         for name, each in evidence.items()
         if name.startswith("evaluate.") and each["results"]
     }
-    if measured:
-        rows = [row.cells() for row in compare(measured, selected=selected)]
+    rows = [row.cells() for row in compare(measured, selected=selected)]
+    if len(measured) == 1:
+        role = HEADINGS.index("role")
+        headings, *rows = [(*cells[:role], *cells[role + 1 :]) for cells in (HEADINGS, *rows)]
+        table("Measured (95 % intervals)", headings, rows)
+    elif measured:
         table("Before, after and control (95 % intervals; * selected)", HEADINGS, rows)
 
 

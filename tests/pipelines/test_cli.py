@@ -28,6 +28,7 @@ from defense_core import __version__
 from defense_core.bundle import load_bundle
 from defense_core.purify import METHODS
 from pipelines import panels
+from pipelines.console import print_comparison
 from tests.pipelines.commands import Answer, Call
 from tests.small_model import DENYING, PLAN_OPTIONS, POLICY, make_inputs
 
@@ -200,7 +201,10 @@ def test_evaluate(purified: Path, inputs: Path, tmp_path: Path, quarantine: Call
     shown = quarantine(*words, "--out", tmp_path / "again.json")
     assert shown.code == 0
     assert "corner" in shown.out
-    assert "PASS" in shown.out
+    # A measurement judges nothing, and one model is neither before nor after.
+    assert f"measured: {tmp_path / 'again.json'}" in shown.out
+    assert "Measured (95 % intervals)" in shown.out
+    assert not any(word in shown.out for word in ("PASS", "Before, after", "role", "selected"))
 
 
 def test_evaluate_what_cannot_be_measured_is_unknown(
@@ -222,6 +226,18 @@ def test_export(purified: Path, inputs: Path, tmp_path: Path, quarantine: Call) 
     assert answer.code == 0
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["model.onnx", "result.json"]
     assert answer.json["results"]["parity"][0]["argmax_agreement"] == 1.0
+
+
+def test_several_models_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
+    names = ("before", "tsbd", "fine_tuning")
+    print_comparison(
+        {f"evaluate.{name}": {"results": {"acc": figure, "probes": []}} for name in names}, selected="tsbd"
+    )
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("Before, after and control", "role", "tsbd *", "control"))
+    print_comparison({}, selected=None)
+    assert capsys.readouterr().out == ""
 
 
 # -- gate --------------------------------------------------------------------------------
