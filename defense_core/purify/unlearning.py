@@ -78,12 +78,17 @@ def unlearning_changes(
             raise MethodDiverged(f"{name} diverged", expected="finite weights", got="NaN or Inf", hint=HINT)
         return moved
 
+    def changes(moved: nn.Module) -> list[Tensor]:
+        return weight_changes(unit_layers(model), dict(moved.named_parameters()))
+
     try:
-        moved = ascended("unlearn", max_grad_norm=0.0)
+        return changes(ascended("unlearn", max_grad_norm=0.0))
     except MethodDiverged:
         # Nothing bounds the ascent of a network without normalisation.
-        moved = ascended("unlearn, clipped", max_grad_norm=CLIPPED)
-    return weight_changes(unit_layers(model), dict(moved.named_parameters()))
+        found = changes(ascended("unlearn, clipped", max_grad_norm=CLIPPED))
+        if not any(bool(change.any()) for change in found):  # a gradient of infinite norm is clipped to nothing
+            raise
+        return found
 
 
 def closed_weights(
