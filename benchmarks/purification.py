@@ -173,9 +173,8 @@ def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         members = groups[group_of(row)]
         control = [each.get("der") for each in members if METHODS[each["method"]].control]
-        # One that diverged gave no signals.
-        candidates = [each for each in members if each["method"] in CANDIDATES and "select" in each]
-        chosen = choose([_candidate(each) for each in sorted(candidates, key=_preference)])
+        by_method = {each["method"]: each for each in members if "select" in each}  # one that diverged has no signals
+        chosen = choose([_candidate(by_method[name]) for name in CANDIDATES if name in by_method])
         selected = chosen is not None and chosen.method == row["method"]
         done.append({**row, "control_der": control[0] if control else None, "selected": selected})
     return done
@@ -184,10 +183,6 @@ def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def group_of(row: Mapping[str, Any]) -> str:
     """What rows share that are chosen among: the model and the clean images."""
     return config.digest([row[field] for field in ("attack", "seed", "clean_fraction", "architecture")])
-
-
-def _preference(row: Mapping[str, Any]) -> int:
-    return CANDIDATES.index(row["method"])
 
 
 def _candidate(row: Mapping[str, Any]) -> Candidate:

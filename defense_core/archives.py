@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from defense_core.errors import CorruptArtifact, StorageError, UnsafeArtifact
 from defense_core.files import CHUNK_BYTES
 from defense_core.limits import LoadLimits
-from defense_core.tar_layout import check_tar_layout
+from defense_core.tar_layout import check_tar_layout, unsafe_entry
 from defense_core.zip_layout import check_layout, require_few_entries
 
 _MAX_RATIO = 200  # deflate reaches 1000:1 on a bomb, about 1.1:1 on weights
@@ -115,7 +115,7 @@ def _unpack_tar(path: Path, target: Path, limits: LoadLimits) -> None:
             _check_names(path, [member.name for member in members], limits.max_entries)
             for member in members:
                 if not (member.isdir() or (member.isreg() and not member.issparse())):
-                    raise _unsafe(path, member.name, "a link, device or sparse file")
+                    raise unsafe_entry(path.name, member.name, "a link, device or sparse file")
             _check_total(path, sum(member.size for member in members), limits)
             for member in members:
                 source = archive.extractfile(member) if member.isreg() else None
@@ -151,27 +151,28 @@ def _check_names(path: Path, names: list[str], max_entries: int) -> None:
             continue
         odd = not parts or "\\" in name or "\x00" in name or ":" in name or not name.isprintable()
         if odd or name.startswith("/") or ".." in parts or len(parts) > 8:
-            raise _unsafe(path, name, "a path that may leave the folder")
+            raise unsafe_entry(path.name, name, "a path that may leave the folder")
         # Folded, because two names that differ in case are one file on some systems.
         folded = "/".join(parts).casefold()
         if folded in seen:
-            raise _unsafe(path, name, "a name that occurs twice")
+            raise unsafe_entry(path.name, name, "a name that occurs twice")
         seen.add(folded)
 
 
 def _check_zip_entry(path: Path, entry: zipfile.ZipInfo, *, stored_only: bool) -> None:
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise _unsafe(path, entry.filename, "a link or device")
+        raise unsafe_entry(path.name, entry.filename, "a link or device")
     if entry.flag_bits & 0x1:
-        raise _unsafe(path, entry.filename, "encrypted")
+        raise unsafe_entry(path.name, entry.filename, "encrypted")
     if entry.compress_type not in (
         (zipfile.ZIP_STORED,) if stored_only else (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     ):
-        raise _unsafe(path, entry.filename, "compressed in a way that such files never are (a zip bomb may be)")
+        why = "compressed in a way that such files never are (a zip bomb may be)"
+        raise unsafe_entry(path.name, entry.filename, why)
     if entry.file_size > _RATIO_FREE_BYTES and entry.file_size > _MAX_RATIO * max(entry.compress_size, 1):
         ratio = entry.file_size // max(entry.compress_size, 1)
-        raise _unsafe(path, entry.filename, f"compressed {ratio}:1, as a zip bomb is")
+        raise unsafe_entry(path.name, entry.filename, f"compressed {ratio}:1, as a zip bomb is")
 
 
 def _check_total(path: Path, total: int, limits: LoadLimits) -> None:
@@ -192,15 +193,6 @@ def _copy(path: Path, source: BinaryIO, target: Path, size: int) -> None:
         raise CorruptArtifact(
             f"{path.name} is damaged", expected=f"{size} bytes of {target.name}", got=target.stat().st_size
         )
-
-
-def _unsafe(path: Path, name: str, why: str) -> UnsafeArtifact:
-    return UnsafeArtifact(
-        f"entry {name!r} of {path.name} is {why}",
-        expected="plain files with distinct relative names",
-        got=why,
-        hint="Nothing was unpacked; ask the sender for a plain archive of the bundle",
-    )
 
 
 @contextmanager

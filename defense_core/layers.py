@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from defense_core.errors import MethodNotApplicable
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SHORTCUT_WORDS = ("shortcut", "downsample")
 Scope = Literal["auto", "conv", "all"]
@@ -58,7 +60,7 @@ def unit_layers(model: nn.Module, *, scope: Scope = "auto") -> list[UnitLayer]:
             outnumber the hidden linear layers (CNNs), else all (transformers, MLPs, mixers).
     """
     head = classifier_head(model)
-    uses = Counter(id(value) for module in model.modules() for value in module.parameters(recurse=False))
+    own = own_parameters(model)
     layers: list[UnitLayer] = []
     for name, module in model.named_modules():
         if any(word in name.lower() for word in SHORTCUT_WORDS) or module is head:
@@ -69,11 +71,34 @@ def unit_layers(model: nn.Module, *, scope: Scope = "auto") -> list[UnitLayer]:
             layers.append(UnitLayer(f"{name}.weight", module.weight, "linear"))
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             layers.append(UnitLayer(f"{name}.in_proj_weight", module.in_proj_weight, "linear"))
-    layers = [layer for layer in layers if isinstance(layer.weight, nn.Parameter) and uses[id(layer.weight)] == 1]
+    layers = [layer for layer in layers if id(layer.weight) in own]
     convolutions = [layer for layer in layers if layer.kind == "conv"]
     if scope == "conv" or (scope == "auto" and 2 * len(convolutions) > len(layers)):
         return convolutions
     return layers
+
+
+def own_parameters(model: nn.Module) -> set[int]:
+    """``id`` of every parameter that one module alone has: none that is shared, nothing that is computed."""
+    uses = Counter(id(value) for module in model.modules() for value in module.parameters(recurse=False))
+    return {parameter for parameter, count in uses.items() if count == 1}
+
+
+def linear_head(model: nn.Module, *, method: str) -> nn.Linear:
+    """The classifier, for a method that works on linear ones alone.
+
+    Raises:
+        MethodNotApplicable: it is another.
+    """
+    head = classifier_head(model)
+    if not isinstance(head, nn.Linear):
+        raise MethodNotApplicable(
+            f"{method} needs a linear classifier",
+            expected="a network that ends in nn.Linear",
+            got=type(head).__name__,
+            hint="Use another method",
+        )
+    return head
 
 
 def classifier_head(model: nn.Module) -> nn.Module | None:

@@ -10,7 +10,6 @@ forward pass, exact and differentiable.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from defense_core.layer_gradients import plain_convolution
-from defense_core.layers import CONVOLUTIONS
+from defense_core.layers import CONVOLUTIONS, own_parameters
 from defense_core.per_sample import Losses, recorded, samples_apart
 
 
@@ -88,13 +87,13 @@ class ShiftLayer:
 def shift_layers(model: nn.Module) -> list[ShiftLayer]:
     """Weights of every convolution and linear layer, head, shortcuts and attention projections
     included, in module order. Weights that two modules share are left out."""
-    uses = Counter(id(value) for module in model.modules() for value in module.parameters(recurse=False))
+    own = own_parameters(model)
     layers = []
     for path, module in model.named_modules():
         part = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
         weight = getattr(module, part, None)
         fits = isinstance(module, (*CONVOLUTIONS, nn.Linear, nn.MultiheadAttention))
-        if fits and isinstance(weight, nn.Parameter) and uses[id(weight)] == 1:
+        if fits and id(weight) in own:
             layers.append(ShiftLayer(path, part))
     return layers
 

@@ -87,23 +87,23 @@ def _octal(field: bytes) -> int | None:
 
 
 def _check_member(block: bytes, kind: bytes, size: int, where: str) -> None:
-    folder = kind == _FOLDER or (kind == b"\x00" and _name(block).endswith(b"/"))
+    folder = kind == _FOLDER or (kind == b"\x00" and _name(block).endswith("/"))
     if kind not in _FILES + _FOLDER or (folder and size):
         why = "a folder with content" if folder else "a link, device or sparse file"
-        raise _unsafe(where, block, why)
+        raise unsafe_entry(where, _name(block), why)
 
 
-def _name(block: bytes) -> bytes:
-    return block[:100].partition(b"\x00")[0]
+def _name(block: bytes) -> str:
+    return block[:100].partition(b"\x00")[0].decode("utf-8", "backslashreplace")
 
 
 def _check_records(data: bytes, size: int, block: bytes, where: str) -> None:
     """Refuse records that overlap, do not end where they say, or speak of another layout than the header."""
     for text, why in _REFUSED_RECORDS:
         if text in data:
-            raise _unsafe(where, block, why)
+            raise unsafe_entry(where, _name(block), why)
     if _DIGITS.search(data):
-        raise _unsafe(where, block, "described by a number of more than 64 digits")
+        raise unsafe_entry(where, _name(block), "described by a number of more than 64 digits")
     at = 0
     while at < size:
         found = _RECORD.match(data, at)
@@ -120,9 +120,10 @@ def _check_records(data: bytes, size: int, block: bytes, where: str) -> None:
         )
 
 
-def _unsafe(where: str, block: bytes, why: str) -> UnsafeArtifact:
+def unsafe_entry(where: str, name: str, why: str) -> UnsafeArtifact:
+    """An archive's entry that is not unpacked."""
     return UnsafeArtifact(
-        f"entry {_name(block).decode('utf-8', 'backslashreplace')!r} of {where} is {why}",
+        f"entry {name!r} of {where} is {why}",
         expected="plain files with distinct relative names",
         got=why,
         hint="Nothing was unpacked; ask the sender for a plain archive of the bundle",

@@ -138,7 +138,7 @@ def require_possible(
             expected=f"a rate of {1 / max(len(data), 1):.2g} or more for {len(data)} samples",
             got=poisoning.rate,
         )
-    if round(poisoning.cover_rate * len(data)) and not hasattr(trigger, "cover"):
+    if round(poisoning.cover_rate * len(data)) and not issubclass(trigger, Covered):
         raise ConfigError(f"attack {kind} has no cover samples", expected="cover_rate 0", got=poisoning.cover_rate)
     if not poisoning.clean_label:
         return

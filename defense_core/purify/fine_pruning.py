@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
-from defense_core.errors import MethodNotApplicable
 from defense_core.inference import accuracy, channels_last
-from defense_core.layers import classifier_head, evaluating
+from defense_core.layers import evaluating, linear_head
 from defense_core.loop import finished, working_copy
 from defense_core.per_sample import recorded
 from defense_core.progress import Progress
@@ -71,14 +70,7 @@ def purify(
         return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
 
     pruned = working_copy(model, device)
-    head = classifier_head(pruned)
-    if not isinstance(head, nn.Linear):
-        raise MethodNotApplicable(
-            "fine-pruning needs a linear classifier",
-            expected="a network that ends in nn.Linear",
-            got=type(head).__name__,
-            hint="Use another method",
-        )
+    head = linear_head(pruned, method="fine-pruning")
     reference = select_accuracy(pruned)
     order = mean_inputs(pruned, head, clean.fit, task=task, device=device).argsort(stable=True)
     weight = head.weight.detach().clone()
@@ -98,8 +90,7 @@ def purify(
     _cut(head, weight, cut)
 
     def holding(tuned: nn.Module) -> Callable[[], None]:
-        theirs = classifier_head(tuned)
-        assert isinstance(theirs, nn.Linear)
+        theirs = linear_head(tuned, method="fine-pruning")
         return lambda: _cut(theirs, theirs.weight, cut)
 
     tuned, rows, facts = tune_within(

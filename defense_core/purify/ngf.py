@@ -21,13 +21,14 @@ from torch import nn
 
 from defense_core.data import Splits
 from defense_core.inference import accuracy, correct
+from defense_core.layers import linear_head
 from defense_core.loop import HistoryRow, finished, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.choice import cautious_accuracy, chooser, strongest_training
 from defense_core.purify.ngf_block import last_layers, tune_block
-from defense_core.purify.ngf_head import linear_head, tune_on_features
-from defense_core.purify.ngf_run import NGFConfig, Run
+from defense_core.purify.ngf_head import tune_on_features
+from defense_core.purify.ngf_run import NAME, NGFConfig, Run
 from defense_core.purify.unlearning import close_most_moved
 from defense_core.task import Task
 
@@ -49,12 +50,12 @@ def purify(
         units closed, for the blocks the names of the ``layers`` tuned, and the ``trials`` behind them.
 
     Raises:
-        ConfigError: the network does not end in a linear layer.
+        MethodNotApplicable: the network does not end in a linear layer, or has no hidden one to tune.
         MethodDiverged: a loss or weight became NaN or Inf.
         Cancelled: a stop was requested.
     """
     tuned = working_copy(model, device)
-    linear_head(tuned)
+    linear_head(tuned, method=NAME)
     run = Run(clean.fit.to(device), config, task, seed, device, progress)
     if config.part == "block":
         tuned, history, facts = _choose_layers(tuned, clean, run)

@@ -11,12 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from defense_core.errors import MethodNotApplicable
 from defense_core.inference import channels_last
 from defense_core.layer_gradients import has_rule, layer_gradients
-from defense_core.layers import evaluating, unit_layers
+from defense_core.layers import evaluating, linear_head, unit_layers
 from defense_core.loop import HistoryRow, seeded
 from defense_core.per_sample import recorded
 from defense_core.purify.natural_step import sample_weights
-from defense_core.purify.ngf_head import linear_head
-from defense_core.purify.ngf_run import Run, passes, require_finite
+from defense_core.purify.ngf_run import NAME, Run, passes, require_finite
 from defense_core.purify.statistics import renew_statistics
 
 
@@ -25,7 +24,7 @@ def last_layers(model: nn.Module, run: Run) -> list[str]:
     modules = dict(model.named_modules())
     names = [layer.name.removesuffix(".weight") for layer in unit_layers(model, scope="all")]
     hidden = {name: modules[name] for name in names if name in modules and has_rule(modules[name])}
-    head = linear_head(model)
+    head = linear_head(model, method=NAME)
     with recorded(hidden) as seen, evaluating(model), torch.no_grad():
         model(channels_last(run.task.inputs(run.data.images[:2])))
     once = [name for name in hidden if len(seen.outputs.get(name, ())) == 1]

@@ -6,32 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_core.errors import MethodNotApplicable
 from defense_core.inference import autocast, channels_last
-from defense_core.layers import classifier_head, evaluating
+from defense_core.layers import evaluating, linear_head
 from defense_core.loop import HistoryRow
 from defense_core.per_sample import recorded
 from defense_core.purify.natural_step import head_step, sample_weights, true_head_step
-from defense_core.purify.ngf_run import Run, passes, require_finite
+from defense_core.purify.ngf_run import NAME, Run, passes, require_finite
 from defense_core.task import Task
-
-
-def linear_head(model: nn.Module) -> nn.Linear:
-    head = classifier_head(model)
-    if not isinstance(head, nn.Linear):
-        raise MethodNotApplicable(
-            "NGF needs a linear classifier",
-            expected="a network that ends in nn.Linear",
-            got=type(head).__name__,
-            hint="Use another method",
-        )
-    return head
 
 
 @torch.no_grad()
 def cached_features(model: nn.Module, run: Run) -> list[Tensor]:
     """Inputs of the classifier, float64 (N, D), one tensor a view; eval mode."""
-    head = linear_head(model)
+    head = linear_head(model, method=NAME)
     context = autocast(model, run.config.precision, run.device)
     generator = torch.Generator().manual_seed(run.seed)
     views = []
@@ -50,7 +37,7 @@ def cached_features(model: nn.Module, run: Run) -> list[Tensor]:
 
 def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
     """Every part but ``block``, in place."""
-    config, head = run.config, linear_head(model)
+    config, head = run.config, linear_head(model, method=NAME)
     if not run.epochs:
         return []
     held_back = config.part in ("masked", "head") and config.eta > 0

@@ -19,6 +19,7 @@ from defense_core.progress import Progress
 from defense_core.purify.unlearning import require_closing
 from defense_core.task import Task
 
+NAME = "NGF"
 Part = Literal["masked", "head", "fresh_head", "feature_mask", "block", "masked_block"]
 
 
@@ -112,7 +113,7 @@ class Run:
 
 
 def diverged(got: str) -> MethodDiverged:
-    return MethodDiverged("NGF diverged", expected="finite losses", got=got, hint="Lower lr, raise damping")
+    return MethodDiverged(f"{NAME} diverged", expected="finite losses", got=got, hint="Lower lr, raise damping")
 
 
 def require_finite(losses: Tensor) -> None:

@@ -31,7 +31,6 @@ SHARE = 0.7
 
 CLIPPED = 5.0
 """Gradient norm of an ascent that diverged without a bound; networks with BatchNorm stay below it by themselves."""
-HINT = "Lower unlearn_lr"
 MIN_STEPS = 14
 """Steps that the ascent takes on however small a set: two passes over 800 images in batches of 128."""
 
@@ -75,7 +74,9 @@ def unlearning_changes(
             sign=-1.0,
         )
         if not is_finite(moved):
-            raise MethodDiverged(f"{name} diverged", expected="finite weights", got="NaN or Inf", hint=HINT)
+            raise MethodDiverged(
+                f"{name} diverged", expected="finite weights", got="NaN or Inf", hint="Lower unlearn_lr"
+            )
         return moved
 
     def changes(moved: nn.Module) -> list[Tensor]:

@@ -29,8 +29,8 @@ TRIED = 8
 
 @torch.no_grad()
 def centred(model: nn.Module, task: ImageClassification) -> nn.Module:
-    """A copy of ``model`` whose last layer's weights and biases are centred over the classes; a plain copy where that
-    would be another model: where its answers are neither those of its last layer nor a shift of them.
+    """A copy of ``model`` whose last layer's weights and biases are centred over the classes; ``model`` itself where
+    that would be another one: where its answers are neither those of its last layer nor a shift of them.
 
     Args:
         model: in eval mode.
@@ -38,11 +38,11 @@ def centred(model: nn.Module, task: ImageClassification) -> nn.Module:
     found = copy.deepcopy(model)
     head = classifier_head(found)
     if head is None:
-        return found
+        return model
     for part in head.parameters(recurse=False):
         part.sub_(part.mean(0, keepdim=True))
     inputs = _inputs(model, task)
-    return found if _differ(_answers(model, inputs), _answers(found, inputs)) <= SAME else copy.deepcopy(model)
+    return found if _differ(_answers(model, inputs), _answers(found, inputs)) <= SAME else model
 
 
 @torch.no_grad()
