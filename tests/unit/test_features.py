@@ -12,10 +12,11 @@ from defense_core.architectures import build
 from defense_core.data import CleanSet
 from defense_core.inference import channels_last
 from defense_core.layer_gradients import has_rule
+from defense_core.layers import classifier_head
 from defense_core.loop import Tuning, tune
 from defense_core.progress import NullProgress
 from defense_core.purify.fine_pruning import mean_inputs
-from defense_core.purify.ngf_head import cached_features, linear_head
+from defense_core.purify.ngf_head import cached_features
 from defense_core.purify.ngf_run import NGFConfig, Run
 from defense_core.task import ImageClassification
 
@@ -38,7 +39,7 @@ def model() -> nn.Module:
 def features_one_by_one(model: nn.Module, data: CleanSet) -> Tensor:
     """Inputs of the classifier, by a hook on it, an image at a time."""
     found: list[Tensor] = []
-    handle = linear_head(model).register_forward_pre_hook(lambda _, given: found.append(given[0].flatten(1)))
+    handle = classifier_head(model).register_forward_pre_hook(lambda _, given: found.append(given[0].flatten(1)))
     for image in data.images.split(1):
         model(channels_last(PLAIN.inputs(image)))
     handle.remove()
@@ -63,7 +64,7 @@ def test_every_view_is_augmented_anew(model: nn.Module) -> None:
 
 def test_mean_inputs_are_of_all_images(model: nn.Module) -> None:
     data = data_of(MORE_THAN_A_BATCH)
-    found = mean_inputs(model, linear_head(model), data, task=PLAIN, device="cpu")
+    found = mean_inputs(model, classifier_head(model), data, task=PLAIN, device="cpu")
     assert torch.allclose(found, features_one_by_one(model, data).mean(0), atol=1e-5)
 
 
