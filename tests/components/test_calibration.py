@@ -14,7 +14,7 @@ from defense_core.loop import Tuning
 from defense_core.scan import references
 from defense_core.scan.observe import Observed
 from defense_core.scan.pool import Pool, load_pool
-from defense_core.scan.references import ReferenceTraining
+from defense_core.scan.references import ReferenceTraining, read_reference, train_reference
 from tests.small_model import PLAN_OPTIONS, make_inputs, save_images
 
 
@@ -22,7 +22,7 @@ from tests.small_model import PLAN_OPTIONS, make_inputs, save_images
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the references that are trained from here on."""
     numbers: list[int] = []
-    real = calibrate.train_reference
+    real = train_reference
 
     def counted(network: Any, data: Any, number: int, *rest: Any, **more: Any) -> Any:
         numbers.append(number)
@@ -48,7 +48,7 @@ def made(folder: Path) -> Pool:
 
 def interrupted(folder: Path, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A first start that is stopped while it reads reference ``last``."""
-    real = calibrate.read_reference
+    real = read_reference
 
     def read(name: str, *rest: Any, **more: Any) -> Any:
         if name == f"reference-{last:04}":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from components._runtime.journal import parent_run
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.release import ATTESTATIONS
 from components._runtime.signing_keys import (
@@ -182,7 +183,7 @@ def test_a_release_that_changes_after_its_check_gets_no_alias(
     from components.promote_model import step
 
     shutil.copytree(demanding, tmp_path / "copy")
-    found = step.parent_run
+    found = parent_run
 
     def swap(*arguments: Any) -> Any:
         add(tmp_path / "copy")

@@ -25,7 +25,7 @@ from components._runtime.signing_keys import (
     load_public_key,
     load_signing_key,
 )
-from components._runtime.statements import PROMOTION_PREDICATE, parse_statement
+from components._runtime.statements import PROMOTION_PREDICATE, Destination, parse_statement
 from components._runtime.store import Records, open_store
 from components._runtime.verification import Verification, verify_release
 from components._runtime.verification_promotion import check_promotion
@@ -36,7 +36,7 @@ from components.report.step import report_run
 from defense_core.errors import EvidenceMissing
 from defense_core.files import sha256_file
 from defense_core.verdict import Verdict
-from tests.finished_chain import Chain, Destination, decide_again, make_release
+from tests.finished_chain import Chain, decide_again, make_release
 from tests.small_model import DENYING
 
 

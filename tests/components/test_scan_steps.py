@@ -18,6 +18,7 @@ from components._runtime import journal
 from components._runtime.bundle_files import bundle_digest
 from components._runtime.datasets import read_data
 from components._runtime.evidence import read_evidence, write_evidence
+from components._runtime.loading import open_model
 from components._runtime.ml_bom_card import scan_sentences
 from components._runtime.outcome import expected_steps
 from components._runtime.plan import UNTOUCHED, Plan, plan_from_arguments
@@ -31,7 +32,8 @@ from components.fetch_model.step import fetch_model
 from components.gate_promotion.step import gate_promotion
 from components.purify_model.step import purify_candidate
 from components.scan_backdoor import step
-from components.scan_backdoor.step import RESULT, methods_after, scan_model
+from components.scan_backdoor.repeat import RESULT
+from components.scan_backdoor.step import methods_after, scan_model
 from components.select_model.step import select_model
 from defense_core import errors
 from defense_core.files import sha256_file
@@ -205,7 +207,7 @@ class Answering(nn.Module):
 def test_answers_that_are_no_numbers_are_unknown(
     name: str, finished: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = step.open_model
+    opened = open_model
     monkeypatch.setattr(step, "open_model", lambda *given: replace(opened(*given), model=Answering(float("nan"), 4)))
     make_pool(tmp_path / "pool.json", shift=100.0)
     evidence = scanned(finished, tmp_path / "scan", name=name, pool=tmp_path / "pool.json")

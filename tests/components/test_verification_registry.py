@@ -9,12 +9,13 @@ import pytest
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.signing_keys import KeyPair, TrustedSigner
+from components._runtime.statements import Destination
 from components._runtime.verification import Verification
 from components._runtime.verification_registry import verify_registered
 from components.promote_model.step import promote_model
 from defense_core.errors import RegistryConflict, SourceNotFound
 from defense_core.verdict import Verdict
-from tests.finished_chain import Chain, Destination, decide_again, make_release
+from tests.finished_chain import Chain, decide_again, make_release
 from tests.small_model import DENYING
 
 

@@ -18,6 +18,7 @@ from components._runtime.signing_keys import generate_key_pair
 from defense_core.errors import EXIT_PASS
 from pipelines import compile as compiling
 from pipelines.local import LocalRun, run_local
+from pipelines.node_pools import POOLS
 from pipelines.pod_secrets import check_plain_environment
 from tests.small_model import make_inputs
 
@@ -115,7 +116,7 @@ def test_a_run_that_fails_names_no_credential_either(
     assert leaks(tmp_path / "work", [*CANARIES.values(), password]) == []
 
 
-@pytest.mark.parametrize("name", ["", *(path.stem for path in compiling.POOLS.glob("*.yaml"))])
+@pytest.mark.parametrize("name", ["", *(path.stem for path in POOLS.glob("*.yaml"))])
 def test_what_is_compiled_holds_no_credential(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in CANARIES.items():
         monkeypatch.setenv(variable, value)

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from defense_core.attacks.catalogue import ATTACKS
+from defense_core.attacks.plant import plant
 from defense_core.bundle import load_bundle
 from defense_core.errors import ConfigError, DigestMismatch, QuarantineError
 from defense_core.evaluate import Proportion
@@ -122,7 +123,7 @@ def test_a_backdoor_that_does_not_take_is_a_failure(digits: tuple[Path, Path], t
 def test_a_model_that_answers_the_target_to_everything_has_no_backdoor(
     digits: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = lab.plant
+    real = plant
 
     def collapsed(*given: Any, **named: Any) -> Any:
         planted = real(*given, **named)

@@ -163,11 +163,11 @@ def test_twenty_kills_in_a_row(tmp_path):
         part, name, when, nth = POINTS[round_ % len(POINTS)]
 
         def work(round_=round_, part=part, name=name, when=when, nth=nth):
-            parts = {"queue": Queue.open(url), "registry": registry(), "ledger": Ledger(tmp_path / "runs.jsonl")}
-            parts["queue"].clock = lambda: 1e9 * (2 + round_)
-            dying(parts[part], name, when, nth)
+            queue, entries, ledger = Queue.open(url), registry(), Ledger(tmp_path / "runs.jsonl")
+            queue.clock = lambda: 1e9 * (2 + round_)
+            dying({"queue": queue, "registry": entries, "ledger": ledger}[part], name, when, nth)
             for _ in range(3):
-                step(make_worker(parts["queue"], parts["registry"], parts["ledger"], parallel=2))
+                step(make_worker(queue, entries, ledger, parallel=2))
 
         in_child(work)
     queue = Queue.open(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -434,7 +435,7 @@ def test_a_folder_that_may_not_be_read_is_refused(load: Any, tmp_path: Path, mon
     def refused(path: Any) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    for where, name in ((bundle_module.os, "scandir"), (Path, "is_dir")):
+    for where, name in ((os, "scandir"), (Path, "is_dir")):
         with monkeypatch.context() as context:
             context.setattr(where, name, refused)
             with pytest.raises(SourceNotFound, match=r"cannot be read.*Permission denied"):

@@ -436,4 +436,4 @@ def test_records_cannot_be_changed(record):
 
 def test_circumstances_are_named():
     with pytest.raises(TypeError):
-        decide(policy(), run(), "2027-01-01T00:00:00Z")
+        decide(policy(), run(), "2027-01-01T00:00:00Z")  # type: ignore[call-arg]
