@@ -19,7 +19,7 @@ Floats = numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.float64]]
 
 CHANNELS: Mapping[str, tuple[str, ...]] = {
     "margin": ("margin", "subspace"),
-    "inversion": ("patch", "additive", "generator"),
+    "inversion": ("token", "patch", "additive", "generator"),
     "pairs": ("pairs",),
 }
 """The channels of the verdict and the detectors that speak in each. All others are evidence, not verdict."""

@@ -16,6 +16,7 @@ from defense_core.scan.pairs import PairsConfig, pairs
 from defense_core.scan.patch import PatchConfig, patch
 from defense_core.scan.sampling import spread_over_classes
 from defense_core.scan.subspace import SubspaceConfig, subspace
+from defense_core.scan.token import TokenConfig, token
 from defense_core.scan.weights import WeightsConfig, weights
 
 Regime = Literal["none", "few", "many"]
@@ -48,6 +49,7 @@ DETECTORS: Mapping[str, Detector] = {
     "weights": Detector(WeightsConfig, weights, ("none",), as_given=True),
     "margin": Detector(MarginConfig, margin, ("none",)),
     "subspace": Detector(SubspaceConfig, subspace, ("many",)),
+    "token": Detector(TokenConfig, token, ("few", "many")),
     "additive": Detector(AdditiveConfig, additive, ("few", "many")),
     "patch": Detector(PatchConfig, patch, ("few", "many")),
     "generator": Detector(GeneratorConfig, generator, ("many",)),
@@ -68,6 +70,7 @@ class Settings:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     margin: MarginConfig = field(default_factory=MarginConfig)
     subspace: SubspaceConfig = field(default_factory=SubspaceConfig)
+    token: TokenConfig = field(default_factory=TokenConfig)
     additive: AdditiveConfig = field(default_factory=AdditiveConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)

@@ -24,6 +24,7 @@ names of classes are the user's, and a dollar in them is a dollar."""
 TITLES = {
     "margin": "How strongly any image can be made to look like each class",
     "subspace": "How strongly each class is reached without what its own images show",
+    "token": "How firmly one part of the image alone sends images to each class",
     "patch": "How small a patch sends images to each class (higher: smaller)",
     "additive": "How well one faint change sends images to each class",
     "generator": "How well a learned change sends images to each class",

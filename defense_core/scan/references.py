@@ -131,8 +131,10 @@ def read_reference(
 
 def file_readings(readings: dict[str, dict[str, Reading]], observed: Observed, regime: Regime) -> None:
     """Add what was observed to ``readings``, by regime: a detector that looks at the model alone stands under
-    ``none``."""
+    ``none``; one that could not look at this kind of model, nowhere."""
     for detector, observation in observed.observations.items():
+        if not observation.measured:
+            continue
         where = "none" if DETECTORS[detector].regimes == ("none",) else regime
         readings.setdefault(where, {})[detector] = reading_of(observation)
 

@@ -55,6 +55,18 @@ def drawn(pools: list[Tensor], count: int, generator: torch.Generator) -> Tensor
     return torch.stack([pool[torch.randint(len(pool), (count,), generator=generator)] for pool in pools])
 
 
+def ease(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean logit of each class on images of other classes, relative to the mean over the classes: (K,).
+
+    Args:
+        logits: float32 (N, K).
+        labels: int64 (N,), where the logits are.
+    """
+    relative = logits - logits.mean(1, keepdim=True)
+    other = labels[:, None] != torch.arange(logits.shape[1], device=labels.device)
+    return (relative * other).sum(0) / other.sum(0).clamp_min(1)
+
+
 def items_at_once(clean: CleanSet, batch_size: int) -> int:
     """How many targets (or pairs) of ``batch_size`` images fit into one forward pass."""
     return max(1, PIXELS_AT_ONCE // (batch_size * clean.images.shape[-1] * clean.images.shape[-2]))

@@ -30,6 +30,7 @@ from defense_core.per_sample import Recorded, recorded
 from defense_core.progress import Phase
 from defense_core.scan.base import Observation, Subject, outlying, shortlist, unmeasured
 from defense_core.scan.margin import are_probabilities, at_once, log_probabilities, margins_of, stepped
+from defense_core.scan.sampling import ease
 
 DETECTOR, HEAD = "subspace", "head"
 FLOOR = 0.25
@@ -89,7 +90,7 @@ def subspace(subject: Subject, config: SubspaceConfig = SubspaceConfig()) -> Obs
         return unmeasured(DETECTOR, "its last linear layer in module order is not its classifier")
     softmaxed = are_probabilities(outputs)
     logits, labels = log_probabilities(outputs) if softmaxed else outputs, images.labels.to(subject.device)
-    classes = shortlist(_ease(logits, labels).tolist())
+    classes = shortlist(ease(logits, labels).tolist())
     own = {label: _own_features(head, features[labels == label], label) for label in classes}
     starts = torch.rand(config.starts, *subject.task.input_size, generator=subject.generator())
     with recorded({HEAD: head}) as seen:
@@ -137,13 +138,6 @@ def _read(seen: Recorded) -> Tensor:
     """What the last layer was given since the last look, float32."""
     seen.outputs.clear()
     return torch.cat(seen.inputs.pop(HEAD)).float()
-
-
-def _ease(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean logit of each class on images of other classes, relative to their mean logit: (K,)."""
-    relative = logits - logits.mean(1, keepdim=True)
-    other = labels[:, None] != torch.arange(logits.shape[1], device=labels.device)
-    return (relative * other).sum(0) / other.sum(0).clamp_min(1)
 
 
 @dataclass(frozen=True, eq=False)
