@@ -20,6 +20,7 @@ import pyarrow.parquet
 from PIL import Image, UnidentifiedImageError
 
 from defense_core.errors import DataError
+from defense_core.zip_layout import require_few_entries
 
 # Pillow knows more, some of which start other programs (EPS); a stranger's file must not choose.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
@@ -27,6 +28,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
 
 _Read = tuple[numpy.ndarray, numpy.ndarray]
 _BATCH_ROWS = 256
+_MAX_NPZ_ARRAYS = 1000
 _NPZ_ERRORS = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
@@ -48,6 +50,7 @@ def read_images(path: Path, input_size: tuple[int, int, int], limits: DataLimits
 
     Raises:
         DataError: absent, damaged, too large, or an image that cannot be used.
+        UnsafeArtifact: an npz file of more than ``_MAX_NPZ_ARRAYS`` entries.
     """
     if path.is_dir():
         return _read_folder(path, input_size, limits)
@@ -137,6 +140,7 @@ def _file_size(file: Path) -> int:
 
 def _read_npz(path: Path, input_size: tuple[int, int, int], limits: DataLimits) -> _Read:
     try:
+        require_few_entries(path, _MAX_NPZ_ARRAYS)
         with zipfile.ZipFile(path) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
             if not {"images", "labels"} <= members.keys():

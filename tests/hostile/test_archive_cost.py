@@ -15,6 +15,7 @@ import pytest
 from defense_core.archives import checked_zip, unpacked
 from defense_core.artifact_scan import State, scan_artifact
 from defense_core.errors import CorruptArtifact, UnsafeArtifact
+from defense_core.image_files import DataLimits, read_images
 from defense_core.limits import LoadLimits
 from defense_core.zip_layout import MAX_ENTRY_BYTES
 from tests.hostile.cost import quickly, rules, scanned
@@ -137,6 +138,14 @@ def test_zip_files_with_a_long_table(name: str, ending: str, tmp_path: Path, mon
     ):
         pass
     assert not opened
+
+
+@pytest.mark.parametrize("name", ZIPS)
+def test_a_clean_set_with_a_long_table(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "clean.npz"
+    path.write_bytes(ZIPS[name]())
+    with quickly(), pytest.raises(UnsafeArtifact, match="too many entries"):
+        read_images(path, (1, 8, 8), DataLimits())
 
 
 def test_as_many_entries_as_are_allowed(tmp_path: Path) -> None:
