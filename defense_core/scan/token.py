@@ -13,9 +13,11 @@ leads to; a clean model is not convinced of any class by one patch in sixteen or
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_core.config import require
@@ -78,9 +80,9 @@ def token(subject: Subject, config: TokenConfig = TokenConfig()) -> Observation:
     size = patch_size(subject.model, subject.task.input_size[0])
     if size is None:
         return unmeasured(DETECTOR, "it does not cut images into patches")
-    cells = grid(subject.task.input_size[1], subject.task.input_size[2], size).to(subject.device)
-    if len(cells) < FEWEST_CELLS:
-        return unmeasured(DETECTOR, f"it cuts images into {len(cells)} patches only")
+    cells = grid(*subject.task.input_size[1:], size, device=subject.device)
+    if len(cells.masks) < FEWEST_CELLS:
+        return unmeasured(DETECTOR, f"it cuts images into {len(cells.masks)} patches only")
     generator = subject.generator()
     search, judge = halves(subject, generator)
     classes = _classes(subject, search)
@@ -89,7 +91,10 @@ def token(subject: Subject, config: TokenConfig = TokenConfig()) -> Observation:
         state.run(config.tried, config.images_tried)
         state.keep(config.kept)
         state.run(config.steps, config.batch_size)
-    found = [_judged(subject, judge, target, *state.of(row)) for row, target in enumerate(classes)]
+    found = []
+    for row, target in enumerate(classes):
+        places, patterns = state.of(row)
+        found.append(_judged(subject, judge, target, cells=cells, places=places, patterns=patterns))
     return _observation(classes, cells, found)
 
 
@@ -104,17 +109,44 @@ def patch_size(model: nn.Module, channels: int) -> tuple[int, int] | None:
     return (height, width) if once and height * width > 1 else None
 
 
-def grid(height: int, width: int, size: tuple[int, int]) -> Tensor:
-    """Masks of the cells, float32 (T, 1, H, W) of zeros and ones: every patch, or squares of neighbouring patches, the
-    smallest of which there are at most ``MOST_CELLS``. A rest at the right and lower edge belongs to no cell."""
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The cells that images are cut into.
+
+    Attributes:
+        masks: float32 (T, 1, H, W) of zeros and ones, one for each cell.
+        cell: height and width of one, pixels.
+    """
+
+    masks: Tensor
+    cell: tuple[int, int]
+
+    def on(self, pixels: Tensor, places: Tensor, patterns: Tensor) -> Tensor:
+        """Images (N, B, C, H, W) in [0, 1] with the pattern (N, C, h, w) of their item in the cell (N,) of that."""
+        height, width = pixels.shape[-2:]
+        rows, columns = height // self.cell[0], width // self.cell[1]
+        everywhere = patterns.repeat(1, 1, rows, columns)  # the mask leaves one of them
+        rest = (0, width - everywhere.shape[-1], 0, height - everywhere.shape[-2])
+        return torch.where(self.masks[places][:, None].bool(), F.pad(everywhere, rest)[:, None], pixels)
+
+
+def grid(height: int, width: int, size: tuple[int, int], *, device: torch.device | str = "cpu") -> Grid:
+    """Every patch a cell, or squares of neighbouring patches, the smallest of which there are at most ``MOST_CELLS``.
+    A rest at the right and lower edge belongs to no cell.
+
+    Args:
+        height, width: of the image, pixels.
+        size: of a patch, pixels.
+    """
     times = 1
     while (rows := height // (times * size[0])) * (columns := width // (times * size[1])) > MOST_CELLS:
         times += 1
-    masks = torch.zeros(rows * columns, 1, height, width)
-    for cell in range(rows * columns):
-        top, left = cell // columns * times * size[0], cell % columns * times * size[1]
-        masks[cell, :, top : top + times * size[0], left : left + times * size[1]] = 1
-    return masks
+    cell = times * size[0], times * size[1]
+    masks = torch.zeros(rows * columns, 1, height, width, device=device)
+    for number in range(rows * columns):
+        top, left = number // columns * cell[0], number % columns * cell[1]
+        masks[number, :, top : top + cell[0], left : left + cell[1]] = 1
+    return Grid(masks, cell)
 
 
 @torch.no_grad()
@@ -124,14 +156,14 @@ def _classes(subject: Subject, search: CleanSet) -> tuple[int, ...]:
 
 
 class _Descent:
-    """Adam on patterns: an item is a class and a cell. ``logits`` (T, C, H, W) of the patterns."""
+    """Adam on patterns: an item is a class and a cell. ``logits`` (N, C, h, w) of the patterns, of a cell's size."""
 
     def __init__(
         self,
         subject: Subject,
         clean: CleanSet,
         classes: tuple[int, ...],
-        cells: Tensor,
+        cells: Grid,
         *,
         lr: float,
         generator: torch.Generator,
@@ -141,9 +173,9 @@ class _Descent:
         self._classes = torch.tensor(classes, device=subject.device)
         self._pools = [others(clean, target) for target in classes]
         self._cells = cells
-        self.rows = torch.arange(len(classes), device=subject.device).repeat_interleave(len(cells))
-        self.places = torch.arange(len(cells), device=subject.device).repeat(len(classes))
-        noise = torch.randn(len(self.rows), clean.images.shape[1], *cells.shape[2:], generator=generator)
+        self.rows = torch.arange(len(classes), device=subject.device).repeat_interleave(len(cells.masks))
+        self.places = torch.arange(len(cells.masks), device=subject.device).repeat(len(classes))
+        noise = torch.randn(len(self.rows), clean.images.shape[1], *cells.cell, generator=generator)
         self.logits = (0.1 * noise).to(subject.device)
         self._adam = Adam(self.logits, lr)
         self._losses = torch.zeros(len(self.rows), device=subject.device)
@@ -160,7 +192,7 @@ class _Descent:
 
     def _down(self, some: Tensor, pixels: Tensor) -> None:
         logits = self.logits[some].requires_grad_(True)
-        outputs = self._subject.logits(patched(pixels, self._cells[self.places[some]], logits.sigmoid()).flatten(0, 1))
+        outputs = self._subject.logits(self._cells.on(pixels, self.places[some], logits.sigmoid()).flatten(0, 1))
         wanted = self._classes[self.rows[some]].repeat_interleave(pixels.shape[1])
         losses = self._subject.task.losses(outputs, wanted).view(len(some), -1).mean(1)
         (gradient,) = torch.autograd.grad(losses.sum(), logits)
@@ -175,44 +207,35 @@ class _Descent:
         self._items = (first + kept).sort(1).values.flatten()
 
     def of(self, row: int) -> tuple[Tensor, Tensor]:
-        """Masks (n, 1, H, W) and patterns (n, C, H, W) in [0, 1] of the cells that are left of one class."""
+        """Numbers (n,) of the cells that are left of one class, and patterns (n, C, h, w) in [0, 1] for them."""
         mine = self._items[self.rows[self._items] == row]
-        return self._cells[self.places[mine]], self.logits[mine].sigmoid()
-
-
-def patched(pixels: Tensor, masks: Tensor, patterns: Tensor) -> Tensor:
-    """Images (T, B, C, H, W) in [0, 1] with the pattern (T, C, H, W) of their item where its mask (T, 1, H, W) is 1."""
-    return torch.where(masks[:, None].bool(), patterns[:, None], pixels)
+        return self.places[mine], self.logits[mine].sigmoid()
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """The best cell of a class: its mask and pattern, mean probability of the class and success on unseen images."""
+    """The best cell (1,) of a class with its pattern (1, C, h, w), mean probability and success on unseen images."""
 
-    mask: Tensor
+    place: Tensor
     pattern: Tensor
     probability: float
     success: float
 
 
 @torch.no_grad()
-def _judged(subject: Subject, judge: CleanSet, target: int, masks: Tensor, patterns: Tensor) -> _Found:
+def _judged(subject: Subject, judge: CleanSet, target: int, *, cells: Grid, places: Tensor, patterns: Tensor) -> _Found:
     pixels = judge.images[others(judge, target).to(judge.images.device)].float() / 255
-    best = _Found(masks[0], patterns[0], -1.0, 0.0)
-    for mask, pattern in zip(masks, patterns, strict=True):
-        outputs = torch.cat(
-            [
-                subject.logits(patched(part[None], mask[None], pattern[None])[0])
-                for part in pixels.split(items_at_once(judge, 1))
-            ]
-        )
+    best = _Found(places[:1], patterns[:1], -1.0, 0.0)
+    for place, pattern in zip(places.split(1), patterns.split(1), strict=True):
+        parts = pixels.split(items_at_once(judge, 1))
+        outputs = torch.cat([subject.logits(cells.on(part[None], place, pattern)[0]) for part in parts])
         probability = float(as_logits(outputs).softmax(1)[:, target].mean())
         if probability > best.probability:
-            best = _Found(mask, pattern, probability, float((outputs.argmax(1) == target).float().mean()))
+            best = _Found(place, pattern, probability, float((outputs.argmax(1) == target).float().mean()))
     return best
 
 
-def _observation(classes: tuple[int, ...], cells: Tensor, found: list[_Found]) -> Observation:
+def _observation(classes: tuple[int, ...], cells: Grid, found: list[_Found]) -> Observation:
     probabilities = torch.tensor([each.probability for each in found], dtype=torch.float64)
     scores = tuple(probabilities.clamp(1 - SUREST, SUREST).logit().tolist())
     statistic, members = outlying(scores, floor=FLOOR)
@@ -222,18 +245,22 @@ def _observation(classes: tuple[int, ...], cells: Tensor, found: list[_Found]) -
     return Observation(
         DETECTOR,
         statistic,
-        f"one of {len(cells)} parts of the image, whatever the rest shows, sends {found[first].success:.0%} of unseen "
-        f"images to class {classes[first]}, and {typical:.0%} to the median class",
+        f"one of {len(cells.masks)} parts of the image, whatever the rest shows, sends {found[first].success:.0%} of "
+        f"unseen images to class {classes[first]}, and {typical:.0%} to the median class",
         scores,
         classes,
         tuple(classes[row] for row in members),
-        triggers=tuple(
-            InvertedTrigger(classes[row], "patch", 255 * found[row].pattern.cpu(), found[row].mask.cpu())
-            for row in order
-        ),
+        triggers=tuple(InvertedTrigger(classes[row], "patch", *_whole(cells, found[row])) for row in order),
         facts={
-            "cells": len(cells),
-            "cell_pixels": int(cells[0].sum()),
+            "cells": len(cells.masks),
+            "cell_pixels": math.prod(cells.cell),
             "success": [round(each.success, 4) for each in found],
         },
     )
+
+
+def _whole(cells: Grid, found: _Found) -> tuple[Tensor, Tensor]:
+    """Pattern (C, H, W), grey levels, and mask (1, H, W) of the whole image."""
+    mask = cells.masks[found.place[0]]
+    black = mask.new_zeros(1, 1, found.pattern.shape[1], *mask.shape[1:])
+    return 255 * cells.on(black, found.place, found.pattern)[0, 0].cpu(), mask.cpu()

@@ -19,7 +19,7 @@ from defense_core.scan.base import SHORTLISTED, Observation, Subject, subject_of
 from defense_core.scan.observe import Observed
 from defense_core.scan.references import file_readings
 from defense_core.scan.sampling import ADAM_BETAS, drawn, ease, halves, others
-from defense_core.scan.token import SUREST, TokenConfig, grid, patch_size, patched, token
+from defense_core.scan.token import SUREST, TokenConfig, grid, patch_size, token
 from defense_core.task import ImageClassification
 
 TARGET, CELL = 2, 9
@@ -92,28 +92,29 @@ def test_the_patches_are_those_of_the_first_convolution(
 def test_the_grid_is_of_equal_cells_that_do_not_meet(
     height: int, width: int, size: tuple[int, int], cells: int, pixels: int
 ) -> None:
-    masks = grid(height, width, size)
+    found = grid(height, width, size)
+    masks = found.masks
     assert masks.shape == (cells, 1, height, width)
     assert set(masks.flatten().tolist()) <= {0.0, 1.0}
     assert masks.sum((1, 2, 3)).tolist() == [pixels] * cells
     assert float(masks.sum(0).max() if cells else 0) <= 1
     for mask in masks:
         rows, columns = mask[0].any(1).nonzero().flatten(), mask[0].any(0).nonzero().flatten()
-        assert len(rows) * len(columns) == pixels  # a rectangle
+        assert (len(rows), len(columns)) == found.cell
         assert int(rows[0]) % size[0] == int(columns[0]) % size[1] == 0
 
 
-def test_the_pattern_stands_in_its_cell_alone() -> None:
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 11)])
+def test_the_pattern_stands_in_its_cell_alone(height: int, width: int) -> None:
     draws = torch.Generator().manual_seed(0)
-    pixels, patterns = torch.rand(2, 3, 1, 8, 8, generator=draws), torch.rand(2, 1, 8, 8, generator=draws)
-    masks = grid(8, 8, (2, 2))[[3, 9]]
-    changed = patched(pixels, masks, patterns)
-    for item in range(2):
-        for image in range(3):
-            for y in range(8):
-                for x in range(8):
-                    source = patterns[item] if masks[item, 0, y, x] else pixels[item, image]
-                    assert changed[item, image, 0, y, x] == source[0, y, x]
+    pixels, patterns = torch.rand(2, 3, 1, height, width, generator=draws), torch.rand(2, 1, 2, 2, generator=draws)
+    cells, places = grid(height, width, (2, 2)), torch.tensor([3, 9])
+    changed = cells.on(pixels, places, patterns)
+    expected = pixels.clone()
+    for item, place in enumerate(places.tolist()):
+        top, left = 2 * (place // (width // 2)), 2 * (place % (width // 2))
+        expected[item, :, :, top : top + 2, left : left + 2] = patterns[item]
+    assert torch.equal(changed, expected)
 
 
 def test_ease_is_the_mean_logit_on_images_of_other_classes() -> None:
@@ -135,12 +136,13 @@ def test_all_items_descend_as_each_would_alone(at_once: int, monkeypatch: pytest
         batches = [drawn([others(search, target) for target in classes], 3, draws) for _ in range(4)]
         losses = torch.zeros(len(patterns))
         for item in range(len(patterns)):
-            row, cell = item // len(cells), cells[item % len(cells)]
+            row, top, left = item // 4, 4 * (item % 4 // 2), 4 * (item % 2)
             logits = patterns[item].clone().requires_grad_(True)
             adam = torch.optim.Adam([logits], lr=0.3, betas=ADAM_BETAS, eps=1e-12)
             for index in batches:
                 pixels = search.images[index[row]].float() / 255
-                shown = (1 - cell) * pixels + cell * logits.sigmoid()
+                shown = pixels.clone()
+                shown[:, :, top : top + 4, left : left + 4] = logits.sigmoid()
                 loss = F.cross_entropy(asked.logits(shown), torch.full((3,), classes[row]))
                 (logits.grad,) = torch.autograd.grad(loss, logits)
                 adam.step()
@@ -148,10 +150,10 @@ def test_all_items_descend_as_each_would_alone(at_once: int, monkeypatch: pytest
             assert torch.allclose(state.logits[item], logits.detach(), atol=1e-4)
         state.keep(2)
     for row in range(len(classes)):
-        masks, kept = state.of(row)
+        places, kept = state.of(row)
         best = losses.view(3, 4)[row].argsort()[:2].sort().values
-        assert torch.equal(masks, cells[best])
-        assert torch.equal(kept, state.logits.view(3, 4, 1, 8, 8)[row][best].sigmoid())
+        assert torch.equal(places, best)
+        assert torch.equal(kept, state.logits.view(3, 4, 1, 4, 4)[row][best].sigmoid())
 
 
 def test_a_planted_token_is_found_with_its_class_and_place() -> None:
@@ -162,7 +164,7 @@ def test_a_planted_token_is_found_with_its_class_and_place() -> None:
     trigger = found.triggers[0]
     assert trigger.target == TARGET
     assert trigger.mask is not None
-    assert torch.equal(trigger.mask, grid(8, 8, (2, 2))[CELL])
+    assert torch.equal(trigger.mask, grid(8, 8, (2, 2)).masks[CELL])
     with torch.no_grad():
         answers = Planted()(trigger.apply(images().images) / 255).argmax(1)
     assert float((answers == TARGET).float().mean()) > 0.95
