@@ -260,7 +260,7 @@ def _observation(classes: tuple[int, ...], cells: Grid, found: list[_Found]) -> 
 
 
 def _whole(cells: Grid, found: _Found) -> tuple[Tensor, Tensor]:
-    """Pattern (C, H, W), grey levels, and mask (1, H, W) of the whole image."""
-    mask = cells.masks[found.place[0]]
+    """Pattern (C, H, W), grey levels, and mask (1, H, W) of the whole image, each with memory of its own."""
+    mask = cells.masks[found.place[0]].clone()
     black = mask.new_zeros(1, 1, found.pattern.shape[1], *mask.shape[1:])
     return 255 * cells.on(black, found.place, found.pattern)[0, 0].cpu(), mask.cpu()

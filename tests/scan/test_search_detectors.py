@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from defense_core.scan.base import Deadline, Observation, OutOfTime, Subject, su
 from defense_core.scan.generator import GeneratorConfig, generator
 from defense_core.scan.pairs import PairsConfig, pairs
 from defense_core.scan.patch import PatchConfig, patch
+from defense_core.scan.stored_triggers import load_triggers, save_triggers
 from defense_core.scan.token import TokenConfig, token
 from defense_core.task import ImageClassification
 
@@ -169,6 +171,16 @@ def test_networks_with_and_without_batch_normalisation(
         changed = trigger.apply(images_of(4, 3, shape).images)
         assert changed.shape == (3, *shape)
         assert 0 <= float(changed.min()) <= float(changed.max()) <= 255
+
+
+@every
+def test_all_triggers_can_be_kept_and_read_again(row: Row, tmp_path: Path) -> None:
+    found = row.function(subject(Linear(10, 16), 10), row.quick)
+    save_triggers(tmp_path, [(found.detector, trigger) for trigger in found.triggers])
+    shown = images_of(10, 3, (1, 4, 4)).images
+    for (detector, kept), trigger in zip(load_triggers(tmp_path), found.triggers, strict=True):
+        assert (detector, kept.target) == (found.detector, trigger.target)
+        assert torch.equal(kept.apply(shown), trigger.apply(shown))
 
 
 @every
