@@ -57,8 +57,6 @@ class DistilConfig(TSBDConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factors_fit = bool(self.n_factors) and min(self.n_factors) >= 1
-        require(factors_fit, "n_factors", "numbers of 1 or more", self.n_factors)
         require(self.distil_lr > 0, "distil_lr", "a positive rate", self.distil_lr)
 
 

@@ -5,25 +5,27 @@ moved (neuron weight change, NWC), and zeroes the most-moved sub-weights of the 
 units of the original. Stage 2 repairs the rest by activeness-aware fine-tuning, which
 penalises the gradient norm.
 
-What is ours in the first stage, :mod:`defense_core.purify.stage_one` says. In the second, the
-repair rate has a rule that reads the *select* split only; the reference code has none.
+What is ours in the first stage, :mod:`defense_core.purify.stage_one` says. How much is zeroed and at
+which rate it is repaired have a rule that reads the *select* split only, after the repair; the
+reference code has none.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.gradient_steps import gradient_norm_step
-from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
+from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.choice import cautious_accuracy, strongest_training
+from defense_core.purify.choice import chooser, expected_drop, strongest_expected
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
@@ -33,13 +35,16 @@ class TSBDConfig(StageOneConfig):
     """Settings of TSBD. Symbols are the paper's.
 
     Attributes:
-        n, n_grid, stage1_keep, m, variant, scope, unlearn_lr, unlearn_depth, unlearn_epochs: as in
-            :class:`~defense_core.purify.stage_one.StageOneConfig`.
-        lr: repair rate, or ``None`` to choose it from ``lr_grid`` by
-            :func:`~defense_core.purify.choice.strongest_within` on the
-            :func:`~defense_core.purify.choice.cautious_accuracy`.
+        n: neuron ratio; ``None``: the first stage's, times the largest of ``n_factors`` after whose repair at the
+            smallest rate the accuracy holds (:func:`~defense_core.purify.choice.expected_drop` on the *select* split,
+            ``max_drop``).
+        n_factors: candidates, 1 or more.
+        lr: repair rate; ``None``: the largest of ``lr_grid`` by the same bound.
         lr_grid: candidates.
-        max_drop: permitted drop of that accuracy on the *select* split, in [0, 1].
+        max_drop: permitted drop, in [0, 1]; that of the test accuracy is about half a point to two less, because the
+            estimate credits no mistake that labels mend.
+        n_grid, stage1_keep, m, variant, scope, unlearn_lr, unlearn_depth, unlearn_epochs: as in
+            :class:`~defense_core.purify.stage_one.StageOneConfig`.
         epochs: passes of the repair.
         min_steps: the repair takes at least so many steps: more passes on small sets. Nothing
             is trained where ``epochs`` is 0.
@@ -51,9 +56,10 @@ class TSBDConfig(StageOneConfig):
         batch_size, precision: see :class:`defense_core.loop.Tuning`.
     """
 
+    n_factors: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)
     lr: float | None = None
     lr_grid: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-    max_drop: float = 0.01
+    max_drop: float = 0.04
     epochs: int = 10
     min_steps: int = 70
     weight_decay: float = 5e-4
@@ -63,6 +69,8 @@ class TSBDConfig(StageOneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        factors_fit = bool(self.n_factors) and min(self.n_factors) >= 1
+        require(factors_fit, "n_factors", "numbers of 1 or more", self.n_factors)
         require(self.lr is None or self.lr > 0, "lr", "a positive rate, or null", self.lr)
         require(bool(self.lr_grid) and min(self.lr_grid) > 0, "lr_grid", "positive rates", self.lr_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
@@ -85,42 +93,54 @@ def purify(
     """Both stages.
 
     Returns:
-        The purified model. ``facts`` holds ``n``, ``lr``, the trials behind them, the
-        accuracy on the *select* split before and after stage 1, and per layer the number of
-        units touched (``units``, of ``unit_totals``) and of weights zeroed (``zeroed``).
+        The purified model. ``facts`` holds ``n``, ``lr``, the trials behind them, of which those after a repair
+        (``factor_trials``, ``lr_trials``) have the expected change as ``accuracy``, the accuracy on the *select* split
+        before and after stage 1, and per layer the number of units touched (``units``, of ``unit_totals``) and of
+        weights zeroed (``zeroed``).
 
     Raises:
         MethodDiverged: a loss or weight became NaN or Inf.
         Cancelled: a stop was requested.
     """
+    shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
+    first = stage_one(model, clean, config, **shared)
+    weakest, *stronger = sorted(config.lr_grid) if config.lr is None else (config.lr,)
 
-    first = stage_one(model, clean, config, task=task, seed=seed, device=device, progress=progress)
-    pruned, masks = first.zeroed(first.n)
-    after_stage1 = float(first.correct(pruned).float().mean())
+    def repaired(ratio: float, lr: float) -> tuple[float, _Repaired]:
+        network, masks = first.zeroed(ratio)
+        rows = repair(network, clean.fit, config, lr=lr, **shared)
+        change = -expected_drop(first.model, network, chooser(clean), **shared)
+        return change, _Repaired(network, change, rows, masks)
 
-    def attempt_rate(lr: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
-        repaired = working_copy(pruned, device)
-        rows = repair(repaired, clean.fit, config, lr=lr, task=task, seed=seed, device=device, progress=progress)
-        return cautious_accuracy(first.before, first.correct(repaired)), (repaired, rows)
-
-    lr, (repaired, rows), lr_trials = strongest_training(
-        config.lr_grid if config.lr is None else (config.lr,),
-        attempt_rate,
-        clean=clean,
-        reference=first.accuracy,
-        max_drop=config.max_drop,
+    within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
+    factors = config.n_factors if config.n is None and config.epochs else (1.0,)
+    factor, begun, factor_trials = within(factors, lambda factor: repaired(min(first.n * factor, 1.0), weakest))
+    ratio = min(first.n * factor, 1.0)
+    # Without steps every rate gives the same model.
+    lr, made, lr_trials = within(
+        (weakest, *stronger) if config.epochs else (weakest,),
+        lambda lr: (begun.change, begun) if lr == weakest else repaired(ratio, lr),
     )
     facts: dict[str, Any] = {
-        "n": first.n,
+        "n": ratio,
         "n_trials": first.trials,
+        "factor_trials": factor_trials,
         "lr": lr,
         "lr_trials": lr_trials,
         "accuracy_before": first.accuracy,
-        "accuracy_after_stage1": after_stage1,
+        "accuracy_after_stage1": float(first.correct(first.zeroed(ratio)[0]).float().mean()),
         "unlearn_epochs": len(first.history),
-        **first.counts(masks),
+        **first.counts(made.masks),
     }
-    return Purified(finished(repaired, "tsbd"), tuple(first.history + rows), facts)
+    return Purified(finished(made.network, "tsbd"), tuple(first.history + made.rows), facts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Repaired:
+    network: nn.Module
+    change: float
+    rows: list[HistoryRow]
+    masks: list[Tensor]
 
 
 def repair(
