@@ -98,7 +98,8 @@ def save_bundle(bundle: Bundle, path: Path, *, replace: bool = False) -> str:
 
     Raises:
         NonFiniteWeights: a weight is NaN or Inf.
-        StorageError: ``path`` is in use, or cannot be written.
+        OutputExists: ``path`` is in use.
+        StorageError: it cannot be written.
     """
     weights, description = _encoded(bundle.model, bundle.spec, bundle.origin)
     with atomic_directory(Path(path), replace=replace) as folder:

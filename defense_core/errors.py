@@ -181,6 +181,10 @@ class StorageError(QuarantineError):
     exit_code = EXIT_UNKNOWN
 
 
+class OutputExists(QuarantineError):
+    """What is to be written is there already; it is left as it is."""
+
+
 class ExportError(QuarantineError):
     """The model could not be exported to ONNX."""
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from defense_core.errors import StorageError
+from defense_core.errors import OutputExists, StorageError
 
 CHUNK_BYTES = 1 << 20
 
@@ -81,12 +81,12 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         replace: put the new folder in the place of one that is already there.
 
     Raises:
-        StorageError: ``path`` exists and ``replace`` is false, the disk is full, or the
-            parent folder cannot be written.
+        OutputExists: ``path`` exists and ``replace`` is false.
+        StorageError: the disk is full, or the parent folder cannot be written.
     """
     path = Path(path)
     if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StorageError(
+        raise OutputExists(
             f"output folder {path} is in use",
             expected="a new or empty folder",
             got="a file or a folder with content",

@@ -38,7 +38,7 @@ from components._runtime.signing_keys import (
 from components._runtime.step import STEP_LINE, failure_record, interruptible
 from components._runtime.store import EvidenceStore, open_store
 from components.report.step import report_run
-from defense_core.errors import Cancelled, ConfigError, QuarantineError, StorageError
+from defense_core.errors import Cancelled, ConfigError, OutputExists, QuarantineError
 from defense_core.files import write_atomic
 
 STOP_GRACE_S = 20.0
@@ -128,7 +128,7 @@ def run_local(
     _require_trusted(key)
     folder, root = work / EVIDENCE_FOLDER / name, work / "artifacts" / name
     if folder.exists() or root.exists():
-        raise StorageError(
+        raise OutputExists(
             f"{work} holds a run called {name}", expected="a new name", hint="Name the run otherwise, or not at all"
         )
     request, log = root / "request.json", root / LOG_NAME

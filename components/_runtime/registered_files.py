@@ -78,7 +78,8 @@ def resolve_model_uri(connection: MlflowConnection, uri: str, destination: Path,
         ArtifactTooLarge: more than ``max_bytes``.
         UnsafeArtifact: its source is a place that must not be read for a stranger.
         RegistryUnavailable: MLflow does not answer.
-        StorageError: ``destination`` is in use or the disk is full.
+        OutputExists: ``destination`` is in use.
+        StorageError: the disk is full.
     """
     match = _MODEL_URI.fullmatch(uri)
     if match is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from defense_core.errors import ConfigError, StorageError
+from defense_core.errors import ConfigError, OutputExists, StorageError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -190,14 +190,15 @@ def generate_key_pair(folder: Path) -> KeyPair:
     """Write a new ECDSA P-256 pair into ``folder``: ``signing.key`` (mode 0600) and ``signing.pub``.
 
     Raises:
-        StorageError: a key is there already (it is never overwritten), or the folder cannot be written.
+        OutputExists: a key is there already; it is never overwritten.
+        StorageError: the folder cannot be written.
     """
     from securesystemslib.signer import CryptoSigner
 
     private, public = Path(folder) / PRIVATE_NAME, Path(folder) / PUBLIC_NAME
     for path in (private, public):
         if path.exists():
-            raise StorageError(
+            raise OutputExists(
                 f"{path} exists", expected="a folder without keys", got="a key", hint="Choose another --out"
             )
     signer = CryptoSigner.generate_ecdsa()

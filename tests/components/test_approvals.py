@@ -16,7 +16,7 @@ from components._runtime.evidence import DECISION
 from components._runtime.signing_keys import generate_key_pair, load_public_key, load_signing_key
 from components._runtime.verification_approvals import approval_findings
 from components.gate_promotion.step import gate_promotion
-from defense_core.errors import ConfigError, EvidenceMismatch, EvidenceMissing, StorageError
+from defense_core.errors import ConfigError, EvidenceMismatch, EvidenceMissing, OutputExists
 from defense_core.files import sha256_file
 from defense_core.policy import decide, parse_policy
 from defense_core.verdict import Verdict
@@ -225,7 +225,7 @@ def test_a_decision_is_superseded_and_never_edited(tmp_path: Path, keys: dict[st
     first = gate_promotion(EVIDENCE, POLICY, tmp_path / "first", at=AT)
     assert first["results"]["outcome"] == "unknown"
     before = (tmp_path / "first" / DECISION).read_bytes()
-    with pytest.raises(StorageError, match="in use"):
+    with pytest.raises(OutputExists, match="in use"):
         decided(tmp_path / "first", keys, signed(keys))
     second = decided(tmp_path / "second", keys, signed(keys), supersedes=tmp_path / "first")
     assert second["results"]["outcome"] == "allow"

@@ -28,7 +28,7 @@ from components._runtime.signing_keys import (
     signing_key_from_environment,
     trusted_signer_from_environment,
 )
-from defense_core.errors import ConfigError, StorageError
+from defense_core.errors import ConfigError, OutputExists, StorageError
 from tests.certificates import make_certificates
 
 
@@ -53,7 +53,7 @@ def test_a_new_pair_belongs_together_and_only_its_owner_reads_the_private_file(t
 def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
     pair = generate_key_pair(tmp_path)
     before = pair.private.read_bytes()
-    with pytest.raises(StorageError, match=r"signing\.key exists"):
+    with pytest.raises(OutputExists, match=r"signing\.key exists"):
         generate_key_pair(tmp_path)
     assert pair.private.read_bytes() == before
     assert existing_or_new_pair(tmp_path) == pair

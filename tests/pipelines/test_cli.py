@@ -445,7 +445,7 @@ def test_a_folder_in_use_is_left_as_it_is(inputs: Path, tmp_path: Path, quaranti
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     answer = quarantine(*purify_words(inputs, tmp_path / "out", *QUICK))
-    assert answer.code == 2
+    assert answer.code == 3
     assert "is in use: expected a new or empty folder" in answer.err
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1

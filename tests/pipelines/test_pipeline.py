@@ -13,7 +13,7 @@ from components._runtime.plan import Loading, Plan
 from components._runtime.signing_keys import PUBLIC_KEY_VARIABLE, TrustedSigner, generate_key_pair
 from components._runtime.verification import verify_release
 from components._runtime.verification_registry import verify_registered
-from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, ConfigError, StorageError
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, ConfigError, OutputExists
 from defense_core.verdict import Verdict
 from pipelines.local import LocalRun, run_local
 from tests.small_model import DENYING, PLAN_OPTIONS, make_inputs
@@ -91,7 +91,7 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     assert not any("KFP" in line for line in said)
     sources = {json.loads(path.read_text())["inputs"]["source"] for path in ended.evidence.glob("[efgs]*.json")}
     assert len(sources) == 1
-    with pytest.raises(StorageError, match="first"):
+    with pytest.raises(OutputExists, match="first"):
         run_local(plan, tmp_path / "work", model_name="digits", name="first")
 
 

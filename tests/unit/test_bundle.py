@@ -38,6 +38,7 @@ from defense_core.errors import (
     CorruptArtifact,
     DigestMismatch,
     NonFiniteWeights,
+    OutputExists,
     SourceNotFound,
     StateDictMismatch,
     StorageError,
@@ -136,7 +137,7 @@ def test_save_refuses_a_folder_in_use_and_leaves_nothing_when_the_disk_is_full(
     loaded: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_bundle(loaded, tmp_path / "out")
-    with pytest.raises(StorageError, match="in use"):
+    with pytest.raises(OutputExists, match="in use"):
         save_bundle(loaded, tmp_path / "out")
     save_bundle(loaded, tmp_path / "out", replace=True)
 

@@ -57,7 +57,9 @@ def test_what_cannot_be_decided_is_unknown_and_what_was_found_bad_is_a_failure()
         "RegistryUnavailable",
         "ScanInconclusive",
     }
-    assert {"ConfigError", "DataError", "UnsafeArtifact", "PolicyError", "EvidenceMismatch"} <= by_code[EXIT_USAGE]
+    assert {"ConfigError", "OutputExists", "DataError", "UnsafeArtifact", "PolicyError", "EvidenceMismatch"} <= by_code[
+        EXIT_USAGE
+    ]
 
 
 def test_facts_for_machines() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from defense_core.errors import EXIT_UNKNOWN, StorageError
+from defense_core.errors import EXIT_UNKNOWN, OutputExists, StorageError
 from defense_core.files import atomic_directory, sha256_bytes, sha256_file, write_atomic
 
 
@@ -161,14 +161,14 @@ def test_full_disk_while_flushing_leaves_nothing(tmp_path, monkeypatch):
 def test_a_folder_in_use_is_refused_before_the_work(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
-    with pytest.raises(StorageError, match="in use"), atomic_directory(tmp_path / "out"):
+    with pytest.raises(OutputExists, match="in use"), atomic_directory(tmp_path / "out"):
         pytest.fail("the block must not run")
     assert (tmp_path / "out" / "mine").read_text() == "keep"
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "out").write_text("keep")
-    with pytest.raises(StorageError, match="in use"), atomic_directory(tmp_path / "out"):
+    with pytest.raises(OutputExists, match="in use"), atomic_directory(tmp_path / "out"):
         pytest.fail("the block must not run")
     assert (tmp_path / "out").read_text() == "keep"
 
