@@ -116,7 +116,7 @@ def untrained_bundle(
     Raises:
         ConfigError, ArchitectureNotAllowed, ArtifactTooLarge, StateDictMismatch: as the names say.
     """
-    known = from_mapping(ModelSpec, {"architecture_args": {}, "num_classes": 2, **spec, "class_names": ()})
+    known = _described(spec)
     model = _build(known, limits or LoadLimits(), trusted_modules)
     classes = _count_classes(model, known.input_size, known.architecture)
     if spec.get("num_classes", classes) != classes:
@@ -175,7 +175,7 @@ def load_model_file(
         bundle = load_bundle(path, limits=limits, trusted_modules=trusted_modules)
         return dataclasses.replace(bundle, spec=_agreed(given, bundle.spec, path))
     # The description is checked first: a mistyped option should not cost the reading of a large file.
-    known = from_mapping(ModelSpec, {"architecture_args": {}, "num_classes": 2, **given, "class_names": ()})
+    known = _described(given)
     model = _build(known, limits, trusted_modules)
     weights = read_weights(path, limits)
     load_into(model, weights.tensors, where=path.name)
@@ -313,6 +313,19 @@ def _encoded(model: nn.Module, spec: ModelSpec, origin: Origin | None) -> tuple[
     check_finite(state, where="the model")
     weights = safetensors_bytes(state)
     return weights, description_bytes(spec, origin, sha256_bytes(weights))
+
+
+def _described(given: Mapping[str, Any]) -> ModelSpec:
+    """The description but for the classes, which the network tells itself."""
+    missing = [name for name in ("architecture", "input_size", "mean", "std") if name not in given]
+    if missing:
+        raise ConfigError(
+            "the network is not fully described",
+            expected="architecture, input_size, mean and std",
+            got=", ".join(sorted(given)) or "nothing",
+            hint=f"Add {', '.join('--' + name.replace('_', '-') for name in missing)}, or give a bundle",
+        )
+    return from_mapping(ModelSpec, {"architecture_args": {}, "num_classes": 2, **given, "class_names": ()})
 
 
 def _agreed(given: Mapping[str, Any], spec: ModelSpec, path: Path) -> ModelSpec:

@@ -346,7 +346,7 @@ def test_descriptions_that_do_not_fit(
 
 @pytest.mark.parametrize("field", ["architecture", "input_size", "mean", "std"])
 def test_nothing_is_guessed_that_has_no_safe_default(field: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=field):
+    with pytest.raises(ConfigError, match=f"not fully described.*Add --{field.replace('_', '-')}, or give a bundle"):
         load_model_file(_file(tmp_path, _state()), {key: value for key, value in SPEC.items() if key != field})
 
 
