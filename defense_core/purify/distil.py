@@ -114,7 +114,7 @@ def purify(
         if not lr:
             return reached, (student, [])
         network = working_copy(student, device)
-        rows = repair(network, clean.fit, config, lr=lr, **shared)
+        rows = repair(network, clean.fit, config, lr=lr, name=f"repair lr={lr:g}", **shared)
         return change(network), (network, rows)
 
     within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)

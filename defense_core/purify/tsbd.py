@@ -108,7 +108,7 @@ def purify(
 
     def repaired(ratio: float, lr: float) -> tuple[float, _Repaired]:
         network, masks = first.zeroed(ratio)
-        rows = repair(network, clean.fit, config, lr=lr, **shared)
+        rows = repair(network, clean.fit, config, lr=lr, name=f"repair n={ratio:g} lr={lr:g}", **shared)
         change = -expected_drop(first.model, network, chooser(clean), **shared)
         return change, _Repaired(network, change, rows, masks)
 
@@ -149,12 +149,13 @@ def repair(
     config: TSBDConfig,
     *,
     lr: float,
+    name: str,
     task: Task,
     seed: int,
     device: torch.device | str,
     progress: Progress,
 ) -> list[HistoryRow]:
-    """Stage 2, in place: activeness-aware fine-tuning. Zeroed weights train freely."""
+    """Stage 2, in place: activeness-aware fine-tuning. Zeroed weights train freely. ``name`` is shown meanwhile."""
     epochs = epochs_for(len(data), config.epochs, config.min_steps, config.batch_size)
     return tune(
         model,
@@ -171,7 +172,7 @@ def repair(
         seed=seed,
         device=device,
         progress=progress,
-        name=f"repair lr={lr:g}",
+        name=name,
         step=gradient_norm_step(radius=config.r, alpha=config.alpha, normalisation=config.normalisation),
     )
 

@@ -204,7 +204,7 @@ def test_the_ascent_unlearns_and_its_history_says_so() -> None:
     data, task = CleanSet(images, labels, 2), ImageClassification((1, 8, 8), 2, (0.5,), (0.5,))
     model = build("small_cnn", {"width": 4, "num_classes": 2})
     shared: dict[str, Any] = {"task": task, "seed": 0, "device": "cpu", "progress": NullProgress()}
-    tsbd.repair(model, data, TSBDConfig(epochs=10, batch_size=8), lr=0.05, **shared)
+    tsbd.repair(model, data, TSBDConfig(epochs=10, batch_size=8), lr=0.05, name="repair", **shared)
     assert accuracy(model, data, task=task, device="cpu") > 0.95
     history = unlearn(model, data, TSBDConfig(unlearn_lr=0.5, unlearn_epochs=20, batch_size=8), **shared)
     assert history[-1]["accuracy"] <= 0.75
