@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from defense_core.errors import EXIT_USAGE
+
 GOLDEN = Path(__file__).resolve().parent.parent / "formats" / "v1"
 KEY = ("--public-key", str(GOLDEN / "signing.pub"))
 
@@ -104,6 +106,6 @@ def test_keygen_never_overwrites(tmp_path: Path) -> None:
     before = private.read_bytes()
     assert before.decode().splitlines()[1] not in first.stdout
     second = quarantine("keygen", "--out", tmp_path / "keys")
-    assert second.returncode == 2
+    assert second.returncode == EXIT_USAGE
     assert "exists" in second.stderr
     assert private.read_bytes() == before
