@@ -20,16 +20,17 @@ import torch
 from torch import nn
 
 from defense_core.data import Splits
-from defense_core.inference import accuracy, correct
-from defense_core.layers import linear_head
+from defense_core.inference import accuracy
+from defense_core.layers import linear_head, unit_layers
 from defense_core.loop import HistoryRow, finished, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.choice import cautious_accuracy, chooser, strongest_training
+from defense_core.purify.choice import chooser, expected_drop, strongest_expected
 from defense_core.purify.ngf_block import last_layers, tune_block
 from defense_core.purify.ngf_head import tune_on_features
 from defense_core.purify.ngf_run import NAME, NGFConfig, Run
-from defense_core.purify.unlearning import close_most_moved
+from defense_core.purify.unlearning import close_most_moved, closed_weights
+from defense_core.purify.zeroing import zero
 from defense_core.task import Task
 
 
@@ -47,7 +48,8 @@ def purify(
 
     Returns:
         The purified model. ``facts`` holds ``part``; for the masked parts the ``ratio`` of
-        units closed, for the blocks the names of the ``layers`` tuned, and the ``trials`` behind them.
+        units closed, for the blocks the names of the ``layers`` tuned, and the trials behind them, of which
+        ``factor_trials`` and those of ``block`` have the expected change as ``accuracy``.
 
     Raises:
         MethodNotApplicable: the network does not end in a linear layer, or has no hidden one to tune.
@@ -59,26 +61,30 @@ def purify(
     run = Run(clean.fit.to(device), config, task, seed, device, progress)
     if config.part == "block":
         tuned, history, facts = _choose_layers(tuned, clean, run)
-    elif config.part == "masked_block":
-        facts = _close_units(tuned, clean, run) if config.epochs else {}
-        names = last_layers(tuned, run)[-2:]
-        history = tune_block(tuned, names, run)
-        facts["layers"] = names
+    elif config.part in ("masked", "masked_block") and config.epochs:
+        tuned, history, facts = _choose_ratio(tuned, clean, run)
     else:
-        facts = _close_units(tuned, clean, run) if config.part == "masked" and config.epochs else {}
-        history = tune_on_features(tuned, run)
+        history, facts = _tune(tuned, run)
     return Purified(finished(tuned, "ngf"), tuple(history), {"part": config.part, **facts})
 
 
-def _close_units(model: nn.Module, clean: Splits, run: Run) -> dict[str, Any]:
-    """Zero the weights that clean unlearning moves most, in place, as many as accuracy permits."""
+def _tune(model: nn.Module, run: Run) -> tuple[list[HistoryRow], dict[str, Any]]:
+    """Every part but ``block``, in place, whatever is closed."""
+    if run.config.part != "masked_block":
+        return tune_on_features(model, run), {}
+    names = last_layers(model, run)[-2:]
+    return tune_block(model, names, run), {"layers": names}
+
+
+def _choose_ratio(model: nn.Module, clean: Splits, run: Run) -> tuple[nn.Module, list[HistoryRow], dict[str, Any]]:
+    """Zero the weights that clean unlearning moves most, tune, and take the most that accuracy permits after it."""
     config = run.config
 
     def select_accuracy(network: nn.Module) -> float:
         return accuracy(network, chooser(clean), task=run.task, device=run.device, precision=config.precision)
 
-    ratio, _, trials, _ = close_most_moved(
-        model,
+    first, _, trials, changes = close_most_moved(
+        working_copy(model, run.device),
         clean,
         config,
         granularity="weight",
@@ -89,34 +95,43 @@ def _close_units(model: nn.Module, clean: Splits, run: Run) -> dict[str, Any]:
         device=run.device,
         progress=run.progress,
     )
-    return {"ratio": ratio, "trials": trials}
+
+    def attempt(factor: float) -> tuple[float, tuple[nn.Module, float, list[HistoryRow], dict[str, Any]]]:
+        tuned, ratio = working_copy(model, run.device), min(first * factor, 1.0)
+        layers = unit_layers(tuned)
+        zero(layers, closed_weights(layers, changes, ratio=ratio, granularity="weight"))
+        rows, facts = _tune(tuned, run)
+        return _change(model, tuned, clean, run), (tuned, ratio, rows, facts)
+
+    factors = config.factors if config.ratio is None else (1.0,)
+    _, (tuned, ratio, history, facts), more = strongest_expected(
+        factors, attempt, clean=clean, max_drop=config.max_drop
+    )
+    return tuned, history, {"ratio": ratio, "trials": trials, "factor_trials": more, **facts}
 
 
 def _choose_layers(model: nn.Module, clean: Splits, run: Run) -> tuple[nn.Module, list[HistoryRow], dict[str, Any]]:
     """``block`` at each number of layers, and the one that the rule takes."""
-    config, chosen = run.config, chooser(clean)
-
-    def right(network: nn.Module) -> torch.Tensor:
-        return correct(network, chosen, task=run.task, device=run.device)
-
-    before = right(model)
+    config = run.config
     names = last_layers(model, run)
 
     def attempt(strength: float) -> tuple[float, tuple[nn.Module, list[HistoryRow]]]:
         tuned = working_copy(model, run.device)
         rows = tune_block(tuned, names[-int(strength) - 1 :], run)
-        return cautious_accuracy(before, right(tuned)), (tuned, rows)
+        return _change(model, tuned, clean, run), (tuned, rows)
 
     most = len(names) - 1
     wanted = config.layers_grid if config.layers is None else (config.layers,)
-    count, (tuned, history), trials = strongest_training(
-        tuple(sorted({float(min(layers, most)) for layers in wanted})),
-        attempt,
-        clean=clean,
-        reference=float(before.float().mean()),
-        max_drop=config.max_drop,
+    count, (tuned, history), trials = strongest_expected(
+        tuple(sorted({float(min(layers, most)) for layers in wanted})), attempt, clean=clean, max_drop=config.max_drop
     )
     return tuned, history, {"layers": names[-int(count) - 1 :], "trials": trials}
+
+
+def _change(model: nn.Module, tuned: nn.Module, clean: Splits, run: Run) -> float:
+    return -expected_drop(
+        model, tuned, chooser(clean), task=run.task, seed=run.seed, device=run.device, progress=run.progress
+    )
 
 
 METHOD = Method(

@@ -35,17 +35,19 @@ class NGFConfig:
             ``"feature_mask"``: a mask in [0, 1] on the classifier's inputs. ``"block"``: the last
             hidden layers and the classifier, started at random. All but the blocks run on cached
             features.
-        ratio: share of the hidden units that the masked parts close, or ``None`` to choose the
-            largest of ``ratio_grid`` that keeps ``start_keep`` of the accuracy on the *select*
-            split before the classifier is tuned.
+        ratio: share of the hidden units that the masked parts close. ``None``: the largest of ``ratio_grid`` that
+            keeps ``start_keep`` of the accuracy on the *select* split before anything is tuned, times the largest of
+            ``factors`` after whose tuning the accuracy holds
+            (:func:`~defense_core.purify.choice.expected_drop` on the *select* split, ``max_drop``).
         ratio_grid: candidates.
         start_keep: share of the accuracy that closing must leave, in (0, 1].
+        factors: candidates, 1 or more.
         unlearn_lr: rate of the clean unlearning that ranks the units.
         unlearn_epochs: its passes over the fit split.
         layers: hidden layers of ``"block"``, or ``None`` to choose their number from
-            ``layers_grid`` by :func:`~defense_core.purify.choice.strongest_within`.
+            ``layers_grid`` by the same bound.
         layers_grid: candidates.
-        max_drop: permitted drop of accuracy on the *select* split for ``"block"``, in [0, 1].
+        max_drop: permitted drop, in [0, 1].
         fisher: ``"empirical"``, or ``"true"``: the model's own labels, solved by conjugate
             gradients; for the classifier.
         eta: weight of the regulariser ``eta / 2 * sum Fbar_ii (w_i - wbar_i)^2``, with ``Fbar``
@@ -65,11 +67,12 @@ class NGFConfig:
     ratio: float | None = None
     ratio_grid: tuple[float, ...] = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
     start_keep: float = 0.92
+    factors: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     unlearn_lr: float = 2e-3
     unlearn_epochs: int = 2
     layers: int | None = None
     layers_grid: tuple[int, ...] = (1, 2)
-    max_drop: float = 0.02
+    max_drop: float = 0.035
     fisher: Literal["empirical", "true"] = "empirical"
     eta: float = 1.0
     damping: float = 0.1
@@ -82,6 +85,7 @@ class NGFConfig:
 
     def __post_init__(self) -> None:
         require_closing(self)
+        require(bool(self.factors) and min(self.factors) >= 1, "factors", "numbers of 1 or more", self.factors)
         require(self.layers is None or self.layers >= 1, "layers", "1 or more, or null", self.layers)
         require(bool(self.layers_grid) and min(self.layers_grid) >= 1, "layers_grid", "counts", self.layers_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)

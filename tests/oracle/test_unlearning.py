@@ -15,7 +15,7 @@ from defense_core.inference import channels_last
 from defense_core.layers import unit_layers
 from defense_core.loop import working_copy
 from defense_core.progress import NullProgress
-from defense_core.purify import METHODS, nft
+from defense_core.purify import METHODS, nft, ngf
 from defense_core.purify.masks import attach_masks, mask_sites
 from defense_core.purify.unlearning import SHARE, choose_ratio, closed_weights, unlearning_changes
 from defense_core.task import ImageClassification
@@ -209,3 +209,37 @@ def test_nft_learns_answers_first_and_labels_where_that_leaves_room(
     assert done.facts["sparsity"] == sparsity
     assert {row["phase"] for row in done.history} == {"taught masks", *(["masks"] if sparsity else [])}
     assert next(remaining, None) is None
+
+
+@pytest.mark.parametrize(("drops", "factor"), [([0.0, 0.0], 2.0), ([0.0, 1.0], 1.0), ([1.0], 1.0)])
+@pytest.mark.parametrize("part", ["masked", "masked_block"])
+def test_ngf_closes_more_while_accuracy_holds_after_the_tuning(
+    part: str, drops: list[float], factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remaining = iter(drops)
+    monkeypatch.setattr(ngf, "expected_drop", lambda *_, **__: next(remaining))
+    model, done = run("ngf", part=part, factors=(1.0, 2.0), ratio_grid=(0.4,))
+    assert done.facts["ratio"] == pytest.approx(0.4 * factor)
+    assert [trial["accuracy"] for trial in done.facts["factor_trials"]] == [-drop for drop in drops]
+    assert next(remaining, None) is None
+    fresh = tuple(f"{name}." for name in done.facts.get("layers", ()))
+    hidden = [layer for layer in unit_layers(model) if not layer.name.startswith(fresh or ("-",))]
+    after = done.model.state_dict()
+    assert any((after[layer.name] != layer.weight).any() for layer in hidden)
+
+
+@pytest.mark.parametrize(("drops", "layers"), [([0.0, 0.0], 2), ([0.0, 1.0], 1), ([1.0], 1)])
+def test_ngf_tunes_more_layers_by_the_same_rule(
+    drops: list[float], layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remaining = iter(drops)
+    monkeypatch.setattr(ngf, "expected_drop", lambda *_, **__: next(remaining))
+    _, done = run("ngf", part="block", layers_grid=(1, 2))
+    assert len(done.facts["layers"]) == layers + 1
+    assert next(remaining, None) is None
+
+
+@pytest.mark.parametrize("factors", [(), (0.5, 1.0)])
+def test_ngf_factors_below_one_are_refused(factors: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="factors"):
+        METHODS["ngf"].config(factors=factors)
