@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,11 @@ def classifier_head(model: nn.Module) -> nn.Module | None:
         return linears[-1]
     convolutions = [m for m in model.modules() if isinstance(m, CONVOLUTIONS) and set(m.kernel_size) == {1}]
     return convolutions[-1] if convolutions else None
+
+
+def first_argument(arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """What a module was called on, as a hook sees its call, also where it was given by name."""
+    return arguments[0] if arguments else next(iter(named.values()))
 
 
 def has_batch_norm(model: nn.Module) -> bool:

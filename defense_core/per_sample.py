@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.errors import ConfigError
 from defense_core.layer_gradients import has_rule, layer_gradients
-from defense_core.layers import evaluating
+from defense_core.layers import evaluating, first_argument
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) to the loss of each sample, shape (N,): ``task.losses``."""
@@ -92,15 +93,15 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[Recorded]:
     """Record inputs and outputs of ``modules`` in every forward pass; hooks go on every exit path."""
     seen = Recorded()
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def record(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            seen.inputs.setdefault(name, []).append(arguments[0])
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+        def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            seen.inputs.setdefault(name, []).append(first_argument(arguments, named))
             seen.outputs.setdefault(name, []).append(output)
             return output.clone()  # a following in-place operation must not reach what is recorded
 
         return record
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield seen
     finally:
@@ -198,8 +199,12 @@ def squared_gradients(
             part = slice(start, start + chunk_size)
             chunk = (inputs[part], targets[part], factors[part])
             if start == 0 and owners:
-                few = (chunk[0][:TRIED], chunk[1][:TRIED], chunk[2][:TRIED])
-                owners = _trustworthy(model, owners, few, losses)
+                # With one sample less too: where there are as many tokens as samples, a layer that is given tokens
+                # first looks like one that is given samples first.
+                most = min(TRIED, len(chunk[0]))
+                for count in range(most, max(most - 2, 0), -1):
+                    few = (chunk[0][:count], chunk[1][:count], chunk[2][:count])
+                    owners = _trustworthy(model, owners, few, losses)
             for name, (_, squares) in _by_rule(model, owners, chunk, losses, totals=False).items():
                 sums[name] += squares
             others = [name for name in names if name not in owners]

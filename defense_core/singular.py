@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from defense_core.calls import once_per_sample
 from defense_core.layer_gradients import plain_convolution
 from defense_core.layers import CONVOLUTIONS, own_parameters
 from defense_core.per_sample import Losses, recorded, samples_apart
@@ -183,11 +184,8 @@ def ruled_layers(
         layer.path: layer for layer in layers if layer.part == "weight" and _has_rule(model.get_submodule(layer.path))
     }
     modules = {path: model.get_submodule(path) for path in candidates}
-    with samples_apart(model), recorded(modules) as seen, torch.no_grad():
-        model(inputs)
-    once = [
-        candidates[path] for path, calls in seen.outputs.items() if len(calls) == 1 and len(calls[0]) == len(inputs)
-    ]
+    with samples_apart(model):
+        once = [candidates[path] for path in once_per_sample(model, modules, inputs)]
     if not once:
         return []
     rows = shift_gradients(model, once, inputs, targets, losses=losses)

@@ -92,7 +92,12 @@ def purify(
     original = working_copy(model, device)
     reference = select_accuracy(original)
     layers = unit_layers(original)
-    norms = following_norms(original, channels_last(task.inputs(clean.fit.images[:2].to(device))))
+    followed = following_norms(original, channels_last(task.inputs(clean.fit.images[:2].to(device))))
+    norms = {
+        layer.name: followed[layer.name]
+        for layer in layers
+        if layer.name in followed and _by_unit(original.get_submodule(followed[layer.name]), layer)
+    }
     bounds = [
         channel_bounds(layer, original.get_submodule(n) if (n := norms.get(layer.name)) else None) for layer in layers
     ]
@@ -134,13 +139,22 @@ def outlying(bounds: Tensor, u: float) -> Tensor:
     return bounds > bounds.mean() + u * bounds.std(correction=0)
 
 
+def _by_unit(norm: nn.Module, layer: UnitLayer) -> bool:
+    """Whether the norm is BatchNorm or has one scale for each unit: not LayerNorm over (C, H, W)."""
+    scale = getattr(norm, "weight", None)
+    return isinstance(norm, _BatchNorm) or (isinstance(scale, Tensor) and scale.shape == layer.weight.shape[:1])
+
+
 @torch.no_grad()
 def _cut(model: nn.Module, name: str, norm: str | None, selected: Tensor) -> None:
-    """Zero the scale and shift behind the selected units, or the units where no norm follows."""
-    owner = model.get_submodule(norm if norm is not None else name.rpartition(".")[0])
-    parts = (name.rpartition(".")[2], "bias") if norm is None else ("weight", "bias")
-    for part in parts:
-        tensor = getattr(owner, part, None)
+    """Zero the scale and shift behind the selected units, or the units, and their mean, where there is no scale."""
+    path, _, part = name.rpartition(".")
+    own = model.get_submodule(path)
+    units = [getattr(own, part), getattr(own, "bias", None)]
+    if norm is not None:
+        behind = model.get_submodule(norm)
+        units = [*units, behind.running_mean] if behind.weight is None else [behind.weight, behind.bias]
+    for tensor in units:
         if tensor is not None and len(tensor) == len(selected):
             tensor[selected] = 0.0
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from defense_core.calls import used_head
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.inference import accuracy, channels_last
@@ -61,7 +62,7 @@ def purify(
     """Cut dormant classifier inputs, then fine-tune. ``facts`` adds ``share`` and its ``trials``.
 
     Raises:
-        ConfigError: the network does not end in a linear layer.
+        MethodNotApplicable: the network does not end in a linear layer that is given one vector a sample.
         MethodDiverged: a loss or weight became NaN or Inf.
         Cancelled: a stop was requested.
     """
@@ -70,7 +71,7 @@ def purify(
         return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
 
     pruned = working_copy(model, device)
-    head = linear_head(pruned, method="fine-pruning")
+    head = used_head(pruned, channels_last(task.inputs(clean.fit.images[:2].to(device))), method="fine-pruning")
     reference = select_accuracy(pruned)
     order = mean_inputs(pruned, head, clean.fit, task=task, device=device).argsort(stable=True)
     weight = head.weight.detach().clone()

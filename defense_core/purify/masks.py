@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from defense_core.errors import MethodNotApplicable
-from defense_core.layers import classifier_head, evaluating, unit_layers
+from defense_core.layers import classifier_head, evaluating, first_argument, unit_layers
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 Sites = Literal["norm", "auto", "all"]
@@ -109,15 +109,17 @@ def following_norms(model: nn.Module, inputs: Tensor) -> dict[str, str]:
         return lambda module, arguments, output: made.append((f"{name}.weight", output))
 
     def compare(norm: str) -> Any:
-        return lambda module, arguments: followed.update(
-            {name: norm for name, output in made if output is arguments[0] and name not in followed}
-        )
+        def of_input(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = first_argument(arguments, named)
+            followed.update({name: norm for name, output in made if output is given and name not in followed})
+
+        return of_input
 
     handles = []
     try:
         for name, module in model.named_modules():
             if isinstance(module, NORMS):
-                handles.append(module.register_forward_pre_hook(compare(name)))
+                handles.append(module.register_forward_pre_hook(compare(name), with_kwargs=True))
             elif getattr(module, "weight", None) is not None and module is not head:
                 handles.append(module.register_forward_hook(remember(name)))
         with evaluating(model):

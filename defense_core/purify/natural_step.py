@@ -12,34 +12,54 @@ import torch
 from torch import Tensor
 
 
-def sample_weights(gram: Tensor, *, damping: float) -> Tensor:
+class Damping:
+    """How much is added to F's diagonal: a multiple of the mean of F's nonzero eigenvalues.
+
+    Not less than at the first batch. As the loss goes to 0 so does F, and steps that were damped by F alone would grow
+    without bound.
+
+    Args:
+        relative: the multiple, positive.
+
+    Attributes:
+        first: the first batch's mean eigenvalue, float64 scalar on the CPU, 0 before it; what a checkpoint keeps.
+    """
+
+    def __init__(self, relative: float) -> None:
+        self.relative = relative
+        self.first = torch.zeros((), dtype=torch.float64)
+
+    def ridge(self, trace: Tensor, rank: int) -> Tensor:
+        """What is added to a matrix of this trace and rank: float64 scalar, never quite 0."""
+        mean = trace.detach().double() / rank
+        if not self.first:
+            self.first.copy_(mean)
+        return self.relative * torch.maximum(mean, self.first.to(mean.device)) + 1e-12
+
+
+def sample_weights(gram: Tensor, *, damping: Damping) -> Tensor:
     """Weights ``a`` with which sample gradients add up to the natural step: ``step = sum_n a_n g_n``.
 
     Args:
         gram: ``G G^T``, (N, N).
-        damping: relative to the mean of F's N leading eigenvalues, ``tr(G G^T) / N^2``.
+        damping: of F's N leading eigenvalues, whose mean is ``tr(G G^T) / N^2``.
 
     Returns:
         (N,), ``(1/N) (G G^T / N + damping I)^-1 1``, dtype of ``gram``.
     """
     count = len(gram)
     scaled = gram.double() / count
-    ridge = absolute_damping(scaled.diagonal().sum(), count, damping)
+    ridge = damping.ridge(scaled.diagonal().sum(), count)
     matrix = scaled + ridge * torch.eye(count, dtype=torch.float64, device=gram.device)
     ones = torch.ones(count, 1, dtype=torch.float64, device=gram.device)
     return (torch.cholesky_solve(ones, torch.linalg.cholesky(matrix)).squeeze(1) / count).to(gram)
-
-
-def absolute_damping(trace: Tensor, rank: int, relative: float) -> Tensor:
-    """``relative`` times the mean nonzero eigenvalue, and never quite 0."""
-    return relative * trace.double() / rank + 1e-12
 
 
 def head_step(
     features: Tensor,
     errors: Tensor,
     *,
-    damping: float,
+    damping: Damping,
     curvature: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -52,7 +72,7 @@ def head_step(
     Args:
         features: H, (N, D), a last column of ones where the classifier has a bias.
         errors: E, (N, K): gradient of each sample's loss at the logits.
-        damping: relative; see :func:`sample_weights`.
+        damping: as for :func:`sample_weights`.
         curvature: C, (K, D), 0 or more.
         residual: (K, D), the regulariser's gradient; given with ``curvature``.
 
@@ -64,7 +84,7 @@ def head_step(
     if curvature is None or residual is None:
         return (E * sample_weights(gram, damping=damping).unsqueeze(1)).T @ H
     count = len(H)
-    ridge = absolute_damping(gram.diagonal().sum() / count, count, damping)
+    ridge = damping.ridge(gram.diagonal().sum() / count, count)
     inverse = 1 / (curvature.double() + ridge)
     matrix = count * torch.eye(count, dtype=torch.float64, device=H.device)
     for column, weights in zip(E.T, inverse, strict=True):
@@ -79,7 +99,7 @@ def true_head_step(
     probabilities: Tensor,
     gradient: Tensor,
     *,
-    damping: float,
+    damping: Damping,
     curvature: Tensor | None = None,
     iterations: int = 50,
 ) -> Tensor:
@@ -92,7 +112,7 @@ def true_head_step(
         features: H, (N, D).
         probabilities: softmax outputs, (N, K).
         gradient: (K, D), any right-hand side.
-        damping: relative to ``tr F / min(N K, D K)``.
+        damping: of the mean eigenvalue ``tr F / min(N K, D K)``.
         curvature: (K, D), added to F; see :func:`head_step`.
         iterations: at most so many products; ends at a relative residual of 1e-10.
 
@@ -102,7 +122,7 @@ def true_head_step(
     H, p, right = features.double(), probabilities.double(), gradient.double()
     count = len(H)
     trace = ((p * (1 - p)).sum(1) * H.square().sum(1)).sum() / count
-    ridge = absolute_damping(trace, min(count * p.shape[1], right.numel()), damping)
+    ridge = damping.ridge(trace, min(count * p.shape[1], right.numel()))
 
     diagonal = ridge if curvature is None else ridge + curvature.double()
 

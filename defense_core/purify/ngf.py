@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from defense_core.calls import used_head
 from defense_core.data import Splits
 from defense_core.inference import accuracy
-from defense_core.layers import linear_head, unit_layers
+from defense_core.layers import unit_layers
 from defense_core.loop import HistoryRow, finished, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.choice import chooser, expected_drop, strongest_expected
 from defense_core.purify.ngf_block import last_layers, tune_block
 from defense_core.purify.ngf_head import tune_on_features
-from defense_core.purify.ngf_run import NAME, NGFConfig, Run
+from defense_core.purify.ngf_run import NAME, NGFConfig, Run, few_inputs
 from defense_core.purify.unlearning import close_most_moved, closed_weights
 from defense_core.purify.zeroing import zero
 from defense_core.task import Task
@@ -57,8 +58,8 @@ def purify(
         Cancelled: a stop was requested.
     """
     tuned = working_copy(model, device)
-    linear_head(tuned, method=NAME)
     run = Run(clean.fit.to(device), config, task, seed, device, progress)
+    used_head(tuned, few_inputs(run), method=NAME)
     if config.part == "block":
         tuned, history, facts = _choose_layers(tuned, clean, run)
     elif config.part in ("masked", "masked_block") and config.epochs:

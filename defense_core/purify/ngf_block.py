@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from defense_core.calls import once_per_sample
 from defense_core.errors import MethodNotApplicable
 from defense_core.inference import channels_last
 from defense_core.layer_gradients import has_rule, layer_gradients
 from defense_core.layers import evaluating, linear_head, unit_layers
 from defense_core.loop import HistoryRow, seeded
 from defense_core.per_sample import recorded
-from defense_core.purify.natural_step import sample_weights
-from defense_core.purify.ngf_run import NAME, Run, passes, require_finite
+from defense_core.purify.natural_step import Damping, sample_weights
+from defense_core.purify.ngf_run import NAME, Run, few_inputs, passes, require_finite
 from defense_core.purify.statistics import renew_statistics
 
 
@@ -25,9 +26,8 @@ def last_layers(model: nn.Module, run: Run) -> list[str]:
     names = [layer.name.removesuffix(".weight") for layer in unit_layers(model, scope="all")]
     hidden = {name: modules[name] for name in names if name in modules and has_rule(modules[name])}
     head = linear_head(model, method=NAME)
-    with recorded(hidden) as seen, evaluating(model), torch.no_grad():
-        model(channels_last(run.task.inputs(run.data.images[:2])))
-    once = [name for name in hidden if len(seen.outputs.get(name, ())) == 1]
+    called = once_per_sample(model, hidden, few_inputs(run))
+    once = [name for name in hidden if name in called]
     if not once:
         raise MethodNotApplicable(
             "there is no hidden layer to tune",
@@ -66,7 +66,7 @@ def tune_block(model: nn.Module, names: list[str], run: Run) -> list[HistoryRow]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = [p.requires_grad_() for module in chosen.values() for p in module.parameters(recurse=False)]
-    generator = torch.Generator().manual_seed(run.seed)
+    generator, damping = torch.Generator().manual_seed(run.seed), Damping(config.damping)
 
     def step(batch: Tensor, epoch: int, rate: float) -> Tensor:
         images = run.task.augmented(run.data.images[batch], generator)
@@ -79,7 +79,8 @@ def tune_block(model: nn.Module, names: list[str], run: Run) -> list[HistoryRow]
         for (name, module), slope in zip(chosen.items(), slopes, strict=True):
             for part, _ in module.named_parameters(recurse=False):
                 gram += _gram(module, part, seen.inputs[name][0].detach(), slope)
-        weights = _weights(gram, losses, config.damping)
+        require_finite(losses)
+        weights = sample_weights(gram.detach(), damping=damping)
         # sum_n a_n g_n, without keeping any g_n: the gradient of the weighted losses.
         for parameter, gradient in zip(
             parameters, torch.autograd.grad((weights * losses).sum(), parameters), strict=True
@@ -88,7 +89,12 @@ def tune_block(model: nn.Module, names: list[str], run: Run) -> list[HistoryRow]
         return losses.detach()
 
     changed = {f"layer.{index}": parameter for index, parameter in enumerate(parameters)}
-    return passes(run, f"natural block of {len(names) - 1}", step, kept={**changed, "augmentation": generator})
+    return passes(
+        run,
+        f"natural block of {len(names) - 1}",
+        step,
+        kept={**changed, "augmentation": generator, "damping": damping.first},
+    )
 
 
 def _gram(module: nn.Module, part: str, inputs: Tensor, slope: Tensor) -> Tensor:
@@ -109,8 +115,3 @@ def _norms(model: nn.Module, run: Run) -> dict[str, Tensor]:
     with recorded(norms) as seen, evaluating(model), torch.no_grad():
         model(channels_last(run.task.inputs(run.data.images[:2])))
     return {name: torch.cat([each.flatten() for each in inputs]) for name, inputs in seen.inputs.items()}
-
-
-def _weights(gram: Tensor, losses: Tensor, damping: float) -> Tensor:
-    require_finite(losses)
-    return sample_weights(gram.detach(), damping=damping)

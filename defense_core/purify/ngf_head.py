@@ -10,7 +10,7 @@ from defense_core.inference import autocast, channels_last
 from defense_core.layers import evaluating, linear_head
 from defense_core.loop import HistoryRow
 from defense_core.per_sample import recorded
-from defense_core.purify.natural_step import head_step, sample_weights, true_head_step
+from defense_core.purify.natural_step import Damping, head_step, sample_weights, true_head_step
 from defense_core.purify.ngf_run import NAME, Run, passes, require_finite
 from defense_core.task import Task
 
@@ -46,17 +46,18 @@ def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
     theta = torch.zeros_like(start) if config.part == "fresh_head" else start.clone()
     mask = torch.ones(head.in_features, dtype=torch.float64, device=start.device)
     held, begun = torch.zeros_like(start), torch.zeros((), dtype=torch.bool)
+    damping, bias = Damping(config.damping), 0.0 if head.bias is None else 1.0
 
     def logits(H: Tensor) -> Tensor:
         return (H * F.pad(mask, (0, 1), value=1.0)) @ theta.T
 
     def step(batch: Tensor, view: Tensor, rate: float) -> Tensor:
-        H = F.pad(view[batch], (0, 1), value=1.0)
+        H = F.pad(view[batch], (0, 1), value=bias)
         losses, E = _errors(logits(H), run.data.labels[batch], run.task)
         require_finite(losses)
         if config.part == "feature_mask":
             rows = H[:, :-1] * (E @ theta[:, :-1])
-            mask.sub_(rate * rows.T @ sample_weights(rows @ rows.T, damping=config.damping)).clamp_(0, 1)
+            mask.sub_(rate * rows.T @ sample_weights(rows @ rows.T, damping=damping)).clamp_(0, 1)
             return losses
         if not begun:  # at the first step: the classifier that came in
             held.copy_((config.eta if held_back else 0.0) * E.square().T @ H.square() / len(H))
@@ -64,11 +65,11 @@ def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
         residual = held * (theta - start)
         if config.fisher == "true":
             right = E.T @ H / len(H) + residual
-            move = true_head_step(H, logits(H).softmax(1), right, damping=config.damping, curvature=held)
+            move = true_head_step(H, logits(H).softmax(1), right, damping=damping, curvature=held)
         elif held_back:
-            move = head_step(H, E, damping=config.damping, curvature=held, residual=residual)
+            move = head_step(H, E, damping=damping, curvature=held, residual=residual)
         else:
-            move = head_step(H, E, damping=config.damping)
+            move = head_step(H, E, damping=damping)
         theta.sub_(rate * move)
         return losses
 
@@ -76,7 +77,7 @@ def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
         run,
         f"natural {config.part}",
         lambda b, e, r: step(b, views[e % len(views)], r),
-        kept={"theta": theta, "mask": mask, "held": held, "begun": begun},
+        kept={"theta": theta, "mask": mask, "held": held, "begun": begun, "damping": damping.first},
     )
     with torch.no_grad():
         head.weight.copy_(theta[:, :-1] * mask)

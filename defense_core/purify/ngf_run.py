@@ -13,7 +13,7 @@ from defense_core.config import require
 from defense_core.course import Course, Kept, random_state
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
-from defense_core.inference import Precision
+from defense_core.inference import Precision, channels_last
 from defense_core.loop import HistoryRow, epochs_for, in_batches, require_float32
 from defense_core.progress import Progress
 from defense_core.purify.unlearning import require_closing
@@ -114,6 +114,12 @@ class Run:
         """Passes over the fit split."""
         config = self.config
         return epochs_for(len(self.data), config.epochs, config.min_steps, config.batch_size)
+
+
+def few_inputs(run: Run) -> Tensor:
+    """Two samples as the network takes them: what its layers are called on is found with these."""
+    images = run.data.images[:2]
+    return channels_last(run.task.inputs(images if len(images) == 2 else images.expand(2, -1, -1, -1)))
 
 
 def diverged(got: str) -> MethodDiverged:

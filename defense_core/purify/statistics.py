@@ -37,6 +37,8 @@ def renew_statistics(
         layer.reset_running_stats()
         layer.momentum = None  # the plain mean over batches
     model.train()
+    for layer in layers:
+        layer.training = True  # also where the network's own train() keeps them in eval mode
     data = data.to(device)
     generator = torch.Generator().manual_seed(seed)
     batches = batch_indices(len(data), batch_size, generator)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defense_core.purify.natural_step import absolute_damping, head_step, sample_weights, true_head_step
+from defense_core.purify.natural_step import Damping, head_step, sample_weights, true_head_step
 from defense_core.purify.ngf_block import _gram
 
 
@@ -35,11 +35,11 @@ def test_gram_identity_equals_the_dense_solve(count: int, damping: float) -> Non
     H, _, E = problem(count)
     gradients = [torch.outer(e, h) for e, h in zip(E, H, strict=True)]
     fisher = dense(gradients)
-    ridge = absolute_damping(fisher.trace(), count, damping)
+    ridge = Damping(damping).ridge(fisher.trace(), count)
     mean = torch.stack(gradients).mean(0)
     identity = torch.eye(len(fisher), dtype=torch.float64)
     expected = torch.linalg.solve(fisher + ridge * identity, mean.flatten()).view_as(mean)
-    torch.testing.assert_close(head_step(H, E, damping=damping), expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(head_step(H, E, damping=Damping(damping)), expected, atol=1e-9, rtol=1e-9)
 
 
 def test_gram_identity_with_a_regulariser() -> None:
@@ -49,27 +49,27 @@ def test_gram_identity_with_a_regulariser() -> None:
     residual = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     gradients = [torch.outer(e, h) for e, h in zip(E, H, strict=True)]
     fisher = dense(gradients)
-    ridge = absolute_damping(fisher.trace(), len(H), 0.1)
+    ridge = Damping(0.1).ridge(fisher.trace(), len(H))
     right = torch.stack(gradients).mean(0) + residual
     matrix = fisher + torch.diag(curvature.flatten()) + ridge * torch.eye(len(fisher), dtype=torch.float64)
     expected = torch.linalg.solve(matrix, right.flatten()).view_as(right)
-    got = head_step(H, E, damping=0.1, curvature=curvature, residual=residual)
+    got = head_step(H, E, damping=Damping(0.1), curvature=curvature, residual=residual)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_regulariser_of_no_weight_changes_nothing() -> None:
     H, _, E = problem()
     zeros = torch.zeros(3, 6, dtype=torch.float64)
-    with_it = head_step(H, E, damping=0.1, curvature=zeros, residual=zeros)
-    torch.testing.assert_close(with_it, head_step(H, E, damping=0.1), atol=1e-10, rtol=1e-8)
+    with_it = head_step(H, E, damping=Damping(0.1), curvature=zeros, residual=zeros)
+    torch.testing.assert_close(with_it, head_step(H, E, damping=Damping(0.1)), atol=1e-10, rtol=1e-8)
 
 
 def test_sample_weights_of_any_gradients() -> None:
     generator = torch.Generator().manual_seed(2)
     G = torch.randn(9, 30, generator=generator, dtype=torch.float64)
-    weights = sample_weights(G @ G.T, damping=0.01)
+    weights = sample_weights(G @ G.T, damping=Damping(0.01))
     fisher = dense(list(G))
-    ridge = absolute_damping(fisher.trace(), 9, 0.01)
+    ridge = Damping(0.01).ridge(fisher.trace(), 9)
     expected = torch.linalg.solve(fisher + ridge * torch.eye(30, dtype=torch.float64), G.mean(0))
     torch.testing.assert_close(G.T @ weights, expected, atol=1e-9, rtol=1e-9)
 
@@ -97,23 +97,39 @@ def test_conjugate_gradients_solve_the_true_fisher(regularised: bool) -> None:
             fisher += p[row, label] * torch.outer(gradient, gradient) / count
     right = E.T @ H / count
     curvature = torch.full((3, 6), 0.3, dtype=torch.float64) if regularised else None
-    ridge = absolute_damping(fisher.trace(), min(count * classes, right.numel()), 0.1)
+    ridge = Damping(0.1).ridge(fisher.trace(), min(count * classes, right.numel()))
     added = 0.3 if regularised else 0.0
     identity = torch.eye(len(fisher), dtype=torch.float64)
     expected = torch.linalg.solve(fisher + (ridge + added) * identity, right.flatten()).view_as(right)
-    got = true_head_step(H, p, right, damping=0.1, curvature=curvature)
+    got = true_head_step(H, p, right, damping=Damping(0.1), curvature=curvature)
     torch.testing.assert_close(got, expected, atol=1e-8, rtol=1e-7)
 
 
 def test_no_gradient_no_step() -> None:
     H, p, _ = problem()
     nothing = torch.zeros(3, 6, dtype=torch.float64)
-    assert not true_head_step(H, p, nothing, damping=0.1).any()
-    assert not head_step(H, torch.zeros_like(p), damping=0.1).any()
+    assert not true_head_step(H, p, nothing, damping=Damping(0.1)).any()
+    assert not head_step(H, torch.zeros_like(p), damping=Damping(0.1)).any()
 
 
 def test_large_damping_is_plain_gradient_descent() -> None:
     H, _, E = problem()
-    step = head_step(H, E, damping=1e9)
+    step = head_step(H, E, damping=Damping(1e9))
     gradient = E.T @ H / len(H)
     torch.testing.assert_close(step / step.norm(), gradient / gradient.norm(), atol=1e-7, rtol=1e-7)
+
+
+def test_damping_never_falls_below_the_first_batchs() -> None:
+    damping = Damping(0.1)
+    assert float(damping.ridge(torch.tensor(8.0), 4)) == pytest.approx(0.2)
+    assert float(damping.ridge(torch.tensor(1e-9), 4)) == pytest.approx(0.2)
+    assert float(damping.ridge(torch.tensor(80.0), 4)) == pytest.approx(2.0)
+    assert float(damping.first) == 2.0
+
+
+def test_steps_do_not_grow_where_the_loss_vanishes() -> None:
+    H, _, E = problem()
+    damping = Damping(0.1)
+    first = head_step(H, E, damping=damping).norm()
+    assert head_step(H, E * 1e-6, damping=damping).norm() < 1e-4 * first
+    assert head_step(H, E * 1e-6, damping=Damping(0.1)).norm() > 1e4 * first
