@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.markdown import Rows
 from benchmarks.presets import PRESETS, Setting, recipe_of
 from benchmarks.purification import Case, clean_splits, completed, figures, group_of, jobs, key_of
-from benchmarks.purification_tables import MEANS, Table, means
+from benchmarks.purification_tables import MEANS, Table, means, selected
 from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import load_cifar10, victim
 from defense_core import config
@@ -56,8 +56,8 @@ def comparison(masked: Rows, others: Rows) -> Table:
     compared: dict[str, Rows] = {
         "`masked_block`, the default": [row for row in usual if row["method"] == "ngf"],
         "`masked`": fast,
-        "selected, with the default": [row for row in completed(usual) if row["selected"]],
-        "selected, with `masked`": [row for row in completed(swapped) if row["selected"]],
+        "selected, with the default": selected(completed(usual)),
+        "selected, with `masked`": selected(completed(swapped)),
     }
     return ("what", *MEANS), [[what, *means(rows)] for what, rows in compared.items() if rows]
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from benchmarks.presets import ATTACKS, ONE_PER_CLASS, PRESETS, tiny
 from benchmarks.purification import CANDIDATES, completed, jobs, run
+from benchmarks.purification_tables import selected
 from defense_core.purify import METHODS
 
 
@@ -101,3 +102,15 @@ def test_the_choice_sees_no_attack_figure() -> None:
 def test_the_choice_is_among_all_methods_but_the_control_and_those_of_others() -> None:
     others = {"ft_sam", "fine_pruning", "anp", "clp"}
     assert set(CANDIDATES) == {name for name, method in METHODS.items() if not method.control} - others
+
+
+def test_the_selected_costs_what_all_that_it_was_chosen_among_cost() -> None:
+    key = {"seed": 0, "clean_fraction": 0.05, "architecture": "x"}
+    costs = [
+        ("a", "tsbd", 3.0, True),
+        ("a", "fip", 5.0, False),
+        ("a", "fine_tuning", 7.0, False),
+        ("b", "fip", 2.0, True),
+    ]
+    rows = [{**key, "attack": a, "method": m, "seconds": s, "selected": chosen} for a, m, s, chosen in costs]
+    assert [(row["method"], row["seconds"]) for row in selected(rows)] == [("tsbd", 8.0), ("fip", 2.0)]
