@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from defense_core.errors import OutputExists, StorageError
+from defense_core.errors import OutputExists, QuarantineError, StorageError
 
 CHUNK_BYTES = 1 << 20
 
@@ -28,6 +28,25 @@ def sha256_file(path: Path) -> str:
     """``"sha256:<hex>"`` of the file at ``path``, read in 1 MiB pieces."""
     with open(path, "rb") as stream:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def reading(path: object, kind: type[QuarantineError], expected: str) -> Iterator[None]:
+    """OSError of looking at, opening or reading ``path`` as the typed error ``kind``.
+
+    ``exists`` and ``is_dir`` raise too: where a folder on the way may not be entered, or a name is too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else None
+        where = "" if named is None or named == str(path) else f" ({named})"
+        raise kind(
+            f"{path} cannot be read",
+            expected=expected,
+            got=f"{error.strerror or error}{where}",
+            hint="Check the path, and what this account may read",
+        ) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -85,7 +104,9 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         StorageError: the disk is full, or the parent folder cannot be written.
     """
     path = Path(path)
-    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    with _storage_errors(path):
+        in_use = not replace and path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if in_use:
         raise OutputExists(
             f"output folder {path} is in use",
             expected="a new or empty folder",

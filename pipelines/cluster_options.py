@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 
+from components._runtime.addresses import split_address
 from components._runtime.plan import Loading, Plan, RunSettings, run_settings
 from defense_core.errors import ConfigError
 from pipelines import options as o
@@ -191,7 +191,7 @@ def _require_settings(plan: Plan) -> None:
 
 def require_reachable(name: str, address: str, schemes: tuple[str, ...]) -> None:
     """Raise ConfigError for an address that only this machine knows."""
-    if urlsplit(address).scheme not in schemes:
+    if split_address(address).scheme not in schemes:
         raise ConfigError(
             f"{name} is not reachable from a cluster",
             expected=" or ".join(f"{scheme}:{'//' if scheme == 's3' else '/'}…" for scheme in schemes),

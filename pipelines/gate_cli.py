@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from defense_core.errors import ConfigError, PolicyError
+from defense_core.errors import ConfigError, PolicyError, StorageError
+from defense_core.files import reading
 from defense_core.verdict import Verdict
 from pipelines import options as o
 from pipelines import panels
@@ -84,7 +85,9 @@ def approve(
     from pipelines.console import out as console
     from pipelines.console import print_json
 
-    if out.exists():
+    with reading(out, StorageError, "a new file in a folder that may be written"):
+        taken = out.exists()
+    if taken:
         raise ConfigError(f"{out} exists", expected="a new file", got="a file", hint="An approval is never changed")
     for option, value in (("--identity", identity), ("--reason", reason)):
         if not value.strip():

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from components._runtime.addresses import split_address
 from components._runtime.environment import local_environment
 from components._runtime.evidence import PROMOTION, REPORT_PAGE
 from components._runtime.outcome import RunOutcome, outcome_of
@@ -38,8 +38,8 @@ from components._runtime.signing_keys import (
 from components._runtime.step import STEP_LINE, failure_record, interruptible
 from components._runtime.store import EvidenceStore, open_store
 from components.report.step import report_run
-from defense_core.errors import Cancelled, ConfigError, OutputExists, QuarantineError
-from defense_core.files import write_atomic
+from defense_core.errors import Cancelled, ConfigError, OutputExists, QuarantineError, StorageError
+from defense_core.files import reading, write_atomic
 
 STOP_GRACE_S = 20.0
 """Time for the steps to record why they stopped, before they are killed."""
@@ -127,7 +127,9 @@ def run_local(
     key = load_signing_key(signing_key) if signing_key is not None else signing_key_from_environment()
     _require_trusted(key)
     folder, root = work / EVIDENCE_FOLDER / name, work / "artifacts" / name
-    if folder.exists() or root.exists():
+    with reading(work, StorageError, "a writable folder"):
+        taken = folder.exists() or root.exists()
+    if taken:
         raise OutputExists(
             f"{work} holds a run called {name}", expected="a new name", hint="Name the run otherwise, or not at all"
         )
@@ -164,7 +166,7 @@ def run_local(
 
 def _reached(address: str) -> str:
     """``address`` as the steps, which run in another folder, reach it."""
-    return str(Path(address).absolute()) if address and not urlsplit(address).scheme else address
+    return str(Path(address).absolute()) if address and not split_address(address).scheme else address
 
 
 def _require_trusted(key: SigningKey | None) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from components._runtime.plan import MAX_SEED
 from defense_core.errors import ConfigError
+from defense_core.files import reading
 from defense_core.limits import LoadLimits
 from pipelines.yaml_files import parse_yaml, read_mapping, read_yaml
 
@@ -160,9 +161,11 @@ def read_policy(name: str, beside: Path = Path()) -> dict[str, Any]:
         ConfigError: there is none, or it cannot be read.
     """
     shipped = POLICIES / f"{name}.yaml"
-    if "/" not in name and shipped.is_file():
+    with reading(name, ConfigError, "the name of a shipped policy, or a policy file"):
+        is_shipped, is_there = "/" not in name and shipped.is_file(), (beside / name).exists()
+    if is_shipped:
         return read_mapping(shipped)
-    if not (beside / name).exists():
+    if not is_there:
         known = ", ".join(sorted(path.stem for path in POLICIES.glob("*.yaml")))
         raise ConfigError(f"there is no policy {name}", expected=f"{known}, or a policy file", got=repr(name)[:160])
     return read_mapping(beside / name)

@@ -11,10 +11,9 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
+from components._runtime.addresses import local_path, split_address
 from defense_core.checkpoints import NO_CHECKPOINTS, Checkpoints
 from defense_core.errors import ConfigError, QuarantineError, SourceNotFound
 
@@ -92,11 +91,10 @@ def step_checkpoints(root: str, environment: Mapping[str, str] | None = None) ->
 
 def files_below(address: str) -> CheckpointFiles:
     """The files of one piece of work in the folder or under the prefix ``address``. Raises ConfigError."""
-    parts = urlsplit(address)
-    if parts.scheme != "s3":
+    if split_address(address).scheme != "s3":
         from defense_core.stored_checkpoints import CheckpointFolder
 
-        return CheckpointFolder(Path(unquote(parts.path)) if parts.scheme == "file" else Path(address))
+        return CheckpointFolder(local_path(address))
     # boto3 is imported only where records lie in S3.
     from components._runtime.s3_connection import S3Settings, parse_s3_uri
 

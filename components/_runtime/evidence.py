@@ -17,7 +17,7 @@ from defense_core import __version__
 from defense_core.config import canonical_json, to_mapping
 from defense_core.errors import EvidenceMismatch, EvidenceMissing
 from defense_core.evidence import EVIDENCE_SCHEMA
-from defense_core.files import write_atomic
+from defense_core.files import reading, write_atomic
 from defense_core.verdict import Finding, Verdict
 
 DECISION, POLICY = "decision.json", "policy.json"
@@ -112,10 +112,10 @@ def read_evidence(path: Path) -> dict[str, Any]:
         EvidenceMissing: there is no such file.
         EvidenceMismatch: it is not readable, or of another schema.
     """
-    try:
+    with reading(path, EvidenceMismatch, "a readable file"):
+        if not Path(path).exists():
+            raise EvidenceMissing(f"evidence {path} is missing", hint="Run the step that writes it")
         data = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise EvidenceMissing(f"evidence {path} is missing", hint="Run the step that writes it") from error
     return parse_evidence(data, str(path))
 
 

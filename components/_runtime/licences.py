@@ -26,6 +26,7 @@ MAX_FRONT_MATTER_BYTES = 16 << 10
 # Brackets in brackets cost the YAML reader the square of their number.
 _MAX_BRACKETS = 256
 _UNREADABLE = "unreadable front matter"
+_CANNOT_BE_READ = "cannot be read"
 # Taken apart without a pattern for what follows: one that tries where the blanks end takes the cube of their number.
 _TAG = re.compile(r"SPDX-License-Identifier:([^\n]*)")
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
@@ -39,7 +40,7 @@ class Claim:
 
     Attributes:
         where: ``the operator``, the name of a file beside the model, or ``safetensors metadata``.
-        stated: its text.
+        stated: its text, or that it cannot be read.
         licence: that as an SPDX expression; ``None``: it is none.
         sha256: digest of what was read of the file beside the model; ``None`` where it is no such file.
     """
@@ -80,6 +81,8 @@ def licence_of(declared: str, artifact: Path, companions: Sequence[Path] = ()) -
     unreadable = [claim for claim in claims if claim.licence is None]
     if not claims:
         why = "nothing states a licence"
+    elif unreadable and unreadable[0].stated.startswith(_CANNOT_BE_READ):
+        why = f"{unreadable[0].where} {unreadable[0].stated}"
     elif unreadable:
         why = f"{unreadable[0].where} says {unreadable[0].stated!r}, which is no SPDX expression"
     elif len(named) > 1:
@@ -100,8 +103,12 @@ def _carried(artifact: Path) -> Iterator[Claim]:
 
 
 def _beside(path: Path) -> Iterator[Claim]:
-    with open(path, "rb") as stream:
-        data = stream.read(MAX_BYTES)
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_BYTES)
+    except OSError as error:
+        yield Claim(path.name, f"{_CANNOT_BE_READ}: {error.strerror}", None)
+        return
     content = data.decode("utf-8", "replace").replace("\r\n", "\n")
     stated = _front_matter_field(content) if path.name == "README.md" else list(_tagged(content))
     for each in dict.fromkeys(stated):

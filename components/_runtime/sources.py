@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
 
+from components._runtime.addresses import local_path, split_address
+from components._runtime.copies import copy_of
 from defense_core.errors import (
-    ArtifactTooLarge,
     ConfigError,
     DigestMismatch,
+    SourceError,
     SourceNotFound,
-    StorageError,
-    UnsafeArtifact,
 )
-from defense_core.files import sha256_file
+from defense_core.files import reading, sha256_file
 from defense_core.progress import Progress
 
 MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pt2")
@@ -51,22 +49,23 @@ def acquire(uri: str, folder: Path, *, max_bytes: int, sha256: str = "", progres
     Args:
         uri: ``s3://bucket/key[?versionId=…]``, ``models:/name/3``, ``models:/name@alias``,
             ``file:///path`` or a path.
-        max_bytes: refused before the transfer if it is larger.
+        max_bytes: refused before the transfer if it is larger, and during it if it grows.
         sha256: the digest that it must have; empty: whatever it has.
 
     Raises:
         SourceNotFound, AccessDenied, ArtifactTooLarge, DigestMismatch, TransferFailed: see each.
+        SourceError: a path that this account may not look at, or that no file can have.
+        UnsafeArtifact: a path that is neither a file nor a folder, or a folder that holds a link or such a thing.
         RegistryUnavailable: MLflow does not answer.
-        ConfigError: an address of another kind.
+        ConfigError: an address of another kind, or a malformed one.
     """
-    scheme = urlsplit(uri).scheme
+    scheme = split_address(uri).scheme
     if scheme == "s3":
         found = _from_s3(uri, folder, max_bytes, sha256, progress)
     elif scheme == "models":
         found = _from_registry(uri, folder, max_bytes)
     elif scheme == "file" or "://" not in uri:
-        path = Path(unquote(urlsplit(uri).path)) if scheme == "file" else Path(uri)
-        found = _from_path(path, folder, max_bytes)
+        found = _from_path(local_path(uri), folder, max_bytes)
     else:
         raise ConfigError("address is not usable", expected="s3://, models:/, file:// or a path", got=_plain(uri))
     if sha256 and found.sha256 != sha256:
@@ -121,27 +120,13 @@ def _model_within(folder: Path, what: str) -> Path:
 
 
 def _from_path(path: Path, folder: Path, max_bytes: int) -> Acquired:
-    if not path.exists():
-        raise SourceNotFound(f"{path} is not there", expected="a file or a bundle folder", hint="Check the path")
-    if path.is_dir() and any(member.is_symlink() for member in path.rglob("*")):
-        raise UnsafeArtifact(
-            f"{path} holds a symbolic link", expected="files and folders", hint="Copy the files it points to"
-        )
-    members = [path] if path.is_file() else [member for member in path.rglob("*") if member.is_file()]
-    size = sum(member.stat().st_size for member in members)
-    if size > max_bytes:
-        raise ArtifactTooLarge(f"{path} is too large", expected=f"at most {max_bytes} bytes", got=f"{size} bytes")
-    # A copy, because what is hashed must be what is loaded, whatever happens to the original.
-    target = folder / path.name
-    try:
-        if path.is_dir():
-            shutil.copytree(path, target)
-        else:
-            shutil.copyfile(path, target)
-    except (OSError, shutil.Error) as error:
-        raise StorageError(f"cannot copy {path}", expected="a readable file and free space", got=error) from error
-    found = _described(target, path.absolute().as_uri(), "")
-    return replace(found, companions=_companions(path.parent)) if path.is_file() else found
+    with reading(path, SourceError, "a file or a bundle folder"):
+        if not path.exists():
+            raise SourceNotFound(f"{path} is not there", expected="a file or a bundle folder", hint="Check the path")
+        # A copy, because what is hashed must be what is loaded, whatever happens to the original.
+        target = copy_of(path, folder, max_bytes)
+        found = _described(target, path.absolute().as_uri(), "")
+        return replace(found, companions=_companions(path.parent)) if path.is_file() else found
 
 
 def _companions(folder: Path) -> tuple[Path, ...]:

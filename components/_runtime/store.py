@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
 
+from components._runtime.addresses import local_path, split_address
 from components._runtime.evidence import BESIDE, FAILED, parse_evidence
 from defense_core.config import canonical_json
 from defense_core.errors import AccessDenied, EvidenceMismatch, SourceNotFound, StorageError
-from defense_core.files import write_atomic
+from defense_core.files import reading, write_atomic
 
 
 class Shelf(Protocol):
@@ -35,6 +35,7 @@ class Shelf(Protocol):
 
         Raises:
             FileNotFoundError, SourceNotFound: it is not there.
+            EvidenceMismatch: it is no file, or this account may not read it.
             AccessDenied: it may not be read, or S3 does not say whether it is there.
         """
         ...
@@ -129,11 +130,9 @@ def open_store(root: str, run: str) -> EvidenceStore:
     Raises:
         ConfigError: the address is not usable.
     """
-    parts = urlsplit(root)
-    if parts.scheme == "s3":
+    if split_address(root).scheme == "s3":
         return EvidenceStore(_s3_shelf(root, run))
-    folder = Path(unquote(parts.path)) if parts.scheme == "file" else Path(root)
-    return EvidenceStore(_FolderShelf(folder / run))
+    return EvidenceStore(_FolderShelf(local_path(root) / run))
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,18 @@ class _FolderShelf:
         write_atomic(self.folder / name, data)
 
     def get(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        path = self.folder / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise EvidenceMismatch(f"{path} cannot be read", expected="a file", got=error.strerror) from error
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("*") if path.is_file() and not path.name.startswith("."))
+        with reading(self.folder, EvidenceMismatch, "a readable folder"):
+            files = [path for path in self.folder.glob("*") if path.is_file()]
+        return sorted(path.name for path in files if not path.name.startswith("."))
 
 
 def _s3_shelf(root: str, run: str) -> Shelf:

@@ -105,6 +105,14 @@ def test_prose_and_other_files_say_nothing(name: str, content: str, tmp_path: Pa
     assert (licence.licence, licence.why, licence.claims) == (None, "nothing states a licence", ())
 
 
+def test_a_file_that_may_not_be_read_leaves_the_licence_unknown(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").mkdir()  # cannot be opened, whoever runs the tests
+    licence = licence_of("MIT", tmp_path / "none", [tmp_path / "LICENSE"])
+    assert licence.licence is None
+    assert licence.why == "LICENSE cannot be read: Is a directory"
+    assert [claim.licence for claim in licence.claims] == ["MIT", None]
+
+
 def test_a_link_beside_the_model_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text(TAG.format("MIT"))
     path = weights(tmp_path)
