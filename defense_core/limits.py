@@ -6,16 +6,19 @@ from dataclasses import dataclass
 
 from defense_core.config import require
 
+_MAX_BYTES = 1 << 48
+_MAX_TIMEOUT_S = 7 * 86400.0
+
 
 @dataclass(frozen=True)
 class LoadLimits:
     """Bounds on reading one artifact.
 
     Attributes:
-        max_bytes: size of the file, of what an archive declares and unpacks to, and of all tensors.
+        max_bytes: size of the file, of what an archive declares and unpacks to, and of all tensors; at most 2**48.
         max_parameters: parameters of the network that the artifact names.
         timeout_s: wall-clock time for reading a pickle-bearing file in its child process; starting
-            that process takes about 3 s of it.
+            that process takes about 3 s of it; at most 7 days.
         max_entries: files in an archive.
     """
 
@@ -25,7 +28,10 @@ class LoadLimits:
     max_entries: int = 20_000
 
     def __post_init__(self) -> None:
-        require(self.max_bytes > 0, "max_bytes", "a positive number", self.max_bytes)
+        # Beyond these the readers' own arithmetic overflows, and a good file would be called damaged.
+        require(0 < self.max_bytes <= _MAX_BYTES, "max_bytes", f"1 to {_MAX_BYTES}", self.max_bytes)
         require(self.max_parameters > 0, "max_parameters", "a positive number", self.max_parameters)
-        require(self.timeout_s > 0, "timeout_s", "a positive number of seconds", self.timeout_s)
+        require(
+            0 < self.timeout_s <= _MAX_TIMEOUT_S, "timeout_s", f"above 0, at most {_MAX_TIMEOUT_S:g} s", self.timeout_s
+        )
         require(self.max_entries > 0, "max_entries", "a positive number", self.max_entries)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from defense_core.attacks.blended import Blended
-from defense_core.attacks.pixels import seeded_generator, to_pixels
+from defense_core.attacks.pixels import require_drawable, seeded_generator, to_pixels
 from defense_core.config import require
 
 
@@ -40,7 +40,7 @@ class AdaptiveBlend:
         require(0 < self.test_alpha <= 1, "test_alpha", "in (0, 1]", self.test_alpha)
         require(self.pieces >= 1, "pieces", "1 or more", self.pieces)
         require(0 < self.shown <= 1, "shown", "in (0, 1]", self.shown)
-        require(self.cells >= 1, "cells", "1 or more", self.cells)
+        require_drawable(self.cells, self.seed)
 
     def apply(self, images: Tensor) -> Tensor:
         """The whole picture over uint8 images (N, C, H, W)."""

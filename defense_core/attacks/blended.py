@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from defense_core.attacks.pixels import require_drawable
 from defense_core.config import require
 
 
@@ -30,7 +31,7 @@ class Blended:
 
     def __post_init__(self) -> None:
         require(0 < self.alpha <= 1, "alpha", "in (0, 1]", self.alpha)
-        require(self.cells >= 1, "cells", "1 or more", self.cells)
+        require_drawable(self.cells, self.seed)
 
     def picture(self, channels: int, height: int, width: int) -> Tensor:
         """The picture ``k``: float32 in 0..255, (C, H, W)."""

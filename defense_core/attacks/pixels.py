@@ -7,6 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from defense_core.config import require
+
+MAX_CELLS = 1024
+MAX_SEED = 2**63 - 1
+"""Largest seed that torch takes, as everywhere else."""
+
 
 def to_pixels(values: Tensor) -> Tensor:
     """Real values, in units of grey levels, as uint8: rounded to the nearest level, then clipped to 0..255."""
@@ -18,6 +24,16 @@ def in_batches(change: Callable[[Tensor], Tensor], images: Tensor, size: int = 5
     if len(images) <= size:
         return change(images)
     return torch.cat([change(batch) for batch in images.split(size)])
+
+
+def require_drawable(cells: int, seed: int, *, least: int = 1) -> None:
+    """Refuse a grid or a seed that nothing can be drawn with.
+
+    Raises:
+        ConfigError: fewer than ``least`` cells a side or more than 1,024, or a seed that torch does not take.
+    """
+    require(least <= cells <= MAX_CELLS, "cells", f"{least} to {MAX_CELLS}", cells)
+    require(0 <= seed <= MAX_SEED, "seed", f"0 to {MAX_SEED}", seed)
 
 
 def seeded_generator(seed: int) -> torch.Generator:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from defense_core.attacks.pixels import in_batches, seeded_generator, to_pixels
+from defense_core.attacks.pixels import in_batches, require_drawable, seeded_generator, to_pixels
 from defense_core.config import require
 
 
@@ -35,7 +35,7 @@ class WaNet:
 
     def __post_init__(self) -> None:
         require(self.strength > 0, "strength", "a positive number", self.strength)
-        require(self.cells >= 2, "cells", "2 or more", self.cells)
+        require_drawable(self.cells, self.seed, least=2)
 
     def field(self, height: int, width: int) -> Tensor:
         """``strength * P / side``, float32 (H, W, 2): shifts along x, then along y, in [-1, 1] coordinates."""

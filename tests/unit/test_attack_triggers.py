@@ -106,6 +106,15 @@ def test_settings_out_of_range_are_refused(kind: str, setting: str, value: float
         probe_from_spec({"kind": kind, setting: value}, num_classes=4)
 
 
+@pytest.mark.parametrize("kind", ["blended", "adaptive_blend", "wanet"])
+@pytest.mark.parametrize("setting", [{"seed": 10**20}, {"seed": -1}, {"cells": 300_000}])
+def test_a_picture_that_cannot_be_drawn_is_refused(kind: str, setting: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="out of range"):
+        probe_from_spec({"kind": kind, "target": 0, **setting}, num_classes=10)
+    most = probe_from_spec({"kind": kind, "target": 0, "seed": 2**63 - 1}, num_classes=10)
+    assert most.apply(pictures(1, (1, 8, 8))).shape == (1, 1, 8, 8)
+
+
 # -- equations -------------------------------------------------------------------------
 
 
