@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,25 +147,27 @@ def load_clean_set(
     num_classes: int,
     limits: DataLimits = DataLimits(),
     require_all_classes: bool = True,
+    class_names: Sequence[str] = (),
 ) -> CleanSet:
     """Read a clean set and validate it.
 
     Formats: a parquet file (columns ``image``: encoded bytes or the ``{bytes, path}`` struct
     of the datasets library, and ``label``: integers); a folder with one sub-folder per class,
-    sorted by name; an ``.npz`` with ``images`` (N, H, W, C) or (N, C, H, W), uint8, or
-    floating point in [0, 1], and ``labels``.
+    see :func:`~defense_core.class_folders.class_folders`; an ``.npz`` with ``images`` (N, H, W, C)
+    or (N, C, H, W), uint8, or floating point in [0, 1], and ``labels``.
 
     Args:
         input_size: (C, H, W) that the model wants; images of another size are refused.
         num_classes: K of the model.
         limits: size limits, checked while reading.
         require_all_classes: refuse a set in which a class has no image.
+        class_names: K names of the model's classes, which sub-folders may bear, or none.
 
     Raises:
         DataError: with everything that is wrong, not only the first problem.
     """
     path = Path(path)
-    images, labels = read_images(path, input_size, limits)
+    images, labels = read_images(path, input_size, limits, num_classes=num_classes, class_names=class_names)
     problems = list(
         problems_of(
             images, labels, input_size=input_size, num_classes=num_classes, require_all_classes=require_all_classes

@@ -9,7 +9,7 @@ import stat
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image, UnidentifiedImageError
 
+from defense_core.class_folders import class_folders
 from defense_core.errors import DataError
+from defense_core.files import reading
 from defense_core.zip_layout import require_few_entries
 
 # Pillow knows more, some of which start other programs (EPS); a stranger's file must not choose.
@@ -45,16 +47,28 @@ class DataLimits:
     max_bytes: int = 4 << 30
 
 
-def read_images(path: Path, input_size: tuple[int, int, int], limits: DataLimits) -> _Read:
+def read_images(
+    path: Path,
+    input_size: tuple[int, int, int],
+    limits: DataLimits,
+    *,
+    num_classes: int,
+    class_names: Sequence[str] = (),
+) -> _Read:
     """Images, uint8 (N, C, H, W), and labels, int64 (N,), of the set at ``path``; the format follows its name.
+
+    Args:
+        num_classes, class_names: which class a sub-folder of an image folder holds; other formats state labels.
 
     Raises:
         DataError: absent, damaged, too large, or an image that cannot be used.
         UnsafeArtifact: an npz file of more than ``_MAX_NPZ_ARRAYS`` entries.
     """
-    if path.is_dir():
-        return _read_folder(path, input_size, limits)
-    if not path.exists():
+    with reading(path, DataError, "a .parquet or .npz file, or an image folder"):
+        is_folder, is_there = path.is_dir(), path.exists()
+    if is_folder:
+        return _read_folder(path, input_size, limits, num_classes, class_names)
+    if not is_there:
         raise DataError(f"clean set {path} is not there", expected="a .parquet or .npz file, or an image folder")
     if path.suffix == ".npz":
         return _read_npz(path, input_size, limits)
@@ -109,22 +123,19 @@ def _parquet_rows(
 # -- image folder ----------------------------------------------------------------------
 
 
-def _read_folder(path: Path, input_size: tuple[int, int, int], limits: DataLimits) -> _Read:
-    try:
-        folders = sorted(member for member in path.iterdir() if member.is_dir() and not member.name.startswith("."))
+def _read_folder(
+    path: Path, input_size: tuple[int, int, int], limits: DataLimits, num_classes: int, class_names: Sequence[str]
+) -> _Read:
+    with reading(path, DataError, "readable image files"):
         files = [
             (file, label)
-            for label, folder in enumerate(folders)
+            for folder, label in class_folders(path, num_classes, class_names)
             for file in sorted(folder.iterdir())
             if file.suffix.lower() in IMAGE_SUFFIXES
         ]
         _check_size(len(files), sum(_file_size(file) for file, _ in files), input_size, limits)
         encoded = ((str(file.relative_to(path)), file.read_bytes()) for file, _ in files)
         images = _decode_all(encoded, len(files), input_size)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read", expected="readable image files", got=f"{error.filename}: {error.strerror}"
-        ) from error
     return images, numpy.array([label for _, label in files], dtype=numpy.int64)
 
 
@@ -240,7 +251,10 @@ def _decode(data: object, input_size: tuple[int, int, int]) -> numpy.ndarray:
                 raise DataError(
                     "wrong image size", expected=f"{width}x{height}", got=f"{image.size[0]}x{image.size[1]}"
                 )
-            found = 1 if image.mode in ("L", "1", "I;16", "I", "F") else 3
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                # Pillow would clip these to 0..255: nearly every pixel black or white.
+                raise DataError("more than 8 bits a channel", expected="8 bits a channel", got=f"mode {image.mode}")
+            found = 1 if image.mode in ("L", "1") else 3
             if found != channels:
                 raise DataError("wrong number of channels", expected=channels, got=f"{found} (mode {image.mode})")
             array = numpy.asarray(image.convert("L" if channels == 1 else "RGB"))

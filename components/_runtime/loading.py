@@ -57,8 +57,13 @@ def resolve_device(name: str) -> str:
 
 def open_images(path: Path, bundle: Bundle, *, require_all_classes: bool = True) -> CleanSet:
     """Labelled images that fit the bundle's model. Raises DataError."""
-    size, classes = bundle.spec.input_size, bundle.spec.num_classes
-    return load_clean_set(path, input_size=size, num_classes=classes, require_all_classes=require_all_classes)
+    return load_clean_set(
+        path,
+        input_size=bundle.spec.input_size,
+        num_classes=bundle.spec.num_classes,
+        require_all_classes=require_all_classes,
+        class_names=bundle.spec.class_names,
+    )
 
 
 def open_splits(clean: Path, bundle: Bundle, *, seed: int, report: float) -> Splits:

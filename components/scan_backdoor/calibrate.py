@@ -60,7 +60,10 @@ def calibrate_pool(
     trusted = trusted_modules(loading.trusted_modules)
     models = [untrained_bundle(spec, limits=loading.limits, trusted_modules=trusted).spec for spec in specs]
     first, where = models[0], resolve_device(device)
-    images = load_clean_set(clean, input_size=first.input_size, num_classes=first.num_classes)
+    shape: dict[str, Any] = {
+        "input_size": first.input_size, "num_classes": first.num_classes, "class_names": first.class_names
+    }  # fmt: skip
+    images = load_clean_set(clean, **shape)
     stratum = Stratum(first.architecture, first.num_classes, first.input_size, first.class_names)
     shelf = out.with_name(f"{out.name}.partial")
     asked = {
@@ -98,7 +101,7 @@ def calibrate_pool(
             yield read(f"{number:04}-{path.stem}", number, bundle.model, recorded)
 
     if train is not None:
-        data = load_clean_set(train, input_size=first.input_size, num_classes=first.num_classes)
+        data = load_clean_set(train, **shape)
         references = tuple(trained(data))
     else:
         references = tuple(taken())

@@ -1,0 +1,46 @@
+"""Which class each sub-folder of an image folder holds: by its name where the classes have names, else by its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from defense_core.errors import DataError
+
+
+def class_folders(path: Path, num_classes: int, class_names: Sequence[str]) -> list[tuple[Path, int]]:
+    """The sub-folders of ``path`` in order of name, each with its label; hidden ones are left out.
+
+    Where every sub-folder is called like a class, the names decide, and classes may be absent. Otherwise there must
+    be one sub-folder a class, and the first is class 0: with one too few, every later class would be taken for
+    another. No sub-folder at all is a set without images, which whoever reads it refuses.
+
+    Raises:
+        DataError: the sub-folders do not tell their classes.
+        OSError: ``path`` cannot be read.
+    """
+    folders = sorted(member for member in path.iterdir() if not member.name.startswith(".") and member.is_dir())
+    label_of = {name: label for label, name in enumerate(class_names)}
+    distinct = len(label_of) == len(class_names)
+    if distinct and all(folder.name in label_of for folder in folders):
+        return [(folder, label_of[folder.name]) for folder in folders]
+    placed = [(folder, label) for label, folder in enumerate(folders)]
+    displaced = distinct and any(label_of.get(folder.name, label) != label for folder, label in placed)
+    if displaced or len(folders) != num_classes:
+        raise _refusal(path, [folder.name for folder in folders], num_classes, class_names)
+    return placed
+
+
+def _refusal(path: Path, found: Sequence[str], num_classes: int, class_names: Sequence[str]) -> DataError:
+    return DataError(
+        f"the sub-folders of {path} do not tell their classes",
+        expected=f"sub-folders called {_listed(class_names)}" if class_names else f"{num_classes} sub-folders",
+        got=f"{len(found)}: {_listed(found)}",
+        hint="Make one sub-folder a class, an empty one for a class without images"
+        + ("" if class_names else ", or give the model class names and call the sub-folders so"),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:40]) for name in names[:10])
+    return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown
