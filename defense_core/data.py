@@ -59,6 +59,11 @@ class CleanSet:
         return "sha256:" + state.hexdigest()
 
     @cached_property
+    def first_copies(self) -> Tensor:
+        """For each image the number of the first one with the same pixels; its own where no earlier one has them."""
+        return torch.from_numpy(_first_copies(self.images.cpu().numpy()))
+
+    @cached_property
     def class_counts(self) -> tuple[int, ...]:
         """Images per class, K numbers."""
         return tuple(torch.bincount(self.labels.cpu(), minlength=self.num_classes).tolist())
@@ -103,9 +108,10 @@ class Splits:
 def split_clean_set(clean: CleanSet, *, seed: int, select: float = 0.2, report: float = 0.2) -> Splits:
     """Cut ``clean`` into stratified, disjoint parts.
 
-    Per class of ``n`` images, ``floor(n*select)`` go to *select* and ``floor(n*report)`` to
+    Per class of ``n`` different images, ``floor(n*select)`` go to *select* and ``floor(n*report)`` to
     *report*, at least one to each as long as one is left for *fit*. A class with a single
-    image gives it to *fit*.
+    image gives it to *fit*. An exact copy goes where the first such image goes, so no part holds an
+    image of another.
 
     Args:
         seed: order of the draw; the same seed and set give the same parts.
@@ -119,18 +125,20 @@ def split_clean_set(clean: CleanSet, *, seed: int, select: float = 0.2, report: 
         (select, report),
     )
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(clean), generator=generator)
+    first = clean.first_copies
+    different = torch.nonzero(first == torch.arange(len(first))).flatten()
+    order = different[torch.randperm(len(different), generator=generator)]
     labels = clean.labels.cpu()[order]
-    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    part_of = torch.zeros(len(clean), dtype=torch.int64)
     for label in range(clean.num_classes):
         members = order[labels == label]
         count = len(members)
         for_select = _share(count, select, reserved=1)
         for_report = _share(count, report, reserved=1 + for_select)
-        parts[1].append(members[:for_select])
-        parts[2].append(members[for_select : for_select + for_report])
-        parts[0].append(members[for_select + for_report :])
-    fit, chosen, reported = (clean.subset(torch.cat(part).sort().values) for part in parts)
+        part_of[members[:for_select]] = 1
+        part_of[members[for_select : for_select + for_report]] = 2
+    part_of = part_of[first]
+    fit, chosen, reported = (clean.subset(torch.nonzero(part_of == part).flatten()) for part in range(3))
     return Splits(fit, chosen, reported)
 
 
@@ -210,17 +218,19 @@ def problems_of(
     flat = images.reshape(len(images), -1)
     if len(flat) > 1 and (flat == flat[:, :1]).all():
         yield "every image is one flat colour"
-    seen: dict[bytes, int] = {}
-    contradictions = 0
-    copies = 0
-    for row, label in zip(flat, labels.tolist(), strict=True):
-        key = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-        if key in seen:
-            copies += 1
-            contradictions += seen[key] != label
-        else:
-            seen[key] = label
+    first = _first_copies(images)
+    copies = int((first != numpy.arange(len(first))).sum())
+    contradictions = int((labels[first] != labels).sum())
     if contradictions:
         yield f"{contradictions} images appear again under another label"
     if copies > len(images) // 2:
         yield f"{copies} of {len(images)} images are exact copies of others"
+
+
+def _first_copies(images: numpy.ndarray) -> numpy.ndarray:
+    """For each image, the number of the first one with the same bytes, int64 (N,)."""
+    seen: dict[bytes, int] = {}
+    found = numpy.empty(len(images), dtype=numpy.int64)
+    for number, image in enumerate(images):
+        found[number] = seen.setdefault(hashlib.blake2b(image.tobytes(), digest_size=16).digest(), number)
+    return found

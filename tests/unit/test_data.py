@@ -535,3 +535,51 @@ def test_splitting_leaves_the_random_state_alone() -> None:
 def test_shares_that_leave_nothing_are_refused(select: float, report: float) -> None:
     with pytest.raises(ConfigError, match="fractions below 1"):
         split_clean_set(clean_set([0, 1, 2]), seed=0, select=select, report=report)
+
+
+def as_before(clean: CleanSet, *, seed: int, select: float, report: float) -> list[list[int]]:
+    """What fit, select and report were when every image was drawn by itself: for sets without copies, what they are."""
+
+    def share(count: int, fraction: float, reserved: int) -> int:
+        return 0 if fraction == 0 or count <= reserved else min(max(1, int(count * fraction)), count - reserved)
+
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for label in range(clean.num_classes):
+        members = order[clean.labels[order] == label].tolist()
+        first = share(len(members), select, 1)
+        second = first + share(len(members), report, 1 + first)
+        for part, found in zip(parts, (members[second:], members[:first], members[first:second]), strict=True):
+            part.extend(found)
+    return [sorted(part) for part in parts]
+
+
+SHARES = st.sampled_from([(0.2, 0.2), (0.2, 0.0), (0.0, 0.0), (0.5, 0.4), (0.0, 0.3)])
+
+
+@settings(deadline=None)
+@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=200), seed=st.integers(0, 2**63 - 1), shares=SHARES)
+def test_sets_without_copies_are_cut_as_ever(labels: list[int], seed: int, shares: tuple[float, float]) -> None:
+    data = clean_set(labels, 5)
+    parts = split_clean_set(data, seed=seed, select=shares[0], report=shares[1])
+    found = [numbers(part) for part in (parts.fit, parts.select, parts.report)]
+    assert found == as_before(data, seed=seed, select=shares[0], report=shares[1])
+
+
+@settings(deadline=None)
+@given(pictures=st.lists(st.integers(0, 40), min_size=1, max_size=120), seed=st.integers(0, 1000), shares=SHARES)
+def test_a_copy_goes_where_its_first_goes(pictures: list[int], seed: int, shares: tuple[float, float]) -> None:
+    images = torch.tensor(pictures, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    data = CleanSet(images, torch.tensor([picture % 3 for picture in pictures]), 3)
+    parts = split_clean_set(data, seed=seed, select=shares[0], report=shares[1])
+    found = [numbers(part) for part in (parts.fit, parts.select, parts.report)]
+    assert sorted(picture for part in found for picture in part) == sorted(pictures)
+    assert sum(len(set(part)) for part in found) == len(set(pictures)), "no picture is in two parts"
+    assert {picture % 3 for picture in found[0]} == {picture % 3 for picture in pictures}
+    for part in (parts.fit, parts.select, parts.report):
+        assert part.labels.tolist() == [picture % 3 for picture in numbers(part)]
+
+
+def test_first_copies_names_the_first_of_each() -> None:
+    data = clean_set([0, 1, 2])
+    assert data.subset(torch.tensor([1, 0, 1, 2, 0])).first_copies.tolist() == [0, 1, 0, 3, 1]
