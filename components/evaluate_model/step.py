@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from components._runtime.evidence import Clock, compose, read_evidence, source_of
-from components._runtime.loading import open_model, quoted_images, resolve_device, source_digest
-from components._runtime.plan import Loading
+from components._runtime.loading import (
+    open_model,
+    quoted_images,
+    require_same_interface,
+    resolve_device,
+    source_digest,
+)
+from components._runtime.plan import REPORT_SHARE, Loading
 from defense_core.attacks import probe_from_spec
 from defense_core.config import digest
 from defense_core.evaluate import evaluate
@@ -28,6 +34,7 @@ def evaluate_model(
     probes: Sequence[Mapping[str, Any]] = (),
     spec: Mapping[str, Any] | None = None,
     seed: int = 0,
+    report: float = REPORT_SHARE,
     device: str = "auto",
     loading: Loading = Loading(),
     progress: Progress = NullProgress(),
@@ -38,6 +45,7 @@ def evaluate_model(
         model: a bundle folder, or a model file that ``spec`` describes.
         name: ``before`` or the method's name; the evidence is called ``evaluate.<name>``.
         clean, test: figures are quoted on ``test``, or on the *report* split of ``clean``.
+        seed, report: of the cut of ``clean``; beside a purification's ``result.json`` the ones that it was given.
         reference: the unpurified model; enables drops, DER and "before" figures.
         probes: trigger specifications.
 
@@ -46,14 +54,18 @@ def evaluate_model(
         judges nothing: bounds are the policy's part.
 
     Raises:
-        ConfigError: neither ``clean`` nor ``test``; a malformed probe.
+        ConfigError: neither ``clean`` nor ``test``; a malformed probe; a reference that is given other numbers for an
+            image; another cut of ``clean`` than the purification's, which may have trained on what is quoted.
         ArtifactError, DataError, NonFiniteOutputs, Cancelled: of the kind that fits.
     """
     clock = Clock.start()
     where = resolve_device(device)
     bundle = open_model(model, spec, loading)
     before = open_model(reference, spec, loading) if reference is not None else None
-    images = quoted_images(bundle, clean=clean, test=test, seed=seed)
+    if before is not None:
+        require_same_interface(bundle, before)
+    beside = Path(model) / RESULT
+    images = quoted_images(bundle, clean=clean, test=test, seed=seed, report=report, purification=beside)
     parsed = [probe_from_spec(each, num_classes=bundle.spec.num_classes) for each in probes]
     evaluation = evaluate(
         bundle.model,

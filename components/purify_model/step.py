@@ -89,6 +89,7 @@ def purify_model(
                 bundle.model, purified.model, splits, task=task, device=where, progress=progress
             ).to_mapping(),
             "images": {"fit": len(splits.fit), "select": len(splits.select)},
+            "parts": {"seed": seed, "report": report},
         }
         evidence = compose(
             f"purify.{method}",
@@ -143,7 +144,8 @@ def _untouched(model: Path, clean: Path, out: Path, clock: Clock, **options: Any
     """The fetched bundle, byte for byte, where a candidate is expected."""
     loading, seed = options.get("loading", Loading()), options.get("seed", 0)
     bundle = open_model(model, options.get("spec"), loading)
-    splits = open_splits(clean, bundle, seed=seed, report=options.get("report", REPORT_SHARE))
+    report = options.get("report", REPORT_SHARE)
+    splits = open_splits(clean, bundle, seed=seed, report=report)
     with atomic_directory(out) as folder:
         copy_bundle(model, folder)
         evidence = compose(
@@ -160,6 +162,7 @@ def _untouched(model: Path, clean: Path, out: Path, clock: Clock, **options: Any
                 "history": [],
                 "select": None,
                 "images": {"fit": len(splits.fit), "select": len(splits.select)},
+                "parts": {"seed": seed, "report": report},
             },
             device="cpu",
             seed=seed,

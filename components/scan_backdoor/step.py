@@ -10,7 +10,14 @@ from typing import Any
 from components._runtime.calibration import pool_of_bundle
 from components._runtime.evidence import Clock, compose, read_evidence, write_evidence
 from components._runtime.inputs import requirements
-from components._runtime.loading import open_images, open_model, open_splits, resolve_device, source_digest
+from components._runtime.loading import (
+    open_images,
+    open_model,
+    open_splits,
+    require_same_interface,
+    resolve_device,
+    source_digest,
+)
 from components._runtime.plan import REPORT_SHARE, UNTOUCHED, Loading
 from components.scan_backdoor.repeat import RESULT, Outcome, repeated
 from defense_core.bundle import Bundle
@@ -67,7 +74,7 @@ def scan_model(
         Evidence ``scan`` or ``rescan``.
 
     Raises:
-        ConfigError: a bad setting, or a pool of another kind of model.
+        ConfigError: a bad setting, a pool of another kind of model, or a reference of another interface.
         ArtifactError, DataError, Cancelled: of the kind that fits; no folder is left.
     """
     clock = Clock.start()
@@ -95,6 +102,7 @@ def scan_model(
         suspected: tuple[int, ...] = ()
         if earlier is not None and reference is not None and images is not None:
             before = open_model(reference, spec, loading)
+            require_same_interface(bundle, before)
             given, purified = (subject_of(each.model, None, **used) for each in (before, bundle))
             left, suspected = residuals(given, purified, images, load_triggers(earlier)), _suspected(earlier)
         evidence = compose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,6 +28,7 @@ from components.purify_model import step as purify_step
 from components.purify_model.step import purify_candidate, purify_model
 from components.select_model.step import select_model
 from defense_core import errors
+from defense_core.bundle import load_model_file, save_bundle
 from defense_core.limits import LoadLimits
 from defense_core.parity import ParityBounds
 from tests.finished_chain import Chain
@@ -341,6 +343,62 @@ def test_a_probe_without_an_eligible_image_is_unknown(finished: Chain, tmp_path:
 def test_evaluate_needs_images(finished: Chain) -> None:
     with pytest.raises(errors.ConfigError, match="nothing to evaluate on"):
         evaluate_model(finished["bundle"], name="before", device="cpu")
+
+
+@pytest.mark.parametrize(("field", "value"), [("mean", [0.1]), ("std", [0.9]), ("input_size", [1, 16, 16])])
+def test_a_reference_of_another_interface_is_refused(
+    field: str, value: list[float], finished: Chain, tmp_path: Path
+) -> None:
+    spec = {**PLAN_OPTIONS.spec, field: value}
+    other = save_bundle(load_model_file(Path(finished.plan.model), spec), tmp_path / "other")
+    assert other != finished.evidence["fetch"]["outputs"]["model"]
+    with pytest.raises(errors.ConfigError, match=f"the reference has another {field} than the model") as caught:
+        evaluate_model(
+            finished["tsbd"], name="tsbd", reference=tmp_path / "other", test=finished.images["test"], device="cpu"
+        )
+    assert caught.value.exit_code == errors.EXIT_USAGE
+
+
+def test_figures_are_quoted_on_no_image_that_was_fitted_on(finished: Chain, tmp_path: Path) -> None:
+    clean, out = finished["data"] / "clean.npz", tmp_path / "out"
+    purify_model(
+        finished["bundle"], clean, out, method="fine_tuning", config={"epochs": 1}, seed=3, report=0.1, device="cpu"
+    )
+    measured: dict[str, Any] = {"name": "fine_tuning", "clean": clean, "device": "cpu"}
+    found = evaluate_model(out, seed=3, report=0.1, **measured)
+    assert found["results"]["images"] == 8
+    for options in ({"seed": 3}, {"report": 0.1}, {"seed": 4, "report": 0.1}):
+        with pytest.raises(errors.ConfigError, match="may be fitted on") as caught:
+            evaluate_model(out, **options, **measured)
+        assert caught.value.expected == "the split of purify.fine_tuning: --seed 3 --report 0.1"
+        assert "--test" in str(caught.value.hint)
+    assert evaluate_model(out, name="x", test=finished.images["test"], device="cpu")["results"]["images"] == 60
+    save_images(tmp_path / "other.npz", 80, seed=9)
+    with pytest.raises(errors.ConfigError, match="The clean set is another"):
+        evaluate_model(out, seed=3, report=0.1, **{**measured, "clean": tmp_path / "other.npz"})
+
+
+def test_evidence_without_the_cut_still_guards_it(finished: Chain, tmp_path: Path) -> None:
+    """Results of earlier versions name no cut, but its digest."""
+    shutil.copytree(finished["fine_tuning"], tmp_path / "out")
+    path = tmp_path / "out" / "result.json"
+    measured: dict[str, Any] = {"name": "x", "clean": finished.images["clean"], "device": "cpu"}
+    with pytest.raises(errors.ConfigError, match="left nothing of its clean set"):
+        evaluate_model(tmp_path / "out", **measured)
+    evidence = json.loads(path.read_text())
+    del evidence["results"]["parts"]
+    path.write_text(json.dumps(evidence))
+    with pytest.raises(errors.ConfigError, match="the --seed and --report that it was given"):
+        evaluate_model(tmp_path / "out", **measured)
+    evidence["outputs"]["model"] = "sha256:" + "0" * 64
+    path.write_text(json.dumps(evidence))
+    assert evaluate_model(tmp_path / "out", **measured)["results"]["images"] == 16
+
+
+@pytest.mark.parametrize("report", [0.0, 1.0])
+def test_no_share_to_quote_on_is_refused(report: float, finished: Chain) -> None:
+    with pytest.raises(errors.ConfigError, match="report"):
+        evaluate_model(finished["bundle"], name="x", clean=finished.images["clean"], report=report, device="cpu")
 
 
 # -- select ----------------------------------------------------------------------------
