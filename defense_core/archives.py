@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bz2
 import dataclasses
-import gzip
 import lzma
 import shutil
 import stat
@@ -16,8 +14,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from defense_core.compressed import expand
 from defense_core.errors import CorruptArtifact, StorageError, UnsafeArtifact
 from defense_core.files import CHUNK_BYTES
 from defense_core.limits import LoadLimits
@@ -26,7 +25,6 @@ from defense_core.zip_layout import check_layout, require_few_entries
 
 _MAX_RATIO = 200  # deflate reaches 1000:1 on a bomb, about 1.1:1 on weights
 _RATIO_FREE_BYTES = 1 << 20
-OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _MAX_BUNDLE_ENTRIES = 16
 # What the standard library raises on damaged archives, besides OSError without an error number.
 _DAMAGE = (
@@ -103,7 +101,7 @@ def unpacked(path: Path, limits: LoadLimits) -> Iterator[Path]:
 def _unpack_tar(path: Path, target: Path, limits: LoadLimits) -> None:
     with damage_as_errors(path), tempfile.TemporaryFile() as plain:
         # Expanded first and under a limit: tarfile reads extended headers of any declared size into memory.
-        _expand(path, plain, limits)
+        expand(path, plain, limits.max_bytes + CHUNK_BYTES, bare_zlib=False)
         check_tar_layout(plain, limits.max_entries, where=path.name)
         plain.seek(0)
         with tarfile.open(fileobj=plain, mode="r:") as archive:
@@ -121,24 +119,6 @@ def _unpack_tar(path: Path, target: Path, limits: LoadLimits) -> None:
                 source = archive.extractfile(member) if member.isreg() else None
                 if source is not None:
                     _copy(path, source, target / member.name, member.size)  # type: ignore[arg-type]
-
-
-def _expand(path: Path, plain: BinaryIO, limits: LoadLimits) -> None:
-    with open(path, "rb") as raw:
-        head = raw.read(6)
-    opener = next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), open)
-    allowed = limits.max_bytes + CHUNK_BYTES
-    with opener(path, "rb") as source:  # type: ignore[operator]
-        while chunk := source.read(CHUNK_BYTES):
-            allowed -= len(chunk)
-            if allowed < 0:
-                raise UnsafeArtifact(
-                    f"{path.name} unpacks to too much",
-                    expected=f"at most {limits.max_bytes} bytes",
-                    got="more",
-                    hint="Raise max_bytes if the archive is known to be good",
-                )
-            plain.write(chunk)
 
 
 def _check_names(path: Path, names: list[str], max_entries: int) -> None:

@@ -19,6 +19,7 @@ from defense_core.errors import CorruptArtifact, UnsafeArtifact
 
 MAX_PICKLE_BYTES = 16 << 20
 _MAX_OPCODES = 2_000_000
+_MAX_IMPORTS = 3
 # How pickletools reports damage, depending on where the bytes end or stop making sense.
 _DAMAGE = (ValueError, KeyError, IndexError, EOFError, OverflowError, struct.error, AssertionError)
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file by torch < 1.6, torch/serialization.py
@@ -72,15 +73,27 @@ class PickleWalk:
     Attributes:
         facts: globals and first integer.
         objections: (offset in bytes from the pickle's start, what it asks for), in order.
-        damage: why it could not be read to its STOP opcode; ``None`` if it could.
-        plausible: whether something that Python could import is named and called, as in bytes of another
-            format that happen to be opcodes it is not.
+        imports: those of the objections, and those behind the last that is kept, that Python could import.
+        damage: why it cannot be read to its STOP opcode; ``None`` if nothing was found that says so.
+        complete: whether it can, and was.
+        called: whether something is called with arguments.
     """
 
     facts: PickleFacts
     objections: tuple[tuple[int, str], ...]
+    imports: tuple[tuple[int, str], ...]
     damage: str | None
-    plausible: bool
+    complete: bool
+    called: bool
+
+    @property
+    def names_code(self) -> bool:
+        """Whether unpickling would import something, as of bytes of another format that happen to be opcodes it is not.
+
+        A pickle that breaks off behind a call has already made it; one that is complete need not call anything,
+        because importing a module runs it.
+        """
+        return bool(self.imports) and (self.complete or self.called)
 
 
 class _Clipped:
@@ -107,46 +120,65 @@ class _Clipped:
         return data
 
 
-def walk_pickle(stream: BinaryIO, *, max_objections: int = 1) -> PickleWalk:
+def walk_pickle(stream: BinaryIO, *, max_objections: int = 1, to_end: bool = False) -> PickleWalk:
     """Read one pickle up to its STOP opcode, noting what is not on the lists.
 
     Args:
         stream: positioned at the pickle's first byte; afterwards behind its last.
-        max_objections: where to stop looking.
+        max_objections: how many are kept, and where to stop looking.
+        to_end: look on behind them, for imports.
     """
     found: list[str] = []
     objections: list[tuple[int, str]] = []
+    imports: list[tuple[int, str]] = []
     first_integer: int | None = None
     strings = 0
-    named = False
     seen: set[str] = set()
     damage = None
+    fails = False
     clipped = _Clipped(stream, MAX_PICKLE_BYTES)
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(clipped)):  # type: ignore[arg-type]
-            if count > _MAX_OPCODES:
-                objections.append((position or 0, f"more than {_MAX_OPCODES} opcodes"))
-            elif opcode.name not in _OPCODES:
-                shown = f" {argument!r}"[:80] if argument else ""
-                objections.append((position or 0, f"pickle opcode {opcode.name}{shown}"))
-                named |= opcode.name == "INST" and _importable(str(argument))
-                named |= opcode.name == "STACK_GLOBAL" and strings >= 2
-            elif opcode.name == "GLOBAL":
-                module, _, name = str(argument).partition(" ")
-                if (module, name) not in _GLOBALS:
-                    objections.append((position or 0, f"{module}.{name}"))
-                    named |= _importable(str(argument))
-                found.append(f"{module}.{name}")
+            what = _objection(opcode.name, argument) if count <= _MAX_OPCODES else f"more than {_MAX_OPCODES} opcodes"
+            if what is not None and len(objections) < max_objections:
+                objections.append((position or 0, what))
+            if what is not None and len(imports) < _MAX_IMPORTS and _imports(opcode.name, argument, strings):
+                imports.append((position or 0, what))
+            if opcode.name == "GLOBAL":
+                found.append(str(argument).replace(" ", ".", 1))
+            # As of much text: no unpickler gets beyond it.
+            fails |= count == 0 and bool(opcode.stack_before)
             strings += "UNICODE" in opcode.name or "STRING" in opcode.name
             seen.add(opcode.name)
             if first_integer is None and isinstance(argument, int) and opcode.name in ("LONG1", "BININT", "BININT2"):
                 first_integer = argument
-            if len(objections) >= max_objections:
+            if count > _MAX_OPCODES or (len(objections) >= max_objections and not to_end):
                 break
     except _DAMAGE as error:
         damage = str(error)[:200] or type(error).__name__
-    plausible = named and bool(seen & _CALLS) and bool(seen & _ARGUMENTS)
-    return PickleWalk(PickleFacts(tuple(found), first_integer), tuple(objections), damage, plausible)
+    if fails and damage is None:
+        damage = "its first opcode takes something from an empty stack"
+    called = bool(seen & _CALLS) and bool(seen & _ARGUMENTS)
+    facts = PickleFacts(tuple(found), first_integer)
+    return PickleWalk(facts, tuple(objections), tuple(imports), damage, damage is None and "STOP" in seen, called)
+
+
+def _objection(opcode: str, argument: object) -> str | None:
+    """What is not on the lists; ``None`` if the opcode and what it names are."""
+    if opcode not in _OPCODES:
+        return f"pickle opcode {opcode}" + (f" {argument!r}"[:80] if argument else "")
+    if opcode == "GLOBAL":
+        module, _, name = str(argument).partition(" ")
+        return None if (module, name) in _GLOBALS else f"{module}.{name}"
+    return None
+
+
+def _imports(opcode: str, argument: object, strings: int) -> bool:
+    """Whether Python could import what an opcode names that is not on the lists."""
+    if opcode in ("GLOBAL", "INST"):
+        module, _, name = str(argument).partition(" ")
+        return all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", part) for part in (module, name))
+    return opcode == "STACK_GLOBAL" and strings >= 2
 
 
 def check_pickle(stream: BinaryIO, *, where: str) -> PickleFacts:
@@ -171,11 +203,6 @@ def check_pickle(stream: BinaryIO, *, where: str) -> PickleFacts:
             hint="Fetch the file again and compare its digest",
         )
     return walk.facts
-
-
-def _importable(argument: str) -> bool:
-    module, _, name = argument.partition(" ")
-    return all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", part) for part in (module, name))
 
 
 def check_torch_zip(archive: zipfile.ZipFile, root: str, *, where: str) -> None:
@@ -210,14 +237,14 @@ def check_torch_legacy(stream: BinaryIO, *, where: str) -> None:
 
 
 def refuse_if_pickle(stream: BinaryIO, *, where: str) -> None:
-    """Raise UnsafeArtifact if the bytes start like a pickle that names code; say nothing otherwise.
+    """Raise UnsafeArtifact if the bytes start like a pickle that names code, or are one that is not plain.
 
     For files of no known format: a pickle of protocol 0 or 1 has no mark at its start, and one that
     breaks off behind its payload has already run it.
     """
-    walk = walk_pickle(stream, max_objections=1000)
-    if walk.objections and (walk.damage is None or walk.plausible):
-        raise _refused(where, walk.objections[0][1])
+    walk = walk_pickle(stream, to_end=True)
+    if walk.objections and (walk.damage is None or walk.names_code):
+        raise _refused(where, (walk.imports or walk.objections)[0][1])
 
 
 def _refused(where: str, what: str) -> UnsafeArtifact:

@@ -10,6 +10,7 @@ import re
 from typing import BinaryIO
 
 from defense_core.errors import CorruptArtifact, UnsafeArtifact
+from defense_core.files import CHUNK_BYTES
 
 MAX_EXTENDED_BYTES = 1 << 20
 _BLOCK = 512
@@ -23,14 +24,15 @@ _DIGITS = re.compile(rb"[0-9]{65}")
 
 
 def check_tar_layout(stream: BinaryIO, max_entries: int, *, where: str) -> None:
-    """Refuse a tar file with more members, other members or longer extended headers than are read.
+    """Refuse a tar file with more members, other members or longer extended headers than are read, or bytes behind.
 
     Args:
         stream: the tar file, expanded and seekable.
         max_entries: members that are allowed.
 
     Raises:
-        UnsafeArtifact: links, devices, sparse files, too many members, too much in extended headers.
+        UnsafeArtifact: links, devices, sparse files, too many members, too much in extended headers, bytes behind
+            the end.
         CorruptArtifact: a block that is no header where one is due.
     """
     members, run, extended = 0, 0, 0
@@ -57,6 +59,20 @@ def check_tar_layout(stream: BinaryIO, max_entries: int, *, where: str) -> None:
         _check_member(block, kind, size, where)
         if members > max_entries:
             raise UnsafeArtifact(f"{where} has too many entries", expected=f"at most {max_entries}", got="more")
+    _check_end(stream, at, where)
+
+
+def _check_end(stream: BinaryIO, at: int, where: str) -> None:
+    """Refuse anything but zeros where the members end: some readers look for more behind an end mark."""
+    stream.seek(at)
+    while piece := stream.read(CHUNK_BYTES):
+        if piece.count(0) != len(piece):
+            raise UnsafeArtifact(
+                f"{where} goes on behind its end",
+                expected="zeros up to the end of the file",
+                got=f"other bytes behind byte {at}",
+                hint="Ask the sender for a plain archive of the bundle",
+            )
 
 
 def _block_at(stream: BinaryIO, at: int) -> bytes:

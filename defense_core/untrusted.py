@@ -17,6 +17,7 @@ from defense_core.files import sha256_bytes, sha256_file
 from defense_core.isolation import read_isolated
 from defense_core.limits import LoadLimits
 from defense_core.pickles import check_torch_legacy, check_torch_zip, refuse_if_pickle
+from defense_core.plain_members import TORCH_PLAIN, check_plain_members
 from defense_core.pt2_file import read_pt2
 from defense_core.safetensors_file import parse_safetensors
 
@@ -40,7 +41,6 @@ _EXTENSIONS = {
     ".bz2": (ARCHIVE,),
     ".xz": (ARCHIVE,),
 }
-_TORCH_MEMBERS = ("data.pkl", "byteorder", "version", ".data/serialization_id", ".format_version", ".storage_alignment")
 _PICKLE_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 
 
@@ -117,6 +117,7 @@ def check_static(path: Path, limits: LoadLimits) -> str:
                     got=f"a wrong checksum of {damaged}",
                     hint="Fetch the file again and compare its digest",
                 )
+            check_plain_members(archive, root, TORCH_PLAIN, where=path.name)
             check_torch_zip(archive, root, where=path.name)
     elif found == TORCH_LEGACY:
         with open(path, "rb") as stream:
@@ -189,7 +190,7 @@ def torch_root(path: Path, names: list[str]) -> str:
         )
     for name in names:
         inner = name.removeprefix(root)
-        if inner not in _TORCH_MEMBERS and not (inner.startswith("data/") and inner[5:].isdecimal()):
+        if inner not in ("data.pkl", *TORCH_PLAIN) and not (inner.startswith("data/") and inner[5:].isdecimal()):
             raise UnsafeArtifact(
                 f"{path.name} holds {name!r}",
                 expected="tensors and their table",

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from defense_core.archives import OPENERS, checked_zip, common_root, damage_as_errors, unpacked
+from defense_core.archives import checked_zip, common_root, damage_as_errors, unpacked
 from defense_core.artifact_scan.findings import ScanFinding
 from defense_core.artifact_scan.pickle_files import scan_raw, scan_torch_pickle
 from defense_core.artifact_scan.tensor_files import scan_keras_config, scan_npy
+from defense_core.compressed import expand
 from defense_core.errors import ArtifactTooLarge, CorruptArtifact, QuarantineError, StorageError, UnsafeArtifact
 from defense_core.files import CHUNK_BYTES
 from defense_core.limits import LoadLimits
+from defense_core.plain_members import PT2_PLAIN, TORCH_PLAIN, check_plain_members
 from defense_core.untrusted import torch_root
 
 MAX_DEPTH = 3
 _MAX_JSON_BYTES = 64 << 20
-_PT2_PLAIN = ("archive_format", "archive_version", "byteorder", "version", ".data/version", ".data/serialization_id")
 _PT2_RAW = ("data/weights/weight_", "data/constants/tensor_")
 # Scans the file at a path, shown under a name, at a depth of nesting.
 Recurse = Callable[[Path, str, int], list[ScanFinding]]
@@ -53,6 +52,9 @@ def scan_torch_zip(path: Path, where: str, limits: LoadLimits) -> list[ScanFindi
             torch_root(path, archive.namelist())
         for name in pickles[:2]:
             found += scan_torch_pickle(archive, name, where, limits)
+        with errors_as_findings(found, where):
+            root = common_root(archive.namelist()) or ""
+            check_plain_members(archive, root, TORCH_PLAIN, where=path.name)
         found += _damaged_members(archive, where)
     return found
 
@@ -72,7 +74,7 @@ def scan_pt2(path: Path, where: str, limits: LoadLimits, recurse: Recurse, depth
         root = common_root(archive.namelist()) or ""
         for entry in archive.infolist():
             inner, inside = entry.filename.removeprefix(root), f"{where}!/{entry.filename}"
-            if inner in _PT2_PLAIN or entry.is_dir():
+            if inner in PT2_PLAIN or entry.is_dir():
                 continue
             if inner.endswith("_config.json"):
                 found += _weights_table(archive, entry, inside)
@@ -84,6 +86,8 @@ def scan_pt2(path: Path, where: str, limits: LoadLimits, recurse: Recurse, depth
                     found += recurse(member, inside, depth + 1)
             else:
                 found.append(ScanFinding("pt2-code", inside, "a member of unknown purpose, or compiled code"))
+        with errors_as_findings(found, where):
+            check_plain_members(archive, root, PT2_PLAIN, where=path.name)
         found += _damaged_members(archive, where)
     return found
 
@@ -130,48 +134,12 @@ def scan_compressed(path: Path, where: str, limits: LoadLimits, recurse: Recurse
         return [ScanFinding("too-deep", where, f"a compressed file inside {depth} others")]
     with tempfile.TemporaryDirectory(prefix="quarantine-") as folder:
         plain = Path(folder) / "content"
-        with errors_as_findings(found, where), damage_as_errors(path):
-            _expand(path, plain, limits)
+        with errors_as_findings(found, where), damage_as_errors(path), open(plain, "wb") as sink:
+            expand(path, sink, limits.max_bytes, bare_zlib=True)
         if not found:
             inside = f"{where}!/content"
             found += recurse(plain, inside, depth + 1)
     return found
-
-
-def _expand(path: Path, plain: Path, limits: LoadLimits) -> None:
-    allowed = limits.max_bytes
-    with _decompressed(path) as source, open(plain, "wb") as sink:
-        while chunk := source.read(CHUNK_BYTES):
-            allowed -= len(chunk)
-            if allowed < 0:
-                raise UnsafeArtifact(f"{path.name} unpacks to too much", expected=f"at most {limits.max_bytes} bytes")
-            sink.write(chunk)
-
-
-@contextmanager
-def _decompressed(path: Path) -> Iterator[Any]:
-    with open(path, "rb") as raw:
-        head = raw.read(6)
-        raw.seek(0)
-        opener = next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), _Zlib)
-        yield opener(raw)
-
-
-class _Zlib:
-    """A bare zlib stream, expanded in pieces of the size that is asked for."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw, self._engine = raw, zlib.decompressobj()
-
-    def read(self, size: int) -> bytes:
-        while not self._engine.eof:
-            packed = self._engine.unconsumed_tail or self._raw.read(CHUNK_BYTES)
-            data = self._engine.decompress(packed, size)
-            if data:
-                return data
-            if not packed:
-                raise EOFError("the stream ends before its end mark")
-        return b""
 
 
 @contextmanager

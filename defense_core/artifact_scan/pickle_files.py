@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import itertools
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from defense_core.artifact_scan.findings import MAX_FINDINGS, ScanFinding
 from defense_core.artifact_scan.kinds import ends_as_zip
-from defense_core.artifact_scan.second_opinion import SecondOpinionMissing, second_opinion
+from defense_core.artifact_scan.second_opinion import Opinion, SecondOpinionMissing, second_opinion
 from defense_core.limits import LoadLimits
 from defense_core.pickles import LEGACY_MAGIC, MAX_PICKLE_BYTES, PickleWalk, walk_pickle
 
 _LEGACY_PICKLES = 5
+_COUNT_BYTES = 8  # in front of each storage of an old file: how many elements it has
 _MAX_PICKLES = 1000
 
 
@@ -28,11 +30,11 @@ def scan_one_pickle(
     if not found and stream.tell() != len(data):
         found = [ScanFinding("pickle-hidden", where, "bytes follow the pickle's end", stream.tell())]
         found += _objections(walk_pickle(stream, max_objections=MAX_FINDINGS), where, stream.tell())
-    return found or list(_second_opinion([data], where, limits, sizes))
+    return found or _judged(_asked([data], limits, sizes), where)
 
 
 def scan_legacy(path: Path, where: str, limits: LoadLimits) -> list[ScanFinding]:
-    """Findings of a file by torch before 1.6: five pickles, then raw storages."""
+    """Findings of a file by torch before 1.6: five pickles, then raw storages up to the file's last byte."""
     pickles: list[bytes] = []
     with open(path, "rb") as stream:
         for number in range(_LEGACY_PICKLES):
@@ -46,7 +48,29 @@ def scan_legacy(path: Path, where: str, limits: LoadLimits) -> list[ScanFinding]
             end = stream.tell()
             stream.seek(start)
             pickles.append(stream.read(end - start))
-    return list(_second_opinion(pickles, where, limits))
+        opinion = _asked(pickles, limits, in_order=True)
+        found = _judged(opinion, where)
+        return found or _storages(stream, opinion.storages, where)
+
+
+def _storages(stream: BinaryIO, storages: Sequence[tuple[int, int]], where: str) -> list[ScanFinding]:
+    """Findings of what follows the pickles: each storage's count and elements, and nothing behind the last."""
+    at = stream.tell()
+    size = stream.seek(0, io.SEEK_END)
+    for number, (elements, item_bytes) in enumerate(storages):
+        stream.seek(at)
+        head = stream.read(_COUNT_BYTES)
+        end = at + _COUNT_BYTES + elements * item_bytes
+        if len(head) == _COUNT_BYTES and int.from_bytes(head, "little", signed=True) != elements:
+            return [ScanFinding("tensor-lies", where, f"storage {number} is not of {elements} elements", at)]
+        if end > size:
+            return [ScanFinding("damaged", where, f"the file ends inside storage {number}", size)]
+        at = end
+    if at == size:
+        return []
+    stream.seek(at)
+    found = [ScanFinding("pickle-hidden", where, f"{size - at} bytes follow the last storage", at)]
+    return found + _hidden(walk_pickle(stream, to_end=True), where, at)
 
 
 def scan_torch_pickle(archive: zipfile.ZipFile, member: str, where: str, limits: LoadLimits) -> list[ScanFinding]:
@@ -86,14 +110,43 @@ def scan_bare_pickle(path: Path, where: str) -> list[ScanFinding]:
 
 def hidden_pickle(path: Path, where: str) -> list[ScanFinding]:
     """Findings of a file of another format whose bytes are a pickle too."""
+    found: list[ScanFinding] = []
     with open(path, "rb") as stream:
-        walk = walk_pickle(stream, max_objections=1000)
-    if not walk.plausible:
-        return []
-    return [
-        ScanFinding("pickle-hidden", where, f"read as a pickle it asks for {what}", at)
-        for at, what in walk.objections[:3]
-    ]
+        for start, walk in _one_behind_the_other(stream):
+            found += _hidden(walk, where, start)
+    return found[:MAX_FINDINGS]
+
+
+def scan_text(path: Path, where: str) -> list[ScanFinding]:
+    """Findings of a text, beside those of :func:`hidden_pickle`.
+
+    Most texts break off at their first letters; one that is a pickle of protocol 0 to its end does not.
+    """
+    with open(path, "rb") as stream:
+        *_, (_, last) = _one_behind_the_other(stream)
+    return [ScanFinding("format-unsupported", where, "a text that is a pickle too")] if last.complete else []
+
+
+def _one_behind_the_other(stream: BinaryIO) -> Iterator[tuple[int, PickleWalk]]:
+    """Where each pickle starts, and what it is made of; the last is incomplete, the file's end or one too many."""
+    for _ in range(_MAX_PICKLES):
+        start = stream.tell()
+        walk = walk_pickle(stream, to_end=True)
+        yield start, walk
+        if not walk.complete or stream.tell() > MAX_PICKLE_BYTES or not stream.read(1):
+            return
+        stream.seek(-1, io.SEEK_CUR)
+
+
+def _hidden(walk: PickleWalk, where: str, start: int) -> list[ScanFinding]:
+    if walk.names_code:
+        return [
+            ScanFinding("pickle-hidden", where, f"read as a pickle it asks for {what}", start + at)
+            for at, what in walk.imports
+        ]
+    if walk.damage is None and not walk.complete:
+        return [ScanFinding("too-large", where, "read as a pickle it has too many opcodes", start)]
+    return []
 
 
 def scan_raw(path: Path, where: str) -> list[ScanFinding]:
@@ -113,17 +166,19 @@ def _objections(walk: PickleWalk, where: str, start: int) -> list[ScanFinding]:
     return found
 
 
-def _second_opinion(
-    pickles: list[bytes], where: str, limits: LoadLimits, sizes: Mapping[str, int] | None = None
-) -> Iterator[ScanFinding]:
+def _asked(
+    pickles: Sequence[bytes], limits: LoadLimits, sizes: Mapping[str, int] | None = None, *, in_order: bool = False
+) -> Opinion:
     try:
-        opinion = second_opinion(pickles, limits, sizes)
+        return second_opinion(pickles, limits, sizes, in_order=in_order)
     except SecondOpinionMissing as error:
-        yield ScanFinding("scanner-missing", where, str(error))
-        return
-    for what in opinion.refused:
-        yield ScanFinding("pickle-second-opinion", where, f"fickling: {what}")
-    for what in opinion.contradictions:
-        yield ScanFinding("tensor-lies", where, what)
-    for what in opinion.undecided:
-        yield ScanFinding("too-slow", where, what)
+        return Opinion(missing=str(error))
+
+
+def _judged(opinion: Opinion, where: str) -> list[ScanFinding]:
+    return [
+        *([ScanFinding("scanner-missing", where, opinion.missing)] if opinion.missing else []),
+        *(ScanFinding("pickle-second-opinion", where, f"fickling: {what}") for what in opinion.refused),
+        *(ScanFinding("tensor-lies", where, what) for what in opinion.contradictions),
+        *(ScanFinding("too-slow", where, what) for what in opinion.undecided),
+    ]

@@ -175,8 +175,8 @@ def _by_kind(job: _Job) -> list[ScanFinding]:
         kinds.ZIP: lambda: archive_files.scan_container(*container),
         kinds.TAR: lambda: archive_files.scan_container(*container),
         kinds.COMPRESSED: lambda: archive_files.scan_compressed(*container),
-        kinds.JSON: lambda: _text(path, where),
-        kinds.TEXT: lambda: _text(path, where),
+        kinds.JSON: lambda: pickle_files.scan_text(path, where),
+        kinds.TEXT: lambda: pickle_files.scan_text(path, where),
         kinds.PROGRAM: lambda: [ScanFinding("executable", where, "it starts like a program or script", 0)],
         kinds.EMPTY: lambda: [ScanFinding("damaged", where, "the file is empty")],
         kinds.OTHER: lambda: [ScanFinding("format-unsupported", where, f"a {job.kind.note}")],
@@ -187,14 +187,6 @@ def _by_kind(job: _Job) -> list[ScanFinding]:
 def _unknown(path: Path, where: str) -> list[ScanFinding]:
     with open(path, "rb") as stream:
         return [ScanFinding("format-unknown", where, "it starts with " + stream.read(8).hex(" "), 0)]
-
-
-def _text(path: Path, where: str) -> list[ScanFinding]:
-    found = pickle_files.scan_bare_pickle(path, where)
-    # Most texts break off at their first letter; one that is a pickle of protocol 0 does not.
-    damaged = any(finding.rule == "damaged" for finding in found)
-    whole = not damaged and not any(finding.rule == "pickle-code" for finding in found)
-    return [ScanFinding("format-unsupported", where, "a text that is a pickle too")] if whole else []
 
 
 def _recurse(limits: LoadLimits) -> archive_files.Recurse:

@@ -76,6 +76,8 @@ class Claims(pickle._Unpickler):  # type: ignore[name-defined]
     def __init__(self, data: bytes, sizes: dict[str, int] | None, max_bytes: int) -> None:
         super().__init__(io.BytesIO(data))
         self.sizes, self.max_bytes, self.claimed = sizes, max_bytes, 0
+        # Elements, and bytes of one, as each storage is first named: so it is stored.
+        self.storages: dict[Any, tuple[int, int]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name.startswith("_rebuild_tensor"):
@@ -91,7 +93,20 @@ class Claims(pickle._Unpickler):  # type: ignore[name-defined]
         stored = self.sizes.get(key) if self.sizes is not None else elements * ITEM_BYTES[name]
         if stored != elements * ITEM_BYTES[name]:
             raise Contradiction(f"storage {str(key)[:20]!r} claims {elements} x {name}, its record has {stored} bytes")
-        return name, elements
+        first = self.storages.setdefault(key, (elements, ITEM_BYTES[name]))
+        if math.prod(first) != elements * ITEM_BYTES[name]:
+            raise Contradiction(f"storage {str(key)[:20]!r} claims two sizes")
+        return name, self.viewed(elements, pid[5] if len(pid) > 5 else None)
+
+    def viewed(self, elements: int, view: Any) -> int:
+        """Elements of a storage of ``elements``, or of the part of it that old files name as (key, offset, size)."""
+        if view is None:
+            return elements
+        if not isinstance(view, tuple) or len(view) != 3 or not all(type(n) is int and n >= 0 for n in view[1:]):
+            raise Contradiction(f"a view {str(view)[:60]!r} of a storage")
+        if view[1] + view[2] > elements:
+            raise Contradiction(f"a view of {view[2]} elements from {view[1]} on in a storage of {elements}")
+        return int(view[2])
 
     def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Recorder:
         name, elements = storage
@@ -118,16 +133,28 @@ ITEM_BYTES = {
 }
 
 
-def check_claims(data: bytes, settings: dict[str, Any], answer: dict[str, list[str]]) -> None:
-    """Note where the tensors of one pickle contradict their storages."""
+def check_claims(pickles: list[bytes], settings: dict[str, Any], answer: dict[str, list[Any]]) -> None:
+    """Note where the tensors of the pickles of one file contradict their storages."""
     try:
-        Claims(data, settings["sizes"], settings["max_bytes"]).load()
+        read = [Claims(data, settings["sizes"], settings["max_bytes"]) for data in pickles]
+        values = [claims.load() for claims in read]
+        if settings["in_order"]:
+            answer["storages"] += stored_in_order(values[-1], read[-2].storages)
+        elif unnamed := set(settings["sizes"] or ()).difference(*(claims.storages for claims in read)):
+            raise Contradiction(f"{len(unnamed)} records that belong to no tensor, as {min(unnamed)[:20]!r}")
     except Contradiction as error:
         answer["contradictions"].append(str(error))
     except MemoryError:
         answer["undecided"].append("reading the tensors' sizes needs more memory than the limit")
     except Exception as error:  # noqa: BLE001 - whatever stops the reading makes it undecided, never clean
         answer["undecided"].append(f"sizes of tensors: {type(error).__name__}: {str(error)[:120]}")
+
+
+def stored_in_order(keys: Any, storages: dict[Any, tuple[int, int]]) -> list[tuple[int, int]]:
+    """What follows the pickles of an old file, which name each storage once and no other."""
+    if not isinstance(keys, list) or len(keys) != len(storages) or set(keys) != set(storages):
+        raise Contradiction(f"a table of storages, {str(keys)[:60]}, that are not those of the tensors")
+    return [storages[key] for key in keys]
 
 
 def pickles_in(data: bytes) -> list[bytes]:
@@ -158,7 +185,7 @@ def ask_fickling(data: bytes, analyses: list[Any], answer: dict[str, list[str]])
         answer["undecided"].append(f"fickling stopped with {type(error).__name__}: {str(error)[:120]}")
 
 
-def main(arguments: list[str]) -> dict[str, list[str]]:
+def main(arguments: list[str]) -> dict[str, list[Any]]:
     first, *pickles = pickles_in(sys.stdin.buffer.read())
     settings, max_bytes, cpu_s = json.loads(first), int(arguments[0]), int(arguments[1])
     sys.path.extend(settings["sites"])
@@ -174,11 +201,12 @@ def main(arguments: list[str]) -> dict[str, list[str]]:
     own_list = MLAllowlist()
     own_list.allowlist = allowed
     analyses = [own_list, *(each for each in Analysis.ALL if type(each).__name__ not in _NOT_FOR_TENSORS)]
-    answer: dict[str, list[str]] = {"refused": [], "undecided": [], "contradictions": []}
+    answer: dict[str, list[Any]] = {"refused": [], "undecided": [], "contradictions": []}
     for data in pickles:
         ask_fickling(data, analyses, answer)
-        check_claims(data, settings, answer)
-    return {name: lines[:20] for name, lines in answer.items()}
+    storages: dict[str, list[Any]] = {"storages": []}
+    check_claims(pickles, settings, answer | storages)
+    return {name: lines[:20] for name, lines in answer.items()} | storages
 
 
 if __name__ == "__main__":

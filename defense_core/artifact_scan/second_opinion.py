@@ -45,11 +45,15 @@ class Opinion:
         refused: what fickling's allow-list and its searches for known attacks object to.
         contradictions: tensors outside their storages, or larger than allowed.
         undecided: why it could not finish.
+        missing: why there is none.
+        storages: elements and bytes of an element of each storage, where they were asked for in order.
     """
 
     refused: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
+    missing: str = ""
+    storages: tuple[tuple[int, int], ...] = ()
 
 
 class SecondOpinionMissing(QuarantineError):
@@ -66,11 +70,14 @@ def fickling_version() -> str:
         ) from error
 
 
-def second_opinion(pickles: Sequence[bytes], limits: LoadLimits, sizes: Mapping[str, int] | None = None) -> Opinion:
+def second_opinion(
+    pickles: Sequence[bytes], limits: LoadLimits, sizes: Mapping[str, int] | None = None, *, in_order: bool = False
+) -> Opinion:
     """The opinion of all ``pickles``, each one complete, of one file.
 
     Args:
         sizes: bytes of each storage's record by key; ``None`` where records are not named.
+        in_order: the last pickle names the storages of the one before it, in the order in which they follow.
 
     Raises:
         SecondOpinionMissing: there is none to ask.
@@ -79,6 +86,7 @@ def second_opinion(pickles: Sequence[bytes], limits: LoadLimits, sizes: Mapping[
     specs = [importlib.util.find_spec(name) for name in ("fickling", "typing_extensions")]
     sites = sorted({str(_site(Path(spec.origin))) for spec in specs if spec is not None and spec.origin})
     settings = {"allow": _ALSO_PLAIN, "sites": sites, "sizes": sizes, "max_bytes": limits.max_bytes}
+    settings["in_order"] = in_order
     cpu_s = str(math.ceil(limits.timeout_s) + 1)
     command = [sys.executable, "-I", "-S", "-W", "ignore", str(_WORKER), str(_MAX_MEMORY_BYTES), cpu_s]
     try:
@@ -97,7 +105,9 @@ def second_opinion(pickles: Sequence[bytes], limits: LoadLimits, sizes: Mapping[
         why = f": {lines[-1][:120]}" if lines else ""
         return Opinion(undecided=(f"the second opinion ended with status {child.returncode}{why}",))
     answer = json.loads(child.stdout)
-    return Opinion(*(tuple(answer[name]) for name in ("refused", "contradictions", "undecided")))
+    refused, contradictions, undecided = (tuple(answer[name]) for name in ("refused", "contradictions", "undecided"))
+    storages = tuple((elements, item_bytes) for elements, item_bytes in answer["storages"])
+    return Opinion(refused, contradictions, undecided, storages=storages)
 
 
 def _site(origin: Path) -> Path:
