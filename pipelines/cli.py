@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ from pipelines.inspect_cli import inspect
 from pipelines.lab_cli import app as lab_app
 from pipelines.model_options import loading_of, model_spec, pinned_loading, tuned_spec
 from pipelines.option_groups import takes
+from pipelines.output_streams import drop, escape_what_cannot_be_shown, flush
 from pipelines.plan_options import Request, run_request
 from pipelines.policy_cli import app as policy_app
 from pipelines.promote_cli import app as promote_app
@@ -297,9 +299,24 @@ def _finish(evidence: dict[str, Any], as_json: bool, sentence: str, *, judged: b
 def main() -> None:
     """Entry point of ``quarantine``."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    streams = escape_what_cannot_be_shown()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("quarantine").setLevel(logging.INFO)
-    as_json = "--json" in sys.argv
+    try:
+        code = _ended(as_json="--json" in sys.argv)
+        flush(streams)
+    except OSError as error:
+        # Nobody reads on, or the disk is full: what was found is not told, which is neither a pass nor a fail.
+        if not isinstance(error, BrokenPipeError):
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+        drop(streams)
+        code = EXIT_UNKNOWN
+    sys.exit(code)
+
+
+def _ended(*, as_json: bool) -> int:
+    """Run the command; its exit code. Raises BrokenPipeError if the reader of its output is gone."""
     from pipelines.console import print_error
 
     try:
@@ -315,10 +332,17 @@ def main() -> None:
         code = EXIT_USAGE
     except (typer.Abort, KeyboardInterrupt):
         code = EXIT_UNKNOWN
+    except SystemExit as error:
+        # So typer answers a broken pipe, with exit code 1.
+        if isinstance(error.__context__, BrokenPipeError):
+            raise error.__context__ from error
+        raise
+    except BrokenPipeError:
+        raise
     except Exception:  # noqa: BLE001 - a defect of ours decides nothing: its trace is shown, and it must not read as FAIL
         traceback.print_exc()
         code = EXIT_UNKNOWN
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

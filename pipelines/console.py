@@ -16,13 +16,26 @@ from defense_core.errors import QuarantineError
 
 STYLES = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "allow": "green", "deny": "red", "unknown": "yellow"}
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Tell the command, which otherwise would end with rich's exit code 1; here that means FAIL."""
+        raise BrokenPipeError
+
+
+out = _Console(highlight=False, soft_wrap=True)
+err = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(to_mapping(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """One JSON document on standard output; characters that it has no bytes for are escaped."""
+    told = to_mapping(value)
+    text = json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(told, indent=2, allow_nan=False)
+    sys.stdout.write(text + "\n")
 
 
 def print_error(error: QuarantineError, *, as_json: bool) -> None:
@@ -39,7 +52,7 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]])
     for row in rows:
         drawn.add_row(*(coloured(str(cell)) for cell in row))
     # Piped output has no width of its own; a table that is cut loses the figures.
-    console = out if out.is_terminal else Console(highlight=False, width=max(out.width, 160))
+    console = out if out.is_terminal else _Console(highlight=False, width=max(out.width, 160))
     console.print(drawn)
 
 

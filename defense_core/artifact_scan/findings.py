@@ -100,6 +100,10 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+def _visible(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
 @dataclass(frozen=True)
 class ScanFinding:
     """One rule that fired.
@@ -119,8 +123,7 @@ class ScanFinding:
     def __post_init__(self) -> None:
         # What a stranger wrote is quoted in terminals, logs and pages: no control or bidi characters.
         for name in ("where", "message"):
-            shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in getattr(self, name)[:_MAX_MESSAGE])
-            object.__setattr__(self, name, shown)
+            object.__setattr__(self, name, _visible(getattr(self, name)[:_MAX_MESSAGE]))
 
     @property
     def state(self) -> State:
@@ -148,7 +151,7 @@ class FileScan:
     """What is said of one file.
 
     Attributes:
-        path: relative to what was scanned.
+        path: relative to what was scanned, with invisible characters as escapes.
         kind: format, from the content.
         bytes: size; 0 for what is no file.
         sha256: ``"sha256:<hex>"``; empty where it could not be read.
@@ -160,6 +163,10 @@ class FileScan:
     bytes: int
     sha256: str
     findings: tuple[ScanFinding, ...]
+
+    def __post_init__(self) -> None:
+        # As in findings; a name that is no valid UTF-8 could not be written as JSON either.
+        object.__setattr__(self, "path", _visible(self.path))
 
     @property
     def state(self) -> State:

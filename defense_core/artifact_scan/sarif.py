@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -85,4 +86,5 @@ def _result(finding: ScanFinding, index: int, base: str) -> dict[str, Any]:
 
 
 def _uri(base: str, path: str) -> str:
-    return quote(str(PurePosixPath(base) / path))
+    # As bytes, because a folder's name need not be valid UTF-8.
+    return quote(os.fsencode(PurePosixPath(base) / path))
