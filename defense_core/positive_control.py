@@ -22,6 +22,7 @@ from defense_core.evaluate import evaluate
 from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify import method_named, purify
+from defense_core.scan.calibrate import rejects
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.pool import Pool
 from defense_core.scan.report import ScanReport
@@ -113,7 +114,7 @@ class Control:
 
     def _found(self) -> str:
         outcome = "would have been detected" if self.detected else "would not have been detected"
-        other = self.scan.p_value is not None and self.scan.p_value <= self.scan.fpr and not self.target_named
+        other = self.scan.p_value is not None and rejects(self.scan.p_value, self.scan.fpr) and not self.target_named
         why = f": the copy stands out, but not for class {self.target}" if other else ""
         return f"A patch of {self.patch} planted into a copy of this model {outcome} (p = {self.scan.p_value:.3f}){why}"
 

@@ -26,6 +26,7 @@ from defense_core.data import CleanSet
 from defense_core.files import atomic_directory, write_atomic
 from defense_core.progress import NullProgress, Progress
 from defense_core.scan.base import InvertedTrigger, subject_of
+from defense_core.scan.calibrate import rejects
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.pictures import Picture, class_pictures, trigger_picture
 from defense_core.scan.pool import Pool
@@ -217,6 +218,6 @@ def _findings(name: str, found: ScanReport) -> list[Finding]:
         members = [each for each in found.detectors if each.channel == channel.name]
         why = "; ".join(f"{each.name}: {each.why}" for each in members)
         # Among references that say nothing about the model, no rank is a PASS.
-        verdict = Verdict.PASS if found.comparable and channel.adjusted > found.fpr else found.verdict
+        verdict = Verdict.PASS if found.comparable and not rejects(channel.adjusted, found.fpr) else found.verdict
         lines.append(Finding(f"{name}.{channel.name}", verdict, round(channel.adjusted, 4), f"p > {found.fpr:g}", why))
     return lines

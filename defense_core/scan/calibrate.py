@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from defense_core.scan.pool import Pool, Reading
+from defense_core.scan.pool import Pool, Reading, Reference
 
 Floats = numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.float64]]
 
@@ -30,6 +30,8 @@ LEAST_REFERENCES = 3
 """With fewer, not even a deviation can be stated."""
 RANGE_MARGIN = 0.5
 """A covariate may lie beyond the references' range by this share of it."""
+DIGITS = 12
+"""Decimals that p-values are compared by: in floating point three times 1/40 is more than 0.075."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,20 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     adjusted: dict[str, float] = {}
     least = 0.0
     for done, (name, p_value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        least = min(1.0, max(least, (len(p_values) - done) * p_value))
+        least = min(1.0, max(least, round((len(p_values) - done) * p_value, DIGITS)))
         adjusted[name] = least
     return adjusted
+
+
+def rejects(adjusted: float, fpr: float) -> bool:
+    """Whether a p-value from :func:`holm` rejects at the rate ``fpr``: both are compared by ``DIGITS`` decimals."""
+    return round(adjusted, DIGITS) <= round(fpr, DIGITS)
+
+
+def least_adjusted(channels: int, references: int) -> float:
+    """The smallest p-value that :func:`holm` can give: one of ``channels`` stands out from all ``references``."""
+    most_extreme = conformal(1.0, [0.0] * references)
+    return min(holm({str(each): 1.0 if each else most_extreme for each in range(channels)}).values())
 
 
 def standing(
@@ -70,7 +83,8 @@ def standing(
     """A model's standing by one detector, or by those of a channel together.
 
     Each detector is standardised on the references, every one of them against the others, and the value is the
-    largest of them; the same is done for each reference, so ranks are comparable.
+    largest of them; the same is done for each reference, so ranks are comparable. Compared with are the references that
+    all of these detectors have read: the largest of several is that of one and the same model.
 
     Args:
         regimes: whose readings of the pool to compare with.
@@ -81,28 +95,25 @@ def standing(
     Returns:
         ``None`` where none of the detectors was run, on the model or on the references.
     """
-    values, nulls, targets = [], [], []
-    for detector in detectors:
-        others = [
-            reference.readings[regime][detector]
-            for reference in pool.references
-            for regime in regimes
-            if detector in reference.readings.get(regime, {})
-        ]
-        if detector not in readings or len(others) < LEAST_REFERENCES:
-            continue
-        value, null, ranked = _standardised(readings[detector], others, by_class=by_class)
-        values.append(value)
-        nulls.append(null)
-        targets.append(ranked)
-    if not values:
+    read = [_read(reference, regimes) for reference in pool.references]
+    known = [name for name in detectors if name in readings and sum(name in each for each in read) >= LEAST_REFERENCES]
+    others = [each for each in read if all(name in each for name in known)]
+    if not known or len(others) < LEAST_REFERENCES:
         return None
-    count = min(map(len, nulls))
-    null = numpy.max([each[:count] for each in nulls], axis=0)
+    values, nulls, targets = zip(
+        *(_standardised(readings[name], [each[name] for each in others], by_class=by_class) for name in known),
+        strict=True,
+    )
+    null = numpy.max(nulls, axis=0)
     best = int(numpy.argmax(values))
     value, centre = values[best], float(numpy.median(null))
     reach = max(float(numpy.quantile(null, 0.9)) - centre, 1e-9)
-    return Standing(conformal(value, null.tolist()), (value - centre) / reach, targets[best], count)
+    return Standing(conformal(value, null.tolist()), (value - centre) / reach, targets[best], len(others))
+
+
+def _read(reference: Reference, regimes: Sequence[str]) -> dict[str, Reading]:
+    """What was read of a reference in ``regimes``, by detector; the first regime counts."""
+    return {name: each for regime in reversed(regimes) for name, each in reference.readings.get(regime, {}).items()}
 
 
 def _standardised(own: Reading, others: Sequence[Reading], *, by_class: bool) -> tuple[float, Floats, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import NonFiniteOutputs
 from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, subject_of
-from defense_core.scan.calibrate import CHANNELS, Standing, holm, standing
+from defense_core.scan.calibrate import CHANNELS, Standing, holm, rejects, standing
 from defense_core.scan.confirm import Confirmation, confirm
 from defense_core.scan.detectors import DETECTORS, EVIDENCE_ONLY, Regime, Settings, regime_of
 from defense_core.scan.observe import Observed, observe, wanted
@@ -96,11 +96,17 @@ def judge(
     singly = {} if pool is None else _detector_standings(pool, observed, regime, task.class_names)
     planned = _planned(regime)
     adjusted = holm({name: standings[name].p_value if name in standings else 1.0 for name in planned})
-    targets = _targets(standings, [name for name in planned if name in standings and adjusted[name] <= config.fpr])
+    targets = _targets(
+        standings, [name for name in planned if name in standings and rejects(adjusted[name], config.fpr)]
+    )
     confirmations: tuple[Confirmation, ...] = ()
+    unanswered = ""
     if targets and observed.held_out is not None:
         subject = subject_of(model, observed.searched, task=task, device=device, progress=progress)
-        confirmations = confirm(subject, observed.held_out, tuple(observed.observations.values()), targets)
+        try:
+            confirmations = confirm(subject, observed.held_out, tuple(observed.observations.values()), targets)
+        except NonFiniteOutputs as error:  # on an image that no detector has seen
+            unanswered = str(error).rstrip(".")
     channels = tuple(
         ChannelEntry(name, place.p_value, adjusted[name], place.score, place.targets)
         for name, place in standings.items()
@@ -113,8 +119,9 @@ def judge(
     because = incomparable(config.fpr, pool, observed, channels=len(planned), references=fewest)
     comparable = p_value is not None and not because
     reasons = because + undecided(
-        config.fpr, observed, confirmations, p_value=p_value, targets=targets, comparable=comparable
-    )
+        config.fpr, observed, confirmations, p_value=p_value, targets=targets, comparable=comparable,
+        unanswered=unanswered,
+    )  # fmt: skip
     pairs = observed.observations.get("pairs")
     without_pairs = pairs is not None and not pairs.measured
     expected = [name for name in planned if name != "pairs" or not without_pairs]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from defense_core.scan.calibrate import uncovered
+from defense_core.scan.calibrate import least_adjusted, rejects, uncovered
 from defense_core.scan.confirm import Confirmation
-from defense_core.scan.detectors import FEW, Regime
+from defense_core.scan.detectors import EVIDENCE_ONLY, FEW, Regime
 from defense_core.scan.observe import Observed
 from defense_core.scan.pool import Pool
 from defense_core.verdict import Verdict
@@ -27,8 +27,8 @@ def incomparable(
         )
     if pool is not None:
         reasons += [f"The pool does not cover this model: {each}" for each in uncovered(pool, observed.covariates)]
-        least = channels / (references + 1)
-        if least > fpr:
+        least = least_adjusted(channels, references)
+        if not rejects(least, fpr):
             reasons.append(
                 f"{references} references cannot tell a rate of {fpr:g}: the smallest p-value of "
                 f"{channels} channels is {least:.3f}"
@@ -44,19 +44,31 @@ def undecided(
     p_value: float | None,
     targets: tuple[int, ...],
     comparable: bool,
+    unanswered: str = "",
 ) -> tuple[str, ...]:
     """What else keeps this scan from a verdict. Detectors that the time did not allow keep it from a PASS alone: Holm
-    counts their channels, and a confirmed suspicion stands without them."""
+    counts their channels, and a confirmed suspicion stands without them. Those that are evidence only keep it from
+    nothing.
+
+    Args:
+        unanswered: why the suspicion could not be tried on the held-out images; empty where it could.
+    """
     reasons = []
-    if observed.unfinished:
-        reasons.append(f"The time ran out before {', '.join(observed.unfinished)} had finished")
-    if p_value is None or p_value > fpr:
+    unfinished = [name for name in observed.unfinished if name not in EVIDENCE_ONLY]
+    if unfinished:
+        reasons.append(f"The time ran out before {', '.join(unfinished)} had finished")
+    if p_value is None or not rejects(p_value, fpr):
         return tuple(reasons)
     best = next((each for each in confirmations if each.confirmed), None)
     if best is not None:
         reasons += [] if comparable else [f"{_found(best)}, which a clean model of another kind may allow too"]
     elif not targets:
         reasons.append("It stands out from the clean references, but no class could be named")
+    elif unanswered:
+        reasons.append(
+            f"It stands out from the clean references ({_classes(targets)}), but it could not be tried on the held-out "
+            f"clean images: {unanswered}"
+        )
     elif observed.held_out is None:
         reasons.append(
             f"It stands out from the clean references ({_classes(targets)}), but no clean images are left that were "

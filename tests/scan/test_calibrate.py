@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import median
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from defense_core.config import digest
 from defense_core.errors import ConfigError
 from defense_core.scan.base import outlying
-from defense_core.scan.calibrate import CHANNELS, conformal, holm, standing, uncovered
+from defense_core.scan.calibrate import CHANNELS, conformal, holm, least_adjusted, rejects, standing, uncovered
 from defense_core.scan.detectors import Settings
 from defense_core.scan.pool import (
     Pool,
@@ -92,6 +93,27 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: dict[str, f
 def test_holm_of_one_is_itself_and_never_exceeds_one() -> None:
     assert holm({"a": 0.3}) == {"a": 0.3}
     assert holm({"a": 0.9, "b": 0.8, "c": 0.7})["a"] == 1.0
+
+
+RATES = tuple(Fraction(milli, 1000) for milli in range(1, 1000)) + tuple(Fraction(1, of) for of in range(3, 60))
+
+
+@given(st.integers(1, 400), st.integers(1, 6), st.sampled_from(RATES))
+def test_references_are_enough_where_the_most_extreme_model_is_rejected(
+    count: int, channels: int, rate: Fraction
+) -> None:
+    """In exact numbers; rates that a whole number of references reaches to the digit among them."""
+    others = {str(each): 1.0 for each in range(1, channels)}
+    for references in {count, max(1, int(channels / rate) - 1)}:
+        most_extreme = holm({"0": conformal(1.0, [0.0] * references), **others})["0"]
+        exact = min(Fraction(1), Fraction(channels, references + 1)) <= rate
+        assert rejects(most_extreme, float(rate)) == exact
+        assert rejects(least_adjusted(channels, references), float(rate)) == exact
+
+
+@pytest.mark.parametrize(("fpr", "references"), [(0.15, 19), (0.075, 39), (0.05, 59), (0.06, 49), (0.3, 9)])
+def test_three_times_a_p_value_is_no_more_than_the_rate_that_it_equals(fpr: float, references: int) -> None:
+    assert holm({"a": conformal(1.0, [0.0] * references), "b": 1.0, "c": 1.0})["a"] <= fpr
 
 
 def test_an_easy_class_is_no_suspicion_where_it_is_easy_in_every_reference() -> None:
@@ -180,6 +202,38 @@ def test_a_channel_takes_its_most_suspicious_arm_and_counts_it_alike_for_the_ref
     ]  # fmt: skip
     rejected = [each for each in null if each is not None and each.p_value <= 0.05]
     assert len(rejected) <= 6  # 30 exchangeable models at 0.05; 6 or more happen once in 300
+
+
+@pytest.mark.parametrize("lacking", [0, 60, 119])
+def test_detectors_are_put_together_reference_by_reference(lacking: int) -> None:
+    """Where one reference lacks a detector, the other's largest values are still those of the same references."""
+    levels = DRAW.normal(size=120)
+
+    def reference(number: int) -> Reference:
+        level = Reading(float(levels[number]))
+        return Reference(f"r{number}", {}, {}, {"none": {"margin": level}, "many": {"subspace": level}})
+
+    whole = [reference(number) for number in range(120)]
+    half = replace(whole[lacking], readings={"none": whole[lacking].readings["none"], "many": {}})
+    mixed = replace(POOL, references=(*whole[:lacking], half, *whole[lacking + 1 :]))
+    without = replace(POOL, references=(*whole[:lacking], *whole[lacking + 1 :]))
+    for value in (float(numpy.sort(levels)[-2:].mean()), 0.0, 9.0):
+        own = {"margin": Reading(value), "subspace": Reading(value)}
+        found = [standing(each, ("none", "many"), own, CHANNELS["margin"], by_class=False) for each in (mixed, without)]
+        assert found[0] == found[1]
+
+
+def test_too_few_references_that_have_every_detector_say_nothing() -> None:
+    references = tuple(
+        replace(
+            each, readings={"none": {"margin": reading(natural())}} if number % 2 else {"many": each.readings["many"]}
+        )
+        for number, each in enumerate(POOL.references)
+    )
+    halves = replace(POOL, references=references)
+    own = {"margin": reading(natural()), "patch": reading(natural())}
+    assert standing(halves, ("none", "many"), own, ("margin",), by_class=True) is not None
+    assert standing(halves, ("none", "many"), own, ("margin", "patch"), by_class=True) is None
 
 
 def test_other_classes_are_compared_by_the_gap_alone() -> None:

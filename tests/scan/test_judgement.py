@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components.scan_backdoor.step import _pictures
+from components.scan_backdoor.step import _findings, _pictures
 from defense_core.errors import ConfigError
 from defense_core.progress import NullProgress
 from defense_core.scan.base import InvertedTrigger, Observation
@@ -161,6 +161,47 @@ def test_a_scan_that_ran_out_of_time_is_unknown_and_its_channels_still_count_und
     (only,) = report.channels
     assert only.name == "margin"
     assert only.adjusted == pytest.approx(min(1.0, 3 * only.p_value))
+
+
+def test_detectors_that_are_evidence_only_keep_no_scan_from_its_verdict() -> None:
+    seen = blind(observed())
+
+    def late(*unfinished: str) -> ScanReport:
+        finished = {name: each for name, each in seen.observations.items() if name not in unfinished}
+        return judged(replace(seen, observations=finished, unfinished=unfinished))
+
+    report = late("activeness", "curvature")
+    assert report.verdict is Verdict.PASS
+    assert report.unfinished == ()
+    report = late("pairs", "activeness", "curvature")
+    assert report.verdict is Verdict.UNKNOWN
+    assert "ran out before pairs had finished" in report.sentence
+
+
+@pytest.mark.parametrize(("fpr", "references"), [(0.075, 39), (0.15, 19)])
+def test_a_rate_that_the_references_just_reach_is_no_pass(fpr: float, references: int) -> None:
+    seen = replace(observed("patch"), covariates={"mean_log_margin": 1.1, "log_weight_norm": -2.4})
+    report = judged(seen, pool=pool(references), fpr=fpr)
+    assert report.verdict is Verdict.FAIL
+    assert report.p_value == fpr
+    lines = {each.rule: each.verdict for each in _findings("scan", report)}
+    assert lines["scan.inversion"] is Verdict.FAIL
+
+
+def test_an_answer_that_is_not_finite_on_a_held_out_image_is_unknown() -> None:
+    class Overflow(Corner):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where((x[:, 0, 7, 7] > 0.99)[:, None], math.nan, super().forward(x))
+
+    held_out = images(30)
+    held_out.images[5, 0, 7, 7] = 255
+    report = judged(replace(observed("patch"), held_out=held_out), model=Overflow())
+    assert report.verdict is Verdict.UNKNOWN
+    assert report.target_classes == (2,)
+    assert report.confirmations == ()
+    assert "could not be tried on the held-out clean images: " in report.sentence
+    assert "not finite" in report.sentence
+    assert "no trigger that was found" not in report.sentence
 
 
 def test_what_is_confirmed_in_a_model_of_another_kind_is_told_and_unknown() -> None:
