@@ -110,7 +110,7 @@ def _chain_passed(evidence: Mapping[str, Evidence], method: str | None) -> Findi
     chain = ["fetch", "select", f"evaluate.{method or 'selected'}", "export"]
     if method != UNTOUCHED:
         chain.append(f"purify.{method or 'selected'}")
-    if method == UNPURIFIED:
+    if method in (UNPURIFIED, UNTOUCHED):
         # Nothing but a scan that found no evidence spares a model its purification.
         chain.append("scan")
     verdicts = {name: evidence[name].verdict if name in evidence else Verdict.UNKNOWN for name in chain}

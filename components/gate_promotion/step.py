@@ -66,7 +66,7 @@ def gate_promotion(
             each evidence and the gate's own, ``policy.json`` and ``decision.json``; ``None``: nothing is written.
             A folder that holds something is refused: a decision is never edited, only superseded.
         at: time of the decision, ISO 8601 with a zone; ``None``: now. It stands in the decision.
-        approvals: of people, whose signatures were checked.
+        approvals: of people, whose signatures were checked; the same file given twice is one.
         supersedes: folder of an earlier decision about the same artifact that this one takes the place of.
         earlier: evidence ``gate`` that an earlier attempt of the same run left. Where it came to the same decision,
             that is made again at the time that it states instead of now: a step that is tried again says the same.
@@ -83,6 +83,7 @@ def gate_promotion(
     clock = Clock.start()
     parsed = parse_policy(policy)
     former = None if supersedes is None else replay_decision(supersedes).decision
+    approvals = list({signed.envelope: signed for signed in approvals}.values())
     given: dict[str, Any] = {
         "approvals": [signed.approval for signed in approvals],
         "supersedes": None if former is None else sha256_bytes(decision_bytes(former)),

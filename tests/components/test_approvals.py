@@ -51,8 +51,8 @@ def publics(keys: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: load_public_key(keys[name].public) for name in names or keys}
 
 
-def decided(folder: Path, keys: dict[str, Any], data: bytes, **options: Any) -> dict[str, Any]:
-    given = [open_approval(data, publics(keys), "file")]
+def decided(folder: Path, keys: dict[str, Any], data: bytes, again: int = 1, **options: Any) -> dict[str, Any]:
+    given = [open_approval(data, publics(keys), "file")] * again
     return gate_promotion(EVIDENCE, POLICY, folder, at=later(1), approvals=given, **options)
 
 
@@ -72,6 +72,14 @@ def test_a_decision_rests_on_its_approval_and_replays(tmp_path: Path, keys: dict
     assert replayed.decision.outcome == "allow"
     assert replayed.decision.approvals[0].identity == "ada"
     assert replayed.decision.decided_at == later(1)
+
+
+def test_the_same_approval_given_twice_is_one(tmp_path: Path, keys: dict[str, Any]) -> None:
+    data = signed(keys)
+    once = gate_promotion(EVIDENCE, POLICY, at=later(1), approvals=[open_approval(data, publics(keys), "file")])
+    twice = decided(tmp_path / "out", keys, data, again=2)
+    assert twice["results"] == once["results"]
+    assert len(replay_decision(tmp_path / "out").decision.approvals) == 1
 
 
 @pytest.mark.parametrize(

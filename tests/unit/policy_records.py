@@ -111,11 +111,11 @@ def finding(decision, identifier: str):
 
 
 def untouched() -> dict:
-    """The fetched model itself was chosen: no purification on its way."""
+    """The fetched model itself was chosen: no purification on its way, because a scan found no evidence."""
     files = {name: each for name, each in run().items() if not name.startswith("purify.")}
     files["select"] |= {"outputs": {"model": FETCHED}, "results": {"method": "before"}}
     files["export"]["inputs"]["model"] = FETCHED
-    return files
+    return {**files, "scan": record("scan", {"model": FETCHED}, {}, {"verdict": "PASS"})}
 
 
 def scanned(files: dict, *, scan="FAIL", rescan="PASS", control="PASS", left=(0.02,)) -> dict:

@@ -192,7 +192,7 @@ def test_the_digest_of_the_exported_file_may_stand_in_outputs_alone():
     assert finding(decide(policy(), files), "integrity.onnx").why.startswith("Export outputs states it. ")
 
 
-def test_the_untouched_model_needs_no_purification():
+def test_the_untouched_model_needs_no_purification_after_a_passed_scan():
     assert integrity(untouched()) == dict.fromkeys(INTEGRITY, PASS)
 
 
@@ -260,7 +260,7 @@ def test_lineage_and_file_say_who_agrees():
     assert lineage.startswith("Fetch, purify.tsbd, evaluate.before, evaluate.tsbd agree. ")
     assert finding(decision, "integrity.onnx").why.startswith("Export outputs, export results agree. ")
     chosen = finding(decide(policy(), untouched()), "integrity.lineage")
-    assert chosen.why.startswith("Fetch, select, evaluate.before agree. ")
+    assert chosen.why.startswith("Fetch, select, scan, evaluate.before agree. ")
 
 
 def test_steps_that_ended_badly_are_listed_in_words():
@@ -404,8 +404,9 @@ def test_the_fetched_model_goes_on_after_a_scan_without_findings():
 
 
 @pytest.mark.parametrize(("verdict", "expected"), [("FAIL", FAIL), ("UNKNOWN", UNKNOWN), (None, UNKNOWN)])
-def test_nothing_but_a_passed_scan_spares_a_model_its_purification(verdict, expected):
-    files = unpurified()
+@pytest.mark.parametrize("chosen", [unpurified, untouched])
+def test_nothing_but_a_passed_scan_spares_a_model_its_purification(chosen, verdict, expected):
+    files = chosen()
     if verdict is None:
         del files["scan"]
     else:

@@ -292,6 +292,16 @@ def test_a_model_that_was_not_purified_passes_standard_and_not_strict():
     assert finding(denied, "require.purification").verdict is FAIL
 
 
+@pytest.mark.parametrize("verdict", ["FAIL", "UNKNOWN", None])
+def test_standard_allows_no_untouched_model_without_a_passed_scan(verdict):
+    """Though no trigger of the probes works on it."""
+    files = scanned(untouched(), scan=verdict or "PASS")
+    files["evaluate.before"]["results"]["probes"] = []
+    if verdict is None:
+        del files["scan"], files["rescan"]
+    assert decide(parse_policy(shipped("standard")), dated(files), at=AT).outcome in ("deny", "unknown")
+
+
 def test_no_shipped_policy_allows_the_untouched_backdoored_model():
     files = dated(scanned(untouched()))
     for name in SHIPPED:
