@@ -152,7 +152,7 @@ def decide(
 
 
 def _check_supersedes(supersedes: str | None) -> None:
-    if supersedes is not None and not DIGEST.fullmatch(supersedes):
+    if supersedes is not None and not (isinstance(supersedes, str) and DIGEST.fullmatch(supersedes)):
         raise ConfigError("supersedes is no digest", expected="sha256:<64 hex digits>", got=repr(supersedes))
 
 

@@ -58,7 +58,10 @@ def number(value: Any) -> float | None:
     """``value`` as a finite float; ``None`` for anything else, truth values included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number that no float can hold
+        return None
 
 
 def count(value: Any) -> int | None:

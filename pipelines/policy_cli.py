@@ -118,11 +118,14 @@ def replay(
 
     Exit 0: none changes; 1: at least one does; 2: none does, but some cannot be decided or compared.
     """
+    from defense_core.policy_time import parse_time
     from pipelines.console import out as console
     from pipelines.console import print_json, table
     from pipelines.policy_replay import find_runs, replay_run
 
     parsed = _policy(policy)
+    if at:
+        parse_time(at, "--at")
     runs = [run for folder in evidence for run in find_runs(folder)]
     replayed = [replay_run(parsed, run, at or None) for run in runs]
     verdict = combine(each.verdict for each in replayed)

@@ -10,8 +10,10 @@ from typing import Any
 from components._runtime.decision_files import stated_circumstances
 from components._runtime.evidence import DECISION, read_folder
 from defense_core.config import canonical_json
-from defense_core.errors import EvidenceMissing, QuarantineError
+from defense_core.errors import EvidenceMismatch, EvidenceMissing, QuarantineError
 from defense_core.policy import Decision, Policy, decide
+from defense_core.report_text import at as value_at
+from defense_core.report_text import items_at
 from defense_core.verdict import Verdict
 
 
@@ -69,10 +71,10 @@ def replay_run(policy: Policy, folder: Path, at: str | None = None) -> Replayed:
         former = _former(folder, evidence)
         moment = at or former.get("decided_at") or _time_of(evidence)
         decision = _decide(policy, evidence, former, moment)
+        was, blocked = _stated(former, str(folder))
     except QuarantineError as error:
         return Replayed(str(folder), at, None, None, problem=str(error))
-    was = former.get("outcome")
-    reasons = _reasons(former.get("findings", []), decision)
+    reasons = _reasons(blocked, decision)
     dropped = bool(former.get("approvals")) and not decision.approvals
     notes = ("Its approvals were given under another policy and do not count.",) if dropped else ()
     problem = "" if was else "No decision was recorded for this run."
@@ -87,8 +89,8 @@ def _former(folder: Path, evidence: Mapping[str, Mapping[str, Any]]) -> dict[str
         data = path.read_bytes()
         given = stated_circumstances(data, str(path))
         return {**json.loads(data), "approvals": given["approvals"]}
-    results = dict(evidence["gate"]["results"]) if "gate" in evidence else {}
-    if results:
+    results = evidence["gate"].get("results") if "gate" in evidence else None
+    if isinstance(results, Mapping) and results:
         given = stated_circumstances(canonical_json(results), str(folder / "gate.json"))
         return {**results, "approvals": given["approvals"]}
     return {}
@@ -96,8 +98,32 @@ def _former(folder: Path, evidence: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 def _time_of(evidence: Mapping[str, Mapping[str, Any]]) -> str | None:
     """When the gate began, or else the last step that states a time."""
-    started = {name: each.get("environment", {}).get("started") for name, each in evidence.items()}
-    return started.get("gate") or max((each for each in started.values() if each), default=None)
+    stated = {name: value_at(each, "environment", "started") for name, each in evidence.items()}
+    started = {name: each for name, each in stated.items() if isinstance(each, str)}
+    return started.get("gate") or max(started.values(), default=None)
+
+
+def _stated(former: Mapping[str, Any], where: str) -> tuple[str | None, dict[str, str]]:
+    """(the recorded outcome, the verdicts of the rules that blocked then); ``None`` where nothing was recorded.
+
+    Raises:
+        EvidenceMismatch: the record is damaged.
+    """
+    outcome, findings = former.get("outcome"), former.get("findings", [])
+    if not isinstance(outcome, str | None):
+        raise EvidenceMismatch(f"the decision of {where} is damaged", expected="an outcome", got=repr(outcome)[:80])
+    rows = items_at(former, "findings")
+    keys = ("rule", "effect", "verdict")
+    if not isinstance(findings, list) or not all(isinstance(value_at(row, key), str) for row in rows for key in keys):
+        raise EvidenceMismatch(
+            f"the decision of {where} is damaged",
+            expected=f"findings with {', '.join(keys)}",
+            got=repr(findings)[:80],
+            hint="Run the gate again; never edit a decision",
+        )
+    return outcome, {
+        row["rule"]: row["verdict"] for row in rows if row["effect"] == "block" and row["verdict"] != "PASS"
+    }
 
 
 def _decide(policy: Policy, evidence: Mapping[str, Any], former: Mapping[str, Any], at: str | None) -> Decision:
@@ -106,15 +132,14 @@ def _decide(policy: Policy, evidence: Mapping[str, Any], former: Mapping[str, An
     return decide(policy, evidence, at=at, approvals=approvals)
 
 
-def _reasons(former: Sequence[Mapping[str, Any]], decision: Decision) -> tuple[str, ...]:
-    blocked = {each["rule"]: each for each in former if each["effect"] == "block" and each["verdict"] != "PASS"}
+def _reasons(blocked: Mapping[str, str], decision: Decision) -> tuple[str, ...]:
     blocks = {
         each.rule: each for each in decision.findings if each.effect == "block" and each.verdict is not Verdict.PASS
     }
     now = [
         f"{name}: {each.verdict.value}, {each.bound}. {each.why}"
         for name, each in blocks.items()
-        if name not in blocked or blocked[name]["verdict"] != each.verdict.value
+        if name not in blocked or blocked[name] != each.verdict.value
     ]
-    gone = [f"{name}: blocks no longer (was {blocked[name]['verdict']})." for name in blocked if name not in blocks]
+    gone = [f"{name}: blocks no longer (was {blocked[name]})." for name in blocked if name not in blocks]
     return (*now, *gone)

@@ -78,7 +78,7 @@ def replay_decision(folder: Path) -> DecisionFolder:
         stated = (folder / DECISION).read_bytes()
     except FileNotFoundError as error:
         raise EvidenceMissing(f"{error.filename} is missing", hint="Run the gate again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvidenceMismatch(f"{folder / POLICY} is damaged", expected="JSON", got=error) from error
     parsed = parse_policy(policy)
     given = stated_circumstances(stated, str(folder / DECISION))
@@ -106,6 +106,11 @@ def stated_circumstances(data: bytes, where: str) -> dict[str, Any]:
     try:
         mapping = json.loads(data)
         approvals = tuple(from_mapping(Approval, each) for each in mapping.get("approvals", []))
-        return {"at": mapping.get("decided_at"), "approvals": approvals, "supersedes": mapping.get("supersedes")}
+        given = {"at": mapping.get("decided_at"), "approvals": approvals, "supersedes": mapping.get("supersedes")}
     except (ValueError, AttributeError, TypeError, RecursionError, ConfigError) as error:
         raise EvidenceMismatch(f"{where} is damaged", expected="a decision", got=error) from error
+    for key in ("decided_at", "supersedes"):
+        if not isinstance(mapping.get(key), str | None):
+            got = repr(mapping[key])[:80]
+            raise EvidenceMismatch(f"{where} is damaged", expected=f"text or null as {key}", got=got)
+    return given

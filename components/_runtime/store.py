@@ -183,7 +183,7 @@ def _parse_failure(data: bytes, file: str) -> dict[str, Any]:
 
     try:
         mapping = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvidenceMismatch(f"failure record {file} is damaged", expected="JSON", got=error) from error
     if not isinstance(mapping, dict) or "message" not in mapping:
         raise EvidenceMismatch(

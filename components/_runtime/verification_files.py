@@ -101,19 +101,23 @@ class Check:
 
 
 def check_files(check: Check) -> None:
-    """Hash every file once, check the model signature, and compare. ``check.whole`` says whether to read on."""
-    plain, odd = _listing(check.folder)
-    check.whole = not odd
-    for name, kind in odd.items():
-        check.differ("verify.files", name, expected="plain files only", got=kind)
-    present = [path for path in plain if path.relative_to(check.folder).as_posix() != SIGNATURE]
-    check.bytes = sum(path.stat().st_size for path in plain)
+    """Hash every file once, check the model signature, and compare. ``check.whole`` says whether to read on.
+
+    Raises:
+        StorageError: a file or folder cannot be read; what lies in it might be anything.
+    """
     try:
+        plain, odd = _listing(check.folder)
+        present = [path for path in plain if path.relative_to(check.folder).as_posix() != SIGNATURE]
+        check.bytes = sum(path.stat().st_size for path in plain)
         measured = measure(check.folder, present)
     except OSError as error:
         raise StorageError(
             f"{check.folder} cannot be read", expected="readable files", got=error, hint="Correct the permissions"
         ) from error
+    check.whole = not odd
+    for name, kind in odd.items():
+        check.differ("verify.files", name, expected="plain files only", got=kind)
     check.hashed = digests(measured)
     with check.part("verify.signature", "signed by whom you trust", "The model signature holds.", SIGNATURE):
         if SIGNATURE in odd:
@@ -151,10 +155,18 @@ def _file_sentence(name: str, kind: str, promised: str, got: str) -> str:
 
 
 def _listing(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Plain files, and by name what must not be there: links, devices, empty folders."""
+    """Plain files, and by name what must not be there: links, devices, empty folders.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     plain: list[Path] = []
     odd: dict[str, str] = {}
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         here = Path(parent)
         for name in (*folders, *files):
             path = here / name

@@ -57,6 +57,14 @@ def test_what_an_earlier_attempt_left_is_read_again(tmp_path: Path) -> None:
         store.earlier("fetch")
 
 
+@pytest.mark.parametrize("data", ["[" * 200_000, "{", "{}"])
+def test_what_is_no_record_is_named(data: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for file in ("fetch.json", "scan.failed.json"):
+        (tmp_path / "run" / file).write_text(data)
+    assert set(open_store(str(tmp_path), "run").records().damaged) == {"fetch.json", "scan.failed.json"}
+
+
 def test_a_failure_is_forgotten_once_the_step_succeeds(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), "run")
     store.put_failure("fetch", failure_record("fetch", errors.TransferFailed("cut", hint="Run it again")))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from components._runtime.decision_files import replay_decision
 from components._runtime.envelopes import seal, unseal
+from components._runtime.evidence import DECISION
 from components._runtime.model_signature import SIGNATURE, sign_folder
 from components._runtime.release import ATTESTATIONS
 from components._runtime.signing_keys import (
@@ -23,7 +28,7 @@ from components._runtime.statements import Destination
 from components._runtime.verification import Verification, verify_release
 from components.gate_promotion.step import gate_promotion
 from defense_core.config import canonical_json
-from defense_core.errors import ConfigError, SourceNotFound
+from defense_core.errors import EXIT_UNKNOWN, ConfigError, QuarantineError, SourceNotFound, StorageError
 from defense_core.policy import parse_policy
 from defense_core.verdict import Verdict
 from tests.certificates import make_certificates
@@ -306,6 +311,42 @@ def test_what_is_no_evidence(release: Path, keys: KeyPair, data: bytes) -> None:
     signed_again(release, keys.private)
     found = verified(release, keys)
     assert any("fetch" in finding.why for finding in found.differences)
+
+
+@pytest.mark.parametrize("value", [5, [1], {}, True, "sha256:1"])
+@pytest.mark.parametrize("key", ["supersedes", "decided_at"])
+def test_what_is_no_decision(release: Path, keys: KeyPair, key: str, value: object) -> None:
+    path = release / "evidence" / DECISION
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), key: value}))
+    signed_again(release, keys.private)
+    assert "evidence/decision.json" in named(verified(release, keys))
+
+
+@pytest.mark.parametrize("data", [b"{", b"[" * 200_000, b"\xff", b"null"])
+def test_what_is_no_policy(release: Path, keys: KeyPair, data: bytes) -> None:
+    (release / "evidence" / "policy.json").write_bytes(data)
+    signed_again(release, keys.private)
+    assert "evidence/policy.json" in named(verified(release, keys))
+    with pytest.raises(QuarantineError):
+        replay_decision(release / "evidence")
+
+
+def test_a_folder_that_cannot_be_listed_is_no_pass(
+    release: Path, keys: KeyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (release / "more").mkdir()
+    (release / "more" / "file").write_text("x")
+    real = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if Path(path).name == "more":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(StorageError, match="cannot be read") as caught:
+        verified(release, keys)
+    assert caught.value.exit_code == EXIT_UNKNOWN
 
 
 def test_a_release_says_where_it_goes(finished: Chain, keys: KeyPair, tmp_path: Path) -> None:

@@ -171,6 +171,38 @@ def test_replay_at_another_time(tmp_path: Path, quarantine: Call) -> None:
     assert (answer.json["runs"][0]["was"], answer.json["runs"][0]["becomes"]) == ("unknown", "deny")
 
 
+@pytest.mark.parametrize("at", ["nonsense", "2026-11-01"])
+def test_replay_at_no_time_is_wrong_usage(at: str, tmp_path: Path, quarantine: Call) -> None:
+    folder = runs(tmp_path / "runs") / "open"
+    answer = quarantine("policy", "replay", "--policy", policy_file(tmp_path), "--evidence", folder, "--at", at)
+    assert answer.code == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"findings": None}, {"findings": [{}]}, {"findings": [None]}, {"findings": 3}, {"outcome": 5},
+        {"findings": [{"rule": "r", "effect": "block", "verdict": None}]}, {"supersedes": 5}, {"approvals": 3},
+    ],
+)  # fmt: skip
+def test_replay_of_a_damaged_decision_is_a_problem(changes: dict[str, Any], tmp_path: Path, quarantine: Call) -> None:
+    folder = runs(tmp_path / "runs") / "good" / "evidence"
+    path = folder / "decision.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+    answer = quarantine("policy", "replay", "--policy", policy_file(tmp_path), "--evidence", folder, "--json")
+    assert answer.code == 2
+    assert "damaged" in answer.json["runs"][0]["problem"]
+
+
+@pytest.mark.parametrize("changes", [{"environment": None}, {"environment": {"started": 3}}])
+def test_replay_of_evidence_without_a_time(changes: dict[str, Any], tmp_path: Path, quarantine: Call) -> None:
+    folder = evidence_folder(tmp_path / "run", 0.1)
+    path = folder / "export.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+    answer = quarantine("policy", "replay", "--policy", policy_file(tmp_path), "--evidence", folder, "--json")
+    assert (answer.code, answer.json["runs"][0]["at"]) == (2, AT)
+
+
 def test_replay_reads_the_gates_evidence_where_there_is_no_decision_file(tmp_path: Path, quarantine: Call) -> None:
     folder = evidence_folder(tmp_path / "run", 0.9)
     write_evidence(folder / "gate.json", gate_promotion(dated(with_score(0.9)), BASE, at=later(2)))
