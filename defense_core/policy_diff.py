@@ -86,8 +86,8 @@ def _rule_changes(old: tuple[Rule, ...], new: tuple[Rule, ...]) -> Iterator[Chan
         elif name not in before:
             rule = after[name]
             yield Change(name, _of_presence(rule, Direction.STRICTER), f"added: {_said(rule)}")
-        elif before[name] != after[name]:
-            yield _rule_change(before[name], after[name])
+        elif changed := _changed_keys(before[name], after[name]):
+            yield _rule_change(before[name], after[name], changed)
 
 
 def _of_presence(rule: Rule, direction: Direction) -> Direction:
@@ -98,17 +98,27 @@ def _said(rule: Rule) -> str:
     return f"{rule.severity} unless {rule.value} of {rule.evidence} is {rule.bound.text()}"
 
 
-def _rule_change(old: Rule, new: Rule) -> Change:
+def _changed_keys(old: Rule, new: Rule) -> list[str]:
+    def said(rule: Rule, key: str) -> Any:
+        # Not the bounds themselves: to Python, 1 equals true.
+        return rule.bound.demand if key == "bound" else getattr(rule, key)
+
+    keys = ("evidence", "value", "bound", *_ORDER, "why")
+    return [key for key in keys if said(old, key) != said(new, key)]
+
+
+def _rule_change(old: Rule, new: Rule, changed: list[str]) -> Change:
     directions: set[Direction] = set()
     texts: list[str] = []
-    for key in ("evidence", "value", "bound", *_ORDER, "why"):
+    for key in changed:
         before, after = getattr(old, key), getattr(new, key)
-        if before == after:
-            continue
         directions.add(_direction(key, before, after))
         shown = [each.text() if isinstance(each, Bound) else str(each) for each in (before, after)]
         texts.append(f"{key}: {shown[0]} → {shown[1]}")
-    if old.severity == new.severity == "warn":
+    if old.severity != new.severity:
+        # Whatever else changed: a rule that only warns lets everything through.
+        directions = {_direction("severity", old.severity, new.severity)}
+    elif old.severity == "warn":
         directions = {Direction.WORDING}
     return Change(new.id, _together(directions), "; ".join(texts))
 
@@ -127,7 +137,7 @@ def _bound_direction(old: Bound, new: Bound) -> Direction:
     before, after = old.limit, new.limit
     if isinstance(before, tuple) and isinstance(after, tuple):
         # Fewer of the same pass less; a pattern may cover another, so only removal and addition are ordered.
-        return _more_is_stricter(set(after), set(before))
+        return _more_is_stricter(set(new.demand[1]), set(old.demand[1]))
     if old.kind == "equals":
         return Direction.OTHER
     return _by(lambda limit: limit if old.kind == "min" else -limit)(before, after)

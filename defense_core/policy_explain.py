@@ -123,7 +123,7 @@ def _rule_remarks(policy: Policy) -> Iterator[Sentence]:
         for other in policy.rules[:index]:
             if (other.evidence, other.value) != (rule.evidence, rule.value):
                 continue
-            if other.bound == rule.bound:
+            if other.bound.demand == rule.bound.demand:
                 yield Sentence(rule.id, f"It demands the same as {other.id}.")
             elif _contradict(other, rule):
                 yield Sentence(rule.id, f"No value satisfies both this rule and {other.id}.")

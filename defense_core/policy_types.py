@@ -33,6 +33,12 @@ class Bound:
     kind: BoundKind
     limit: Scalar | tuple[Scalar, ...]
 
+    @property
+    def demand(self) -> tuple[str, tuple[tuple[str, Scalar], ...]]:
+        """The same for bounds that hold for the same values: 1 and 1.0 are one limit, 1 and true are two."""
+        limits = self.limit if isinstance(self.limit, tuple) else (self.limit,)
+        return self.kind, tuple((kind_of(limit), limit) for limit in limits)
+
     def text(self) -> str:
         """``<= 0.05``, ``>= 300``, ``= true``, ``one of a, b`` or ``matching a or b``."""
         if isinstance(self.limit, tuple):

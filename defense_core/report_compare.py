@@ -147,6 +147,8 @@ def _detail(figures: tuple[FigureChange, ...], rules: tuple[RuleChange, ...], *,
     said = ["The incoming model is the same." if same_model else "The incoming models are different ones."]
     if apart:
         said.append(f"Apart by more than their 95 % intervals: {', '.join(dict.fromkeys(apart))}.")
+    elif figures and all(row.apart is None for row in figures):
+        said.append("No figure can be compared.")
     elif figures:
         said.append("All 95 % intervals overlap, so the differences may be chance.")
     if changed:
@@ -168,13 +170,20 @@ def _value(facts: tuple[Fact, ...], label: str) -> str:
 
 def _figures(first: tuple[ComparisonRow, ...], second: tuple[ComparisonRow, ...]) -> Iterable[FigureChange]:
     sides = [{(row.method, row.probe): row for row in rows} for rows in (first, second)]
+    # Accuracy is on clean images: the same in each of a model's rows, whatever the probe.
+    clean = [{row.method: row.acc for row in reversed(rows)} for rows in (first, second)]
     keys = list(dict.fromkeys((row.method, row.probe) for row in (*first, *second)))
     seen: set[str] = set()
     for method, probe in keys:
         for measure, field in _MEASURES:
             if measure == "ACC" and method in seen:
                 continue
-            pair = [getattr(side[method, probe], field) if (method, probe) in side else Estimate() for side in sides]
+            if measure == "ACC":
+                pair = [side.get(method, Estimate()) for side in clean]
+            else:
+                pair = [
+                    getattr(side[method, probe], field) if (method, probe) in side else Estimate() for side in sides
+                ]
             if any(each.value is not None for each in pair):
                 shown = "" if measure == "ACC" else probe or ""
                 yield FigureChange(method, shown, measure, pair[0], pair[1], _change(*pair), _apart(*pair))

@@ -12,6 +12,7 @@ from typing import Any
 
 from defense_core.errors import EvidenceMismatch
 from defense_core.evaluate.compare import ComparisonRow, Estimate, compare
+from defense_core.policy_requirements import SIGNATURES
 from defense_core.report_records import (
     CandidateRow,
     ClassRow,
@@ -65,10 +66,11 @@ def decision_rules(decision: Any) -> tuple[RuleRow, ...]:
 
 def _effect(stated: Any, verdict: str, *, rule: str) -> str:
     """What a rule does to the decision; whatever does not plainly say otherwise blocks."""
+    if rule.startswith("integrity."):
+        return "block"  # whatever is stated: nothing reaches the built-in rules
     rests = stated == "skipped" and verdict == "UNKNOWN"
-    # Built-in rules are out of reach of exceptions and approvals.
-    waived = stated in WAIVED and not rule.startswith("integrity.")
-    return str(stated) if stated in ("warn", "later") or rests or waived else "block"
+    after_the_gate = stated == "later" and rule == SIGNATURES
+    return str(stated) if stated == "warn" or stated in WAIVED or rests or after_the_gate else "block"
 
 
 def failed_steps(failures: Iterable[Mapping[str, Any]]) -> tuple[FailedStep, ...]:

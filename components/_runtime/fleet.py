@@ -105,7 +105,11 @@ def registry_versions(connection: MlflowConnection, names: Sequence[str] = ()) -
 
 @dataclass(frozen=True)
 class _Placed:
-    """A row, and what its promotion said of the alias."""
+    """A row, and what its promotion said of the alias.
+
+    Attributes:
+        started: when the promotion began; a run may have waited for it longer than a later one.
+    """
 
     version: FleetVersion
     started: str
@@ -142,21 +146,23 @@ def _folder_version(folder: Path) -> _Placed:
         report = report_of_folder(folder)
     except UNREADABLE as error:
         return _Placed(version_without_evidence(folder.name, "", aliases=(), problem=str(error)), "")
-    promotion = _promotion(folder)
+    promoted = _promoted(folder)
+    promotion = at(promoted, "results")
     origin = next((fact.value for fact in report.came_in if fact.label == "Address"), "")
-    name = text(promotion.get("name"), 128) or origin.split("?")[0].rstrip("/").rpartition("/")[2] or folder.name
-    row = version_of_report(report, model=name, version=text(promotion.get("version"), 40))
-    alias_version = text(promotion.get("alias_version"), 40)
-    return _Placed(row, row.started, text(promotion.get("alias"), 80) if alias_version else "", alias_version)
+    name = text(at(promotion, "name"), 128) or origin.split("?")[0].rstrip("/").rpartition("/")[2] or folder.name
+    row = version_of_report(report, model=name, version=text(at(promotion, "version"), 40))
+    alias_version = text(at(promotion, "alias_version"), 40)
+    started = text(at(promoted, "environment", "started"), 40)
+    return _Placed(row, started, text(at(promotion, "alias"), 80) if alias_version else "", alias_version)
 
 
-def _promotion(folder: Path) -> Mapping[str, Any]:
+def _promoted(folder: Path) -> Any:
+    """What promote.json holds; ``None`` where there is none."""
     path = folder / "promote.json"
     try:
-        found = at(json.loads(path.read_bytes()), "results") if path.is_file() else None
-    except ValueError:
-        found = None  # the report names the damaged file
-    return found if isinstance(found, Mapping) else {}
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except (ValueError, RecursionError):
+        return None  # the report names the damaged file
 
 
 def _decided_report(replayed: DecisionFolder) -> Report:

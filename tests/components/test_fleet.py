@@ -78,6 +78,25 @@ def test_every_run_below_a_folder_is_a_row_and_the_newest_promotion_has_the_alia
     assert build_fleet(rows.values()).drift == ()
 
 
+def test_an_alias_belongs_to_the_newest_promotion_not_to_the_newest_run(tmp_path: Path) -> None:
+    """Version 4 was approved and promoted after version 5, whose run began later."""
+    waited = promoted_run("4", "2026-11-01T00:00:00+00:00", alias_version="4")
+    waited["promote"]["environment"]["started"] = "2026-11-03T00:00:00+00:00"
+    write_run(tmp_path / "a", waited)
+    write_run(tmp_path / "b", promoted_run("5", "2026-11-02T00:00:00+00:00", alias_version="5"))
+    rows = {row.version: row for row in folder_versions(tmp_path)}
+    assert (rows["4"].aliases, rows["5"].aliases) == (("champion",), ())
+    assert rows["4"].started == "2026-11-01T00:00:00+00:00"
+
+
+@pytest.mark.parametrize("data", ["[" * 200_000, "{", "[]", "null"])
+def test_a_damaged_promotion_gives_no_alias(data: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "a", promoted_run("4", "2026-11-01T00:00:00+00:00", alias_version="4"))
+    (tmp_path / "a" / "promote.json").write_text(data)
+    (row,) = folder_versions(tmp_path)
+    assert (row.version, row.aliases) == ("", ())
+
+
 def locked(monkeypatch: pytest.MonkeyPatch, name: str, method: str) -> None:
     """From here on ``Path.<method>`` is refused for what is called ``name``, as for an account without permission."""
     real = getattr(Path, method)

@@ -122,6 +122,7 @@ def test_what_does_not_do_what_was_meant_is_remarked(rules, changes, about, word
         ([rule(), rule(id="s", max=0.4)], {}),
         ([rule(), rule(id="s", equals=0.4)], {}),
         ([rule(equals=1), rule(id="s", one_of=[1, 2])], {}),
+        ([rule(equals=1), rule(id="s", one_of=[1, True])], {}),
         ([rule(), rule(id="s", evidence="fetch", min=0.6)], {}),
         ([rule()], {"max_unknown_age_days": 8, "require": {"max_evidence_age_days": 8}}),
     ],
@@ -154,6 +155,10 @@ def one_change(old, new):
         ({}, {"why": "Else."}, "wording"), ({}, {"value": "other"}, "other"), ({}, {"evidence": "fetch"}, "other"),
         ({"max": 0.5}, {"max": 0.4, "why": "Else."}, "stricter"), ({}, {"max": 0.4, "approvable": "fail"}, "other"),
         ({"severity": "warn"}, {"severity": "warn", "max": 9}, "wording"),
+        ({"severity": "block"}, {"severity": "warn", "max": 0.1}, "looser"),
+        ({"severity": "warn"}, {"severity": "block", "max": 9, "value": "other"}, "stricter"),
+        ({"equals": True}, {"equals": 1}, "other"), ({"one_of": [0, 1]}, {"one_of": [False, 1]}, "other"),
+        ({"one_of": [True, "a"]}, {"one_of": [1, "a", 2]}, "other"),
     ],
 )  # fmt: skip
 def test_a_changed_rule_is_stricter_looser_or_neither(old, new, direction):
@@ -207,6 +212,16 @@ def test_exceptions_that_come_and_go():
     assert one_change(OLD, excepted).direction is Direction.LOOSER
     assert one_change(excepted, OLD).direction is Direction.STRICTER
     assert one_change(OLD, excepted).about == f"exception of r for {sha('a')}"
+
+
+@pytest.mark.parametrize(("old", "new"), [({"max": 1}, {"max": 1.0}), ({"one_of": [1]}, {"one_of": [1.0]})])
+def test_one_number_written_in_two_ways_is_no_difference(old, new):
+    assert diff(made(rule(**old)), made(rule(**new))) == ()
+
+
+def test_a_number_and_a_truth_value_do_not_demand_the_same():
+    found = remarks(made(rule(equals=1), rule(id="s", equals=True)), NOW)
+    assert [each.text for each in found if "same" in each.text] == []
 
 
 def test_the_same_policy_has_no_difference():

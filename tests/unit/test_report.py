@@ -115,6 +115,11 @@ def forged(change: str) -> Evidences:
         results["findings"].append(rule("forged", "FAIL"))
     elif change == "unknown effect":
         results["findings"].append(rule("forged", "FAIL", "ignore-me"))
+    elif change in ("warn", "later", "skipped", "excepted", "approved"):
+        verdict = "UNKNOWN" if change == "skipped" else "FAIL"
+        results["findings"].append(rule("integrity.lineage", verdict, change))
+    elif change == "another later":
+        results["findings"].append(rule("forged", "FAIL", "later"))
     elif change == "skipped failure":
         results["findings"].append(rule("forged", "FAIL", "skipped"))
     elif change == "verdict":
@@ -125,12 +130,31 @@ def forged(change: str) -> Evidences:
 
 
 @pytest.mark.parametrize(
-    "change", ["no rules", "failing rule", "unknown effect", "skipped failure", "verdict", "chain"]
-)
+    "change",
+    [
+        "no rules", "failing rule", "unknown effect", "skipped failure", "verdict", "chain",
+        "warn", "later", "skipped", "excepted", "approved", "another later",
+    ],
+)  # fmt: skip
 def test_an_allow_that_its_own_record_contradicts_is_never_shown_as_allowed(change: str) -> None:
     page = rendered(forged(change))
     assert "Not to be trusted: the decision says allow, but" in page.text
     assert "✓ Allowed" not in page.text
+
+
+def test_signatures_are_decided_later() -> None:
+    evidence = whole_run()
+    evidence["gate"]["results"]["findings"].append(rule("require.signatures", "UNKNOWN", "later"))
+    assert "✓ Allowed" in rendered(evidence).text
+
+
+def test_a_whole_number_that_no_float_can_hold_is_a_gap() -> None:
+    evidence = whole_run()
+    evidence["scan"] = {**evidence["fetch"], "name": "scan", "step": "scan", "results": {"p_value": 10**400}}
+    evidence["evaluate.tsbd"]["results"]["acc"] |= {"value": 10**400, "low": -(10**400)}
+    report = build_report(evidence)
+    assert {row.acc.value for row in report.figures if row.method == "tsbd"} == {None}
+    render_report(report)
 
 
 def test_a_broken_chain_is_named() -> None:

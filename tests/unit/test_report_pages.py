@@ -209,6 +209,28 @@ def test_a_run_compared_with_itself_differs_in_nothing() -> None:
     assert json.loads(both.to_json())["schema"] == 1
 
 
+def test_runs_with_other_probes_are_compared_by_what_both_measured() -> None:
+    """Accuracy is on clean images, whatever the probe is called."""
+    other = other_run()
+    for name, each in other.items():
+        if name.startswith("evaluate."):
+            each["results"]["probes"] = [{**probe, "name": "another"} for probe in each["results"]["probes"]]
+    other["evaluate.tsbd"]["results"]["acc"] |= {"value": 0.5, "low": 0.45, "high": 0.55}
+    both = compare_reports(build_report(whole_run()), build_report(other), names=("a", "b"))
+    (accuracy,) = [row for row in both.figures if (row.model, row.measure) == ("tsbd", "ACC")]
+    assert accuracy.apart is True
+    assert "Apart by more than their 95 % intervals: TSBD ACC." in both.detail
+    assert {row.apart for row in both.figures if row.measure == "ASR"} == {None}
+
+
+def test_nothing_is_said_of_intervals_where_nothing_could_be_compared() -> None:
+    alone = {name: each for name, each in whole_run().items() if not name.startswith("evaluate.")}
+    both = compare_reports(build_report(whole_run()), build_report(alone), names=("a", "b"))
+    assert both.figures
+    assert "No figure can be compared." in both.detail
+    assert "overlap" not in both.detail
+
+
 def test_comparisons_with_a_run_that_failed_at_once_have_a_page() -> None:
     failed = build_report({}, failures=[{"name": "fetch", "error": "SourceNotFound", "message": "no such object"}])
     both = compare_reports(failed, build_report(whole_run()), names=("a", POISON))
