@@ -31,8 +31,10 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def reading(path: object, kind: type[QuarantineError], expected: str) -> Iterator[None]:
-    """OSError of looking at, opening or reading ``path`` as the typed error ``kind``.
+def reading(
+    path: object, kind: type[QuarantineError], expected: str, *, denied: type[QuarantineError] | None = None
+) -> Iterator[None]:
+    """OSError of looking at, opening or reading ``path`` as the typed error ``kind``; for want of a right, ``denied``.
 
     ``exists`` and ``is_dir`` raise too: where a folder on the way may not be entered, or a name is too long.
     """
@@ -41,7 +43,8 @@ def reading(path: object, kind: type[QuarantineError], expected: str) -> Iterato
     except OSError as error:
         named = error.filename if isinstance(error.filename, str) else None
         where = "" if named is None or named == str(path) else f" ({named})"
-        raise kind(
+        fitting = denied if denied is not None and isinstance(error, PermissionError) else kind
+        raise fitting(
             f"{path} cannot be read",
             expected=expected,
             got=f"{error.strerror or error}{where}",

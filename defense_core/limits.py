@@ -29,9 +29,14 @@ class LoadLimits:
 
     def __post_init__(self) -> None:
         # Beyond these the readers' own arithmetic overflows, and a good file would be called damaged.
-        require(0 < self.max_bytes <= _MAX_BYTES, "max_bytes", f"1 to {_MAX_BYTES}", self.max_bytes)
+        require(
+            0 < self.max_bytes <= _MAX_BYTES, "max_bytes", f"a positive number, at most {_MAX_BYTES}", self.max_bytes
+        )
         require(self.max_parameters > 0, "max_parameters", "a positive number", self.max_parameters)
         require(
-            0 < self.timeout_s <= _MAX_TIMEOUT_S, "timeout_s", f"above 0, at most {_MAX_TIMEOUT_S:g} s", self.timeout_s
+            0 < self.timeout_s <= _MAX_TIMEOUT_S,
+            "timeout_s",
+            f"a positive number of seconds, at most {_MAX_TIMEOUT_S:g}",
+            self.timeout_s,
         )
         require(self.max_entries > 0, "max_entries", "a positive number", self.max_entries)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from defense_core.errors import ArtifactTooLarge, SourceError, StorageError, UnsafeArtifact
+from defense_core.errors import AccessDenied, ArtifactTooLarge, SourceError, StorageError, UnsafeArtifact
 from defense_core.files import CHUNK_BYTES, reading
 
 
@@ -22,9 +22,9 @@ def copy_of(path: Path, folder: Path, max_bytes: int) -> Path:
         UnsafeArtifact: a link in the folder, or something that is neither a file nor a folder.
         ArtifactTooLarge: more than ``max_bytes`` in all, before or while it is copied.
         StorageError: the copy cannot be written.
-        SourceError: something of it cannot be read.
+        AccessDenied, SourceError: something of it cannot be read.
     """
-    with reading(path, SourceError, "readable files"):
+    with reading(path, SourceError, "readable files", denied=AccessDenied):
         size = sum(_size(member, path) for member in _members(path)) if path.is_dir() else _size(path, path)
         # The last part of `.`, `..` and `/` is no name.
         name = path.name if path.name not in ("", "..") else path.resolve().name or "content"
@@ -75,7 +75,7 @@ class _Copying:
     copied: int = 0
 
     def one(self, source: str | Path, target: str | Path) -> None:
-        with reading(source, SourceError, "a readable file"):
+        with reading(source, SourceError, "a readable file", denied=AccessDenied):
             # Without waiting for a writer, where a pipe took the file's place.
             handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
         with open(handle, "rb") as stream, open(target, "xb") as sink:

@@ -15,7 +15,7 @@ from typing import Any
 from components._runtime.pod import accelerator
 from defense_core import __version__
 from defense_core.config import canonical_json, to_mapping
-from defense_core.errors import EvidenceMismatch, EvidenceMissing
+from defense_core.errors import AccessDenied, EvidenceMismatch, EvidenceMissing
 from defense_core.evidence import EVIDENCE_SCHEMA
 from defense_core.files import reading, write_atomic
 from defense_core.verdict import Finding, Verdict
@@ -110,9 +110,10 @@ def read_evidence(path: Path) -> dict[str, Any]:
 
     Raises:
         EvidenceMissing: there is no such file.
-        EvidenceMismatch: it is not readable, or of another schema.
+        AccessDenied: this account may not read it.
+        EvidenceMismatch: it is no file, damaged, or of another schema.
     """
-    with reading(path, EvidenceMismatch, "a readable file"):
+    with reading(path, EvidenceMismatch, "a readable file", denied=AccessDenied):
         if not Path(path).exists():
             raise EvidenceMissing(f"evidence {path} is missing", hint="Run the step that writes it")
         data = Path(path).read_bytes()

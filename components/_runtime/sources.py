@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from components._runtime.addresses import local_path, split_address
 from components._runtime.copies import copy_of
 from defense_core.errors import (
+    AccessDenied,
     ConfigError,
     DigestMismatch,
     SourceError,
@@ -54,7 +55,7 @@ def acquire(uri: str, folder: Path, *, max_bytes: int, sha256: str = "", progres
 
     Raises:
         SourceNotFound, AccessDenied, ArtifactTooLarge, DigestMismatch, TransferFailed: see each.
-        SourceError: a path that this account may not look at, or that no file can have.
+        SourceError: a path that no file can have.
         UnsafeArtifact: a path that is neither a file nor a folder, or a folder that holds a link or such a thing.
         RegistryUnavailable: MLflow does not answer.
         ConfigError: an address of another kind, or a malformed one.
@@ -120,7 +121,7 @@ def _model_within(folder: Path, what: str) -> Path:
 
 
 def _from_path(path: Path, folder: Path, max_bytes: int) -> Acquired:
-    with reading(path, SourceError, "a file or a bundle folder"):
+    with reading(path, SourceError, "a file or a bundle folder", denied=AccessDenied):
         if not path.exists():
             raise SourceNotFound(f"{path} is not there", expected="a file or a bundle folder", hint="Check the path")
         # A copy, because what is hashed must be what is loaded, whatever happens to the original.

@@ -35,7 +35,7 @@ class Shelf(Protocol):
 
         Raises:
             FileNotFoundError, SourceNotFound: it is not there.
-            EvidenceMismatch: it is no file, or this account may not read it.
+            EvidenceMismatch: it is no file.
             AccessDenied: it may not be read, or S3 does not say whether it is there.
         """
         ...
@@ -162,11 +162,12 @@ class _FolderShelf:
             return path.read_bytes()
         except FileNotFoundError:
             raise
-        except OSError as error:
-            raise EvidenceMismatch(f"{path} cannot be read", expected="a file", got=error.strerror) from error
+        except OSError:
+            with reading(path, EvidenceMismatch, "a file", denied=AccessDenied):
+                raise
 
     def names(self) -> list[str]:
-        with reading(self.folder, EvidenceMismatch, "a readable folder"):
+        with reading(self.folder, EvidenceMismatch, "a readable folder", denied=AccessDenied):
             files = [path for path in self.folder.glob("*") if path.is_file()]
         return sorted(path.name for path in files if not path.name.startswith("."))
 

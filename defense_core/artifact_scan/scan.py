@@ -17,7 +17,14 @@ from defense_core.artifact_scan import archive_files, kinds, pickle_files, tenso
 from defense_core.artifact_scan.findings import MAX_FINDINGS, ArtifactScan, FileScan, ScanFinding, State
 from defense_core.artifact_scan.kinds import Kind, kind_of
 from defense_core.artifact_scan.onnx_files import looks_like_onnx, scan_onnx
-from defense_core.errors import CorruptArtifact, ScanInconclusive, SourceError, SourceNotFound, UnsafeArtifact
+from defense_core.errors import (
+    AccessDenied,
+    CorruptArtifact,
+    ScanInconclusive,
+    SourceError,
+    SourceNotFound,
+    UnsafeArtifact,
+)
 from defense_core.files import reading, sha256_file
 from defense_core.limits import LoadLimits
 
@@ -38,10 +45,11 @@ def scan_artifact(path: Path, limits: LoadLimits | None = None) -> ArtifactScan:
 
     Raises:
         SourceNotFound: nothing is at ``path``.
-        SourceError: this account may not look at ``path``, or no file can have that name.
+        AccessDenied: this account may not look at it.
+        SourceError: no file can have that name.
     """
     path, limits = Path(path), limits or LoadLimits()
-    with reading(path, SourceError, "a file or a folder"):
+    with reading(path, SourceError, "a file or a folder", denied=AccessDenied):
         if not path.exists() and not path.is_symlink():
             raise SourceNotFound(f"{path} does not exist", expected="a file or a folder", hint="Check the path")
         is_folder = path.is_dir()

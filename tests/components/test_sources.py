@@ -16,6 +16,7 @@ from components._runtime.store import open_store
 from defense_core.artifact_scan import scan_artifact
 from defense_core.errors import (
     EXIT_USAGE,
+    AccessDenied,
     ArtifactTooLarge,
     ConfigError,
     EvidenceMismatch,
@@ -148,8 +149,12 @@ def test_a_file_in_a_folder_that_may_not_be_entered_is_not_called_absent(
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "stat", denied)
-    with pytest.raises(SourceError, match="Permission denied"):
+    with pytest.raises(AccessDenied, match="Permission denied"):
         scan_artifact(tmp_path / "model.pt")
+    with pytest.raises(AccessDenied, match="Permission denied"):
+        fetched(tmp_path / "model.pt", tmp_path)
+    with pytest.raises(AccessDenied, match="Permission denied"):
+        read_evidence(tmp_path / "fetch.json")
 
 
 def test_a_folder_in_the_place_of_evidence_is_damage(tmp_path: Path) -> None:
