@@ -164,8 +164,12 @@ def figures(
     }
 
 
-def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with ``control_der`` and ``selected``, which depend on the others of the same model and data."""
+def completed(rows: Sequence[Mapping[str, Any]], candidates: Sequence[str] = CANDIDATES) -> list[dict[str, Any]]:
+    """Rows with ``control_der`` and ``selected``, which depend on the others of the same model and data.
+
+    Args:
+        candidates: methods that are chosen among, in order of preference.
+    """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(group_of(row), []).append(row)
@@ -174,7 +178,7 @@ def completed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         members = groups[group_of(row)]
         control = [each.get("der") for each in members if METHODS[each["method"]].control]
         by_method = {each["method"]: each for each in members if "select" in each}  # one that diverged has no signals
-        chosen = choose([_candidate(by_method[name]) for name in CANDIDATES if name in by_method])
+        chosen = choose([_candidate(by_method[name]) for name in candidates if name in by_method])
         selected = chosen is not None and chosen.method == row["method"]
         done.append({**row, "control_der": control[0] if control else None, "selected": selected})
     return done

@@ -6,13 +6,20 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.purification import CANDIDATES, group_of
+from benchmarks.purification import CANDIDATES, completed, group_of
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 Table = tuple[tuple[str, ...], list[list[str]]]
 
 SELECTED = "**selected**"
+SETS = (
+    CANDIDATES,
+    ("tsbd", "distil", "nft", "ngf"),
+    ("tsbd", "distil", "fip", "nft", "ngf"),
+    ("tsbd", "fip", "fast_fip", "nft", "ngf"),
+)
+"""What else a run might be asked for; the second is the default of ``quarantine run``."""
 MEANS = ("runs", "ACC drop", "ASR", "worst ASR", "RA", "DER", "seconds")
 
 
@@ -35,11 +42,17 @@ def means(members: Rows) -> list[str]:
     ]
 
 
-def selected(rows: Rows) -> list[Row]:
+def by_set(rows: Rows) -> Table:
+    """Means of what is chosen among the methods of each set, by the rule of a run with these methods."""
+    lines = [[", ".join(names), *means(selected(completed(rows, names), names))] for names in SETS]
+    return ("chosen among", *MEANS), lines
+
+
+def selected(rows: Rows, candidates: Sequence[str] = CANDIDATES) -> list[Row]:
     """The rows that were chosen, each with the seconds of all that it was chosen among: what such a run costs."""
     seconds: dict[str, float] = {}
     for row in rows:
-        if row["method"] in CANDIDATES:
+        if row["method"] in candidates:
             seconds[group_of(row)] = seconds.get(group_of(row), 0.0) + float(row["seconds"])
     return [{**row, "seconds": seconds[group_of(row)]} for row in rows if row["selected"]]
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from benchmarks.presets import ATTACKS, ONE_PER_CLASS, PRESETS, tiny
 from benchmarks.purification import CANDIDATES, completed, jobs, run
-from benchmarks.purification_tables import selected
+from benchmarks.purification_tables import SETS, selected
+from components._runtime.plan import DEFAULT_METHODS
 from defense_core.purify import METHODS
 
 
@@ -114,3 +115,8 @@ def test_the_selected_costs_what_all_that_it_was_chosen_among_cost() -> None:
     ]
     rows = [{**key, "attack": a, "method": m, "seconds": s, "selected": chosen} for a, m, s, chosen in costs]
     assert [(row["method"], row["seconds"]) for row in selected(rows)] == [("tsbd", 8.0), ("fip", 2.0)]
+
+
+def test_the_default_of_a_run_is_among_the_sets() -> None:
+    assert SETS[1] == tuple(name for name in DEFAULT_METHODS if not METHODS[name].control)
+    assert all(set(names) <= set(CANDIDATES) for names in SETS)
