@@ -2,12 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from defense_core.data import CleanSet
 from defense_core.errors import MethodNotApplicable
-from defense_core.layers import evaluating, linear_head
-from defense_core.per_sample import recorded
+from defense_core.inference import channels_last
+from defense_core.layers import evaluating, first_argument, linear_head
+from defense_core.task import Task
+
+
+@dataclass(eq=False)
+class Recorded:
+    """What layers saw in the forward passes since recording began.
+
+    Attributes:
+        inputs: module name to the first argument of each call.
+        outputs: module name to the result of each call.
+    """
+
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def taken(self, name: str) -> Tensor:
+        """The first argument of the module's only call since this was last asked, which is then forgotten."""
+        self.outputs.pop(name)
+        (found,) = self.inputs.pop(name)
+        return found
+
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module]) -> Iterator[Recorded]:
+    """Record inputs and outputs of ``modules`` in every forward pass; hooks go on every exit path."""
+    seen = Recorded()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+        def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            seen.inputs.setdefault(name, []).append(first_argument(arguments, named))
+            seen.outputs.setdefault(name, []).append(output)
+            return output.clone()  # a following in-place operation must not reach what is recorded
+
+        return record
+
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def few_inputs(data: CleanSet, *, task: Task, device: torch.device | str) -> Tensor:
+    """Two samples as the network takes them, with which it is found what its layers are called on."""
+    images = data.images[:2].to(device)
+    return channels_last(task.inputs(images if len(images) == 2 else images.expand(2, -1, -1, -1)))
 
 
 @torch.no_grad()

@@ -30,6 +30,15 @@ def sha256_file(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As ``os.walk``, which passes over what cannot be listed; here that is an OSError."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return os.walk(folder, onerror=refuse)
+
+
 @contextmanager
 def reading(
     path: object, kind: type[QuarantineError], expected: str, *, denied: type[QuarantineError] | None = None

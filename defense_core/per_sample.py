@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +20,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from defense_core.calls import once_per_sample, recorded
 from defense_core.errors import ConfigError
 from defense_core.layer_gradients import has_rule, layer_gradients
-from defense_core.layers import evaluating, first_argument
+from defense_core.layers import evaluating
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) to the loss of each sample, shape (N,): ``task.losses``."""
@@ -67,46 +66,6 @@ def without_tf32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-@dataclass(eq=False)
-class Recorded:
-    """What layers saw in the forward passes since recording began.
-
-    Attributes:
-        inputs: module name to the first argument of each call.
-        outputs: module name to the result of each call.
-    """
-
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def taken(self, name: str) -> Tensor:
-        """The first argument of the module's only call since this was last asked, which is then forgotten."""
-        self.outputs.pop(name)
-        (found,) = self.inputs.pop(name)
-        return found
-
-
-@contextmanager
-def recorded(modules: dict[str, nn.Module]) -> Iterator[Recorded]:
-    """Record inputs and outputs of ``modules`` in every forward pass; hooks go on every exit path."""
-    seen = Recorded()
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
-        def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-            seen.inputs.setdefault(name, []).append(first_argument(arguments, named))
-            seen.outputs.setdefault(name, []).append(output)
-            return output.clone()  # a following in-place operation must not reach what is recorded
-
-        return record
-
-    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def per_sample_gradients(
@@ -199,12 +158,10 @@ def squared_gradients(
             part = slice(start, start + chunk_size)
             chunk = (inputs[part], targets[part], factors[part])
             if start == 0 and owners:
-                # With one sample less too: where there are as many tokens as samples, a layer that is given tokens
-                # first looks like one that is given samples first.
-                most = min(TRIED, len(chunk[0]))
-                for count in range(most, max(most - 2, 0), -1):
-                    few = (chunk[0][:count], chunk[1][:count], chunk[2][:count])
-                    owners = _trustworthy(model, owners, few, losses)
+                few = (chunk[0][:TRIED], chunk[1][:TRIED], chunk[2][:TRIED])
+                called = once_per_sample(model, {path: module for path, module, _ in owners.values()}, few[0])
+                owners = {name: owner for name, owner in owners.items() if owner[0] in called}
+                owners = _trustworthy(model, owners, few, losses)
             for name, (_, squares) in _by_rule(model, owners, chunk, losses, totals=False).items():
                 sums[name] += squares
             others = [name for name in names if name not in owners]

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from defense_core.calls import once_per_sample
+from defense_core.calls import once_per_sample, recorded
 from defense_core.layer_gradients import plain_convolution
 from defense_core.layers import CONVOLUTIONS, own_parameters
-from defense_core.per_sample import Losses, recorded, samples_apart
+from defense_core.per_sample import Losses, samples_apart
 
 
 class ShiftedSpectrum(nn.Module):

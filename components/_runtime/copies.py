@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from defense_core.errors import AccessDenied, ArtifactTooLarge, SourceError, StorageError, UnsafeArtifact
-from defense_core.files import CHUNK_BYTES, reading
+from defense_core.files import CHUNK_BYTES, reading, walk
 
 
 def copy_of(path: Path, folder: Path, max_bytes: int) -> Path:
@@ -43,11 +43,7 @@ def copy_of(path: Path, folder: Path, max_bytes: int) -> Path:
 
 def _members(folder: Path) -> Iterator[Path]:
     """Everything below ``folder``; unlike ``rglob``, not without what may not be read."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    for parent, folders, names in walk(folder):
         for name in (*folders, *names):
             member = Path(parent) / name
             if member.is_symlink():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from defense_core.errors import (
     SourceError,
     StorageError,
 )
-from defense_core.files import sha256_file
+from defense_core.files import sha256_file, walk
 from defense_core.verdict import Finding, Verdict
 
 if TYPE_CHECKING:
@@ -160,13 +159,9 @@ def _listing(folder: Path) -> tuple[list[Path], dict[str, str]]:
     Raises:
         OSError: a folder cannot be listed.
     """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
     plain: list[Path] = []
     odd: dict[str, str] = {}
-    for parent, folders, files in os.walk(folder, onerror=refuse):
+    for parent, folders, files in walk(folder):
         here = Path(parent)
         for name in (*folders, *files):
             path = here / name

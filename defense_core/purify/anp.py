@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from defense_core.calls import few_inputs
 from defense_core.config import require
 from defense_core.data import Splits
 from defense_core.errors import MethodDiverged
 from defense_core.gradient_steps import LossOf
-from defense_core.inference import Precision, accuracy, channels_last
+from defense_core.inference import Precision, accuracy
 from defense_core.layers import frozen_statistics
 from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
@@ -148,7 +149,7 @@ def purify(
 
     original = working_copy(model, device)
     reference = select_accuracy(original)
-    sample = channels_last(task.inputs(clean.fit.images[:2].to(device)))
+    sample = few_inputs(clean.fit, task=task, device=device)
     scales = [site for site in mask_sites(original, sample) if site.kind == "norm"]
     sites = scales or mask_sites(original, sample)
     masked = working_copy(original, device)

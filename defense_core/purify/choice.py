@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import MethodDiverged
 from defense_core.inference import autocast, channels_last, outputs_of
@@ -24,6 +25,11 @@ LEAST_SEEN = 30
 """Images of a training count as so many, at least: of ten that are all there is, one may be lost and not three."""
 VIEWS = 6
 """Of each image, by which a drop of accuracy is estimated: itself and augmented ones."""
+
+
+def require_factors(factors: tuple[float, ...], name: str) -> None:
+    """Refuse candidates by which a strength is multiplied that are none, or below 1. Raises ConfigError."""
+    require(bool(factors) and min(factors) >= 1, name, "numbers of 1 or more", factors)
 
 
 def chooser(clean: Splits) -> CleanSet:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from defense_core.calls import few_inputs
 from defense_core.config import require
 from defense_core.data import Splits
-from defense_core.inference import accuracy, channels_last
+from defense_core.inference import accuracy
 from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import finished, working_copy
 from defense_core.progress import Progress
@@ -92,7 +93,7 @@ def purify(
     original = working_copy(model, device)
     reference = select_accuracy(original)
     layers = unit_layers(original)
-    followed = following_norms(original, channels_last(task.inputs(clean.fit.images[:2].to(device))))
+    followed = following_norms(original, few_inputs(clean.fit, task=task, device=device))
     norms = {
         layer.name: followed[layer.name]
         for layer in layers

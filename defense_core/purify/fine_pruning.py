@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from defense_core.calls import used_head
+from defense_core.calls import few_inputs, recorded, used_head
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.inference import accuracy, channels_last
 from defense_core.layers import evaluating, linear_head
 from defense_core.loop import finished, working_copy
-from defense_core.per_sample import recorded
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.choice import chooser, choosers, strongest_within
@@ -71,7 +70,7 @@ def purify(
         return accuracy(network, chooser(clean), task=task, device=device, precision=config.precision)
 
     pruned = working_copy(model, device)
-    head = used_head(pruned, channels_last(task.inputs(clean.fit.images[:2].to(device))), method="fine-pruning")
+    head = used_head(pruned, few_inputs(clean.fit, task=task, device=device), method="fine-pruning")
     reference = select_accuracy(pruned)
     order = mean_inputs(pruned, head, clean.fit, task=task, device=device).argsort(stable=True)
     weight = head.weight.detach().clone()

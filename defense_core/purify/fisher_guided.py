@@ -16,7 +16,7 @@ from defense_core.inference import Precision, accuracy
 from defense_core.layers import has_batch_norm
 from defense_core.loop import HistoryRow, Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.choice import chooser, expected_drop, strongest_expected
+from defense_core.purify.choice import chooser, expected_drop, require_factors, strongest_expected
 from defense_core.purify.fisher_terms import TraceTerm, finite_trace, regularised_step, retainer
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
@@ -90,8 +90,7 @@ class FisherGuidedConfig:
 
     def __post_init__(self) -> None:
         require(self.start in ("zeroed", "given"), "start", "zeroed or given", self.start)
-        factors_fit = bool(self.n_factors) and min(self.n_factors) >= 1
-        require(factors_fit, "n_factors", "numbers of 1 or more", self.n_factors)
+        require_factors(self.n_factors, "n_factors")
         require(self.taught_lr >= 0, "taught_lr", "0 or more", self.taught_lr)
         require(self.eta_f is None or self.eta_f >= 0, "eta_f", "0 or more, or null", self.eta_f)
         require(self.trace_share >= 0, "trace_share", "0 or more", self.trace_share)

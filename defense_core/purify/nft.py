@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defense_core.calls import few_inputs
 from defense_core.data import Splits
-from defense_core.inference import accuracy, channels_last
+from defense_core.inference import accuracy
 from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import finished, working_copy
 from defense_core.progress import Progress
@@ -56,7 +57,7 @@ def purify(
     """
     shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
     original = working_copy(model, device).eval()
-    sample = channels_last(task.inputs(clean.fit.images[:2].to(device)))
+    sample = few_inputs(clean.fit, task=task, device=device)
     sites = mask_sites(original, sample, sites=config.sites, granularity=config.granularity)
     floors = depth_schedule(len(sites), alpha=config.alpha, beta=config.beta, depth=config.depth)
     openness = config.eta * task.num_classes / max(len(clean.fit), task.num_classes)

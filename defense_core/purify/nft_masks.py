@@ -17,6 +17,7 @@ from defense_core.inference import Precision
 from defense_core.layers import running_statistics
 from defense_core.loop import HistoryRow, Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
+from defense_core.purify.choice import require_factors
 from defense_core.purify.masks import Granularity, MaskSite, Sites, attach_masks, fold_masks
 from defense_core.purify.statistics import renew_statistics
 from defense_core.purify.unlearning import require_closing
@@ -101,7 +102,7 @@ class NFTConfig:
     def __post_init__(self) -> None:
         require(self.taught_lr >= 0, "taught_lr", "0 or more", self.taught_lr)
         require(bool(self.taught_lr or self.lr), "lr", "positive where taught_lr is 0", self.lr)
-        require(bool(self.factors) and min(self.factors) >= 1, "factors", "numbers of 1 or more", self.factors)
+        require_factors(self.factors, "factors")
         require(self.sparsity is None or self.sparsity >= 0, "sparsity", "0 or more, or null", self.sparsity)
         grid_fits = bool(self.sparsity_grid) and min(self.sparsity_grid) >= 0
         require(grid_fits, "sparsity_grid", "weights of 0 or more", self.sparsity_grid)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from defense_core.calls import used_head
+from defense_core.calls import few_inputs, used_head
 from defense_core.data import Splits
 from defense_core.inference import accuracy
 from defense_core.layers import unit_layers
@@ -29,7 +29,7 @@ from defense_core.purify.base import Method, Purified
 from defense_core.purify.choice import chooser, expected_drop, strongest_expected
 from defense_core.purify.ngf_block import last_layers, tune_block
 from defense_core.purify.ngf_head import tune_on_features
-from defense_core.purify.ngf_run import NAME, NGFConfig, Run, few_inputs
+from defense_core.purify.ngf_run import NAME, NGFConfig, Run
 from defense_core.purify.unlearning import close_most_moved, closed_weights
 from defense_core.purify.zeroing import zero
 from defense_core.task import Task
@@ -59,7 +59,7 @@ def purify(
     """
     tuned = working_copy(model, device)
     run = Run(clean.fit.to(device), config, task, seed, device, progress)
-    used_head(tuned, few_inputs(run), method=NAME)
+    used_head(tuned, few_inputs(run.data, task=task, device=device), method=NAME)
     if config.part == "block":
         tuned, history, facts = _choose_layers(tuned, clean, run)
     elif config.part in ("masked", "masked_block") and config.epochs:

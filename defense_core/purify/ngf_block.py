@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from defense_core.calls import once_per_sample
+from defense_core.calls import few_inputs, once_per_sample, recorded
 from defense_core.errors import MethodNotApplicable
 from defense_core.inference import channels_last
 from defense_core.layer_gradients import has_rule, layer_gradients
 from defense_core.layers import evaluating, linear_head, unit_layers
 from defense_core.loop import HistoryRow, seeded
-from defense_core.per_sample import recorded
 from defense_core.purify.natural_step import Damping, sample_weights
-from defense_core.purify.ngf_run import NAME, Run, few_inputs, passes, require_finite
+from defense_core.purify.ngf_run import NAME, Run, passes, require_finite
 from defense_core.purify.statistics import renew_statistics
 
 
@@ -26,7 +25,7 @@ def last_layers(model: nn.Module, run: Run) -> list[str]:
     names = [layer.name.removesuffix(".weight") for layer in unit_layers(model, scope="all")]
     hidden = {name: modules[name] for name in names if name in modules and has_rule(modules[name])}
     head = linear_head(model, method=NAME)
-    called = once_per_sample(model, hidden, few_inputs(run))
+    called = once_per_sample(model, hidden, few_inputs(run.data, task=run.task, device=run.device))
     once = [name for name in hidden if name in called]
     if not once:
         raise MethodNotApplicable(
@@ -113,5 +112,5 @@ def _norms(model: nn.Module, run: Run) -> dict[str, Tensor]:
         name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
     }
     with recorded(norms) as seen, evaluating(model), torch.no_grad():
-        model(channels_last(run.task.inputs(run.data.images[:2])))
+        model(few_inputs(run.data, task=run.task, device=run.device))
     return {name: torch.cat([each.flatten() for each in inputs]) for name, inputs in seen.inputs.items()}

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defense_core.calls import recorded
 from defense_core.inference import autocast, channels_last
 from defense_core.layers import evaluating, linear_head
 from defense_core.loop import HistoryRow
-from defense_core.per_sample import recorded
 from defense_core.purify.natural_step import Damping, head_step, sample_weights, true_head_step
 from defense_core.purify.ngf_run import NAME, Run, passes, require_finite
 from defense_core.task import Task

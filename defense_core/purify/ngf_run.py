@@ -13,9 +13,10 @@ from defense_core.config import require
 from defense_core.course import Course, Kept, random_state
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
-from defense_core.inference import Precision, channels_last
+from defense_core.inference import Precision
 from defense_core.loop import HistoryRow, epochs_for, in_batches, require_float32
 from defense_core.progress import Progress
+from defense_core.purify.choice import require_factors
 from defense_core.purify.unlearning import require_closing
 from defense_core.task import Task
 
@@ -85,7 +86,7 @@ class NGFConfig:
 
     def __post_init__(self) -> None:
         require_closing(self)
-        require(bool(self.factors) and min(self.factors) >= 1, "factors", "numbers of 1 or more", self.factors)
+        require_factors(self.factors, "factors")
         require(self.layers is None or self.layers >= 1, "layers", "1 or more, or null", self.layers)
         require(bool(self.layers_grid) and min(self.layers_grid) >= 1, "layers_grid", "counts", self.layers_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
@@ -114,12 +115,6 @@ class Run:
         """Passes over the fit split."""
         config = self.config
         return epochs_for(len(self.data), config.epochs, config.min_steps, config.batch_size)
-
-
-def few_inputs(run: Run) -> Tensor:
-    """Two samples as the network takes them: what its layers are called on is found with these."""
-    images = run.data.images[:2]
-    return channels_last(run.task.inputs(images if len(images) == 2 else images.expand(2, -1, -1, -1)))
 
 
 def diverged(got: str) -> MethodDiverged:

@@ -25,7 +25,7 @@ from defense_core.gradient_steps import gradient_norm_step
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.choice import chooser, expected_drop, strongest_expected
+from defense_core.purify.choice import chooser, expected_drop, require_factors, strongest_expected
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
 
@@ -69,8 +69,7 @@ class TSBDConfig(StageOneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factors_fit = bool(self.n_factors) and min(self.n_factors) >= 1
-        require(factors_fit, "n_factors", "numbers of 1 or more", self.n_factors)
+        require_factors(self.n_factors, "n_factors")
         require(self.lr is None or self.lr > 0, "lr", "a positive rate, or null", self.lr)
         require(bool(self.lr_grid) and min(self.lr_grid) > 0, "lr_grid", "positive rates", self.lr_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defense_core.calls import Recorded, recorded
 from defense_core.config import require
 from defense_core.layers import classifier_head
-from defense_core.per_sample import Recorded, recorded
 from defense_core.progress import Phase
 from defense_core.scan.base import Observation, Subject, outlying, shortlist, unmeasured
 from defense_core.scan.margin import are_probabilities, at_once, log_probabilities, margins_of, stepped
