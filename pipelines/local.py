@@ -26,6 +26,7 @@ from components._runtime.plan import Plan, RunSettings, run_settings
 from components._runtime.resumption import Resumption
 from components._runtime.signing_keys import (
     CERTIFICATE_VARIABLE,
+    CHAIN_VARIABLE,
     KEY_VARIABLE,
     PUBLIC_KEY_VARIABLE,
     PUBLIC_NAME,
@@ -40,6 +41,7 @@ from components._runtime.store import EvidenceStore, open_store
 from components.report.step import report_run
 from defense_core.errors import Cancelled, ConfigError, OutputExists, QuarantineError, StorageError
 from defense_core.files import reading, write_atomic
+from defense_core.policy import parse_policy
 
 STOP_GRACE_S = 20.0
 """Time for the steps to record why they stopped, before they are killed."""
@@ -113,8 +115,8 @@ def run_local(
     MLflow is where ``MLFLOW_TRACKING_URI`` says; without it, in ``mlflow.db`` in ``work``.
 
     Raises:
-        ConfigError: ``model_name``, ``alias``, ``name`` or ``signing_key`` is not usable, or promotion trusts
-            another key.
+        ConfigError: ``model_name``, ``alias``, ``name``, ``signing_key`` or the policy is not usable, or promotion
+            trusts another key, or a certificate signs what the policy demands to be signed and promotion trusts nobody.
         StorageError: ``work`` cannot be written, or holds a run of this name.
     """
     started = time.monotonic()
@@ -125,7 +127,7 @@ def run_local(
     )
     settings = run_settings(wanted.to_json())
     key = load_signing_key(signing_key) if signing_key is not None else signing_key_from_environment()
-    _require_trusted(key)
+    _require_trusted(key, asked)
     folder, root = work / EVIDENCE_FOLDER / name, work / "artifacts" / name
     with reading(work, StorageError, "a writable folder"):
         taken = folder.exists() or root.exists()
@@ -169,10 +171,19 @@ def _reached(address: str) -> str:
     return str(Path(address).absolute()) if address and not split_address(address).scheme else address
 
 
-def _require_trusted(key: SigningKey | None) -> None:
+def _require_trusted(key: SigningKey | None, asked: Plan | Resumption) -> None:
     """Refuse a run whose signature promotion would not let pass: now, because that step comes last."""
     trusted = trusted_signer_from_environment()
-    if key is None or trusted is None or trusted.public_key is None:
+    if key is None:
+        return
+    if trusted is None and key.certificate is not None and _demands_signatures(asked):
+        raise ConfigError(
+            "a certificate signs, and nobody was named whose signature would count",
+            expected=f"{CHAIN_VARIABLE} to name the certificates that the signer's must lead to",
+            got="nothing",
+            hint=f"Set {CHAIN_VARIABLE}, or sign without the certificate",
+        )
+    if trusted is None or trusted.public_key is None:
         return
     expected = str(load_public_key(trusted.public_key).keyid)
     if key.key_id != expected:
@@ -182,6 +193,11 @@ def _require_trusted(key: SigningKey | None) -> None:
             got=f"the key {key.key_id}",
             hint=f"Sign with the key that promotion trusts, or unset {PUBLIC_KEY_VARIABLE}",
         )
+
+
+def _demands_signatures(asked: Plan | Resumption) -> bool:
+    """Whether nothing is promoted unsigned; resuming, the former release's policy is not known before it is read."""
+    return isinstance(asked, Plan) and bool(parse_policy(asked.policy).require.signatures)
 
 
 def _with_public_half(key: SigningKey | None, root: Path) -> dict[str, str]:

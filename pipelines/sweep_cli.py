@@ -60,6 +60,12 @@ def sweep(
             rich_help_panel=_SCOPE,
         ),
     ] = None,
+    certificate_chain: Annotated[
+        Path | None,
+        typer.Option(
+            help="Or: certificates, PEM, that the signer's must lead to.", show_default=False, rich_help_panel=_SCOPE
+        ),
+    ] = None,
     approver_key: o.ApproverKeys = [],
     queue: Annotated[
         str,
@@ -111,11 +117,16 @@ def sweep(
     from pipelines.triggers.serve import open_queue
 
     scope = _scope(watch, policy, alias, accept_policy)
-    trusted = None if public_key is None else TrustedSigner(public_key)
-    if trusted is not None:
+    trusted = None
+    if public_key is not None or certificate_chain is not None:
+        trusted = TrustedSigner(public_key, certificate_chain)
         trusted.check()
     elif approver_key:
-        raise ConfigError("--approver-key is for --public-key", expected="both", got="--approver-key alone")
+        raise ConfigError(
+            "--approver-key is for --public-key and --certificate-chain",
+            expected="one of these too",
+            got="--approver-key alone",
+        )
     kept = Journal(_journal(journal, memory)) if enforce else None
     settings = sweeping.SweepSettings(
         full_after_s=full_after_days * 86400.0,

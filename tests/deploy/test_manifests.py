@@ -360,21 +360,40 @@ def test_watch_files_are_usable(folder: str) -> None:
     assert [rule.register for rule in watch.rules] == ["quarantined"]
 
 
+def sweep_with(tree: Path, component: str) -> Manifest:
+    """The sweep's pod where an overlay takes ``component``."""
+    asking = tree / "overlays" / f"asking-{component}"
+    asking.mkdir()
+    (asking / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        f"resources: [../bare-metal]\ncomponents: [../../components/{component}]\n"
+    )
+    built = documents(kustomize(asking))
+    shutil.rmtree(asking)
+    (pod,) = [pod for name, pod in pods(built) if name == "quarantine-sweep"]
+    return pod
+
+
 def test_the_sweep_moves_aliases_only_where_that_was_asked_for(tree: Path, overlay: list[Manifest]) -> None:
     (sweep,) = [pod["containers"][0] for name, pod in pods(overlay) if name == "quarantine-sweep"]
     assert "--enforce" not in sweep["args"]
-    asking = tree / "overlays" / "asking"
-    asking.mkdir(exist_ok=True)
-    (asking / "kustomization.yaml").write_text(
-        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
-        "resources: [../bare-metal]\ncomponents: [../../components/enforce]\n"
-    )
-    (enforcing,) = [
-        pod["containers"][0] for name, pod in pods(documents(kustomize(asking))) if name == "quarantine-sweep"
-    ]
+    enforcing = sweep_with(tree, "enforce")["containers"][0]
     assert enforcing["args"][-2:] == ["--enforce", "--journal=/var/lib/quarantine-sweep/journal.jsonl"]
     mounted = {mount["mountPath"] for mount in enforcing["volumeMounts"]}
     assert "/var/lib/quarantine-sweep" in mounted
+
+
+def test_the_sweep_checks_signatures_where_it_is_given_a_key(tree: Path) -> None:
+    pod = sweep_with(tree, "verify")
+    (container,) = pod["containers"]
+    (given,) = [each for each in container["args"] if each.startswith("--public-key=")]
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert given == f"--public-key={mounts['trust']['mountPath']}/signing.pub"
+    assert mounts["trust"]["readOnly"]
+    assert volumes["trust"]["configMap"]["name"] == "quarantine-trust"
+    assert volumes["tmp"]["emptyDir"] == {"sizeLimit": "16Gi"}, "a version is downloaded whole"
+    assert len(volumes) == len(pod["volumes"])
 
 
 def test_a_sweep_on_the_queues_volume_runs_where_the_hook_runs(overlay: list[Manifest]) -> None:

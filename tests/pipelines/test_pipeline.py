@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,20 @@ import pytest
 
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.plan import Loading, Plan
-from components._runtime.signing_keys import PUBLIC_KEY_VARIABLE, TrustedSigner, generate_key_pair
+from components._runtime.signing_keys import (
+    CERTIFICATE_VARIABLE,
+    CHAIN_VARIABLE,
+    KEY_VARIABLE,
+    PUBLIC_KEY_VARIABLE,
+    TrustedSigner,
+    generate_key_pair,
+)
 from components._runtime.verification import verify_release
 from components._runtime.verification_registry import verify_registered
 from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, ConfigError, OutputExists
 from defense_core.verdict import Verdict
 from pipelines.local import LocalRun, run_local
+from tests.certificates import make_certificates
 from tests.small_model import DENYING, PLAN_OPTIONS, make_inputs
 from tests.small_pool import RATE, make_pool
 
@@ -110,6 +119,19 @@ def test_a_key_that_promotion_does_not_trust_ends_the_run_before_it_begins(
     monkeypatch.setenv(PUBLIC_KEY_VARIABLE, str(other.public))
     with pytest.raises(ConfigError, match="of another key"):
         run_local(plan, tmp_path / "work", model_name="digits", signing_key=keys.private)
+    assert not (tmp_path / "work" / "artifacts").exists()
+
+
+def test_a_certificate_that_nobody_could_check_ends_the_run_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_inputs(tmp_path / "inputs")
+    made = make_certificates(tmp_path / "keys")
+    monkeypatch.setenv(KEY_VARIABLE, str(made.key))
+    monkeypatch.setenv(CERTIFICATE_VARIABLE, str(made.certificate))
+    strict = replace(plan, policy={**plan.policy, "require": {"signatures": ["model"]}})
+    with pytest.raises(ConfigError, match=CHAIN_VARIABLE):
+        run_local(strict, tmp_path / "work", model_name="digits")
     assert not (tmp_path / "work" / "artifacts").exists()
 
 

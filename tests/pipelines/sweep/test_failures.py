@@ -202,6 +202,8 @@ def test_exit_codes_and_json(connection: MlflowConnection, tmp_path: Path, drift
         (["--policy", "standrad"], "expected observe, standard, strict, or a policy file"),
         (["--policy", "standard", "--alias", "v1"], "reserved by MLflow"),
         (["--policy", "standard", "--approver-key", "ada=ada.pub"], "--approver-key is for --public-key"),
+        (["--policy", "standard", "--public-key", "a.pub", "--certificate-chain", "a.pem"], "got both"),
+        (["--policy", "standard", "--certificate-chain", "missing.pem"], "missing.pem"),
         (["--policy", "standard", "--enforce"], "--journal FILE or --memory FILE"),
         (["--policy", "standard", "--queue", "mysql://host/db"], "queue's address is not usable"),
         (["--policy", "missing.yaml"], "missing.yaml"),
