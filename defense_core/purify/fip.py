@@ -47,6 +47,7 @@ class FIPConfig(FisherGuidedConfig):
 
     fisher: Kind = "empirical"
     trace_draws: int = 1
+    max_drop: float = 0.045
 
     def __post_init__(self) -> None:
         super().__post_init__()
