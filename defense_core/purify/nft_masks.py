@@ -76,10 +76,10 @@ class NFTConfig:
     sites: Sites = "all"
     granularity: Granularity = "kernel"
     taught_lr: float = 0.2
-    factors: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5)
+    factors: tuple[float, ...] = (1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0)
     sparsity: float | None = None
     sparsity_grid: tuple[float, ...] = (5e-4, 3e-3)
-    max_drop: float = 0.03
+    max_drop: float = 0.04
     ratio: float | None = None
     ratio_grid: tuple[float, ...] = (0.02, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
     start_keep: float = 0.92
