@@ -10,6 +10,7 @@ from torch import Tensor
 from defense_core.attacks.blended import Blended
 from defense_core.attacks.pixels import require_drawable, seeded_generator, to_pixels
 from defense_core.config import require
+from defense_core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,15 @@ class AdaptiveBlend:
         return self.planted(images, seed)
 
     def masks(self, count: int, height: int, width: int, *, seed: int) -> Tensor:
-        """0 or 1, float32 (N, 1, H, W), the same number of tiles on in each."""
+        """0 or 1, float32 (N, 1, H, W), the same number of tiles on in each.
+
+        Raises:
+            ConfigError: there are more tiles along a side than pixels, so that some would not be seen.
+        """
+        if self.pieces > min(height, width):
+            raise ConfigError(
+                "the tiles do not fit the images", expected=f"at most {min(height, width)} pieces", got=self.pieces
+            )
         tiles = self.pieces**2
         order = torch.rand(count, tiles, generator=seeded_generator(seed)).argsort(dim=1)
         shown = (order < max(1, round(self.shown * tiles))).float().view(count, self.pieces, self.pieces)

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from defense_core.attacks.generators import ColourMap
+from defense_core.attacks.generators import ColourMap, require_width
 from defense_core.attacks.joint import Batch, Schedule, Wanted, seeded_network, train_generator
-from defense_core.attacks.learned import Learned, prefixed
+from defense_core.attacks.learned import Learned, prefixed, require_channels
 from defense_core.attacks.pixels import in_batches, to_pixels
 from defense_core.config import require
 from defense_core.data import CleanSet
@@ -38,8 +38,13 @@ class ColourStyle(Learned):
         """Tensors of the file, apart from those that the network itself checks."""
         return {"style.layers.4.bias": 1}
 
+    def networks(self) -> tuple[nn.Module]:
+        """``S``."""
+        return (self._style,)
+
     def apply(self, images: Tensor) -> Tensor:
-        """Recolour uint8 images (N, C, H, W)."""
+        """Recolour uint8 images (N, C, H, W). Raises ConfigError for images of other channels."""
+        require_channels(images.shape[1], self.tensors["style.layers.4.bias"])
         style = self._style.to(images.device)
 
         @torch.no_grad()
@@ -50,7 +55,8 @@ class ColourStyle(Learned):
 
     @cached_property
     def _style(self) -> nn.Module:
-        return self.network(ColourMap(len(self.tensors["style.layers.4.bias"]), self.width), "style")
+        channels = len(self.tensors["style.layers.4.bias"])
+        return self.network(lambda: ColourMap(channels, self.width), "style")
 
 
 @dataclass(frozen=True)
@@ -118,4 +124,4 @@ def restyled(style: nn.Module, images: Tensor, strength: float) -> Tensor:
 
 def _check(strength: float, width: int) -> None:
     require(0 < strength <= 1, "strength", "in (0, 1]", strength)
-    require(width >= 1, "width", "1 or more", width)
+    require_width(width)

@@ -6,6 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defense_core.config import require
+
+MAX_WIDTH = 512
+"""Channels of the widest network: what it weighs can be written to a trigger's file and read back."""
+
+
+def require_width(width: int, *, multiple: int = 1) -> None:
+    """Refuse networks that cannot be made. Raises ConfigError."""
+    wanted = f"a multiple of {multiple}, " if multiple > 1 else "1 or more, "
+    require(multiple <= width <= MAX_WIDTH and width % multiple == 0, "width", f"{wanted}at most {MAX_WIDTH}", width)
+
 
 class UNet(nn.Module):
     """One step down, one step up, and a skip connection; any image of 2x2 pixels or more.

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from defense_core.attacks.generators import UNet
+from defense_core.attacks.generators import UNet, require_width
 from defense_core.attacks.joint import Batch, Schedule, Wanted, seeded_network, train_generator
-from defense_core.attacks.learned import Learned, prefixed
+from defense_core.attacks.learned import Learned, prefixed, require_channels
 from defense_core.attacks.pixels import in_batches, seeded_generator, to_pixels
 from defense_core.config import require
 from defense_core.data import CleanSet
@@ -31,12 +31,16 @@ class InputAware(Learned):
     width: int = 16
 
     def __post_init__(self) -> None:
-        require(self.width >= 4 and self.width % 4 == 0, "width", "a multiple of 4", self.width)
+        require_width(self.width, multiple=4)
         super().__post_init__()
 
     def layout(self) -> dict[str, int]:
         """Tensors of the file, apart from those that the networks themselves check."""
         return {"pattern.leave.weight": 4, "pattern.leave.bias": 1, "mask.leave.weight": 4}
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """``G`` and ``M``."""
+        return self._networks
 
     def apply(self, images: Tensor) -> Tensor:
         """Put each image's own trigger on it; uint8 (N, C, H, W)."""
@@ -50,6 +54,7 @@ class InputAware(Learned):
     def _with_trigger_of(self, images: Tensor, owners: Tensor) -> Tensor:
         pattern, mask = (network.to(images.device) for network in self._networks)
         channels = images.shape[1]
+        require_channels(channels, self.tensors["pattern.leave.bias"])
 
         @torch.no_grad()
         def change(pair: Tensor) -> Tensor:
@@ -61,8 +66,8 @@ class InputAware(Learned):
     @cached_property
     def _networks(self) -> tuple[nn.Module, nn.Module]:
         channels = len(self.tensors["pattern.leave.bias"])
-        pattern = self.network(UNet(channels, channels, self.width), "pattern")
-        return pattern, self.network(UNet(channels, 1, self.width), "mask")
+        pattern = self.network(lambda: UNet(channels, channels, self.width), "pattern")
+        return pattern, self.network(lambda: UNet(channels, 1, self.width), "mask")
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class InputAwareTraining:
             self.cross_share >= 0 and self.attack_share + self.cross_share < 1,
             "cross_share", "0 or more, below 1 together with attack_share", self.cross_share,
         )  # fmt: skip
-        require(self.width >= 4 and self.width % 4 == 0, "width", "a multiple of 4", self.width)
+        require_width(self.width, multiple=4)
         require(self.mask_epochs >= 1, "mask_epochs", "1 or more", self.mask_epochs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_core.config import require
-from defense_core.errors import CorruptArtifact, DigestMismatch, SourceNotFound
+from defense_core.errors import ConfigError, CorruptArtifact, DigestMismatch, SourceNotFound
 from defense_core.files import sha256_bytes, write_atomic
 from defense_core.limits import LoadLimits
 from defense_core.safetensors_file import parse_safetensors, safetensors_bytes
@@ -43,10 +43,15 @@ class Learned:
         for name, dimensions in self.layout().items():
             if name not in self.tensors or self.tensors[name].dim() != dimensions:
                 raise self._corrupt(f"{name} with {dimensions} dimensions", ", ".join(sorted(self.tensors)))
+        self.networks()
 
     def layout(self) -> Mapping[str, int]:
         """Names of tensors that the file must hold, with their number of dimensions."""
         return {}
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The networks that the file holds. Raises CorruptArtifact where they are others than the settings say."""
+        return ()
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -69,17 +74,32 @@ class Learned:
             raise self._corrupt("finite float32 tensors", "another type, or NaN or Inf")
         return tensors
 
-    def network(self, empty: nn.Module, prefix: str) -> nn.Module:
-        """``empty`` with the tensors whose names begin with ``prefix.``, eval mode, gradients off."""
+    def network(self, make: Callable[[], nn.Module], prefix: str) -> nn.Module:
+        """What ``make`` makes, with the tensors whose names begin with ``prefix.``, eval mode, gradients off."""
         state = {key.removeprefix(prefix + "."): value for key, value in self.tensors.items() if key.startswith(prefix)}
+        # Without initial weights: none are drawn from the global random state, and a wrong width costs no memory.
+        with torch.device("meta"):
+            network = make()
         try:
-            empty.load_state_dict(state)
+            network.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise self._corrupt(f"the parameters of {prefix}", str(error)[:200]) from error
-        return empty.requires_grad_(False).eval()
+        return network.requires_grad_(False).eval()
 
     def _corrupt(self, expected: str, got: str) -> CorruptArtifact:
         return CorruptArtifact(f"trigger file {Path(self.path).name} is malformed", expected=expected, got=got)
+
+
+def require_channels(channels: int, bias: Tensor) -> None:
+    """Refuse images of other channels than a network was made for, whose last layer has ``bias``, one a channel.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    if channels != len(bias):
+        raise ConfigError(
+            "the trigger does not fit the images", expected=f"images of {len(bias)} channels", got=channels
+        )
 
 
 def store_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from defense_core.attacks.generators import UNet
+from defense_core.attacks.generators import UNet, require_width
 from defense_core.attacks.joint import Batch, Schedule, Wanted, seeded_network, train_generator
-from defense_core.attacks.learned import Learned, prefixed
+from defense_core.attacks.learned import Learned, prefixed, require_channels
 from defense_core.attacks.pixels import in_batches, to_pixels
 from defense_core.config import require
 from defense_core.data import CleanSet
@@ -38,8 +38,13 @@ class Lira(Learned):
         """Tensors of the file, apart from those that the network itself checks."""
         return {"generator.leave.weight": 4, "generator.leave.bias": 1}
 
+    def networks(self) -> tuple[nn.Module]:
+        """``G``."""
+        return (self._generator,)
+
     def apply(self, images: Tensor) -> Tensor:
-        """Perturb uint8 images (N, C, H, W)."""
+        """Perturb uint8 images (N, C, H, W). Raises ConfigError for images of other channels."""
+        require_channels(images.shape[1], self.tensors["generator.leave.bias"])
         generator = self._generator.to(images.device)
 
         @torch.no_grad()
@@ -51,7 +56,7 @@ class Lira(Learned):
     @cached_property
     def _generator(self) -> nn.Module:
         channels = len(self.tensors["generator.leave.bias"])
-        return self.network(UNet(channels, channels, self.width), "generator")
+        return self.network(lambda: UNet(channels, channels, self.width), "generator")
 
 
 @dataclass(frozen=True)
@@ -114,4 +119,4 @@ def perturbed(generator: nn.Module, images: Tensor, epsilon: float) -> Tensor:
 
 def _check(epsilon: float, width: int) -> None:
     require(0 < epsilon <= 1, "epsilon", "in (0, 1]", epsilon)
-    require(width >= 4 and width % 4 == 0, "width", "a multiple of 4", width)
+    require_width(width, multiple=4)

@@ -14,6 +14,7 @@ from defense_core.attacks.label_consistent import LabelConsistent, adversarial
 from defense_core.attacks.learned import store_tensors
 from defense_core.attacks.poison import Poisoned, Prepare, poison_by, require_possible
 from defense_core.attacks.probe import TRIGGERS, Probe, Trigger
+from defense_core.attacks.trojan import TrojanTraining
 from defense_core.attacks.victim import VictimTraining, train_victim
 from defense_core.config import to_mapping
 from defense_core.data import CleanSet
@@ -74,6 +75,7 @@ def plant(
     """
     poisoning = attack.poisoning(rate)
     require_possible(train, attack.target, poisoning, trigger=TRIGGERS[attack.kind], kind=attack.kind)
+    _require_fitting(attack, network, train)
     wants_surrogate = attack.row.surrogate and (attack.trigger is None or attack.kind == "label_consistent")
     if wants_surrogate and surrogate is None:
         surrogate = train_victim(
@@ -101,6 +103,14 @@ def plant(
         "training": to_mapping(training),
     }
     return PlantedBackdoor(model, probe, poisoned, facts)
+
+
+def _require_fitting(attack: Attack, network: nn.Module, train: CleanSet) -> None:
+    """Refuse a trigger that the images have no place for, before anything is trained for it. Raises ConfigError."""
+    if attack.trigger is not None:
+        attack.trigger.apply(train.images[:1])
+    elif isinstance(attack.settings, TrojanTraining):
+        attack.settings.require_possible(network, train.images)
 
 
 def _learned(

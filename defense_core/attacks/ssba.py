@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_core.attacks.generators import UNet
+from defense_core.attacks.generators import UNet, require_width
 from defense_core.attacks.joint import Batch, Schedule, Wanted, seeded_network, train_generator
-from defense_core.attacks.learned import Learned, prefixed
+from defense_core.attacks.learned import Learned, prefixed, require_channels
 from defense_core.attacks.pixels import in_batches, seeded_generator, to_pixels
 from defense_core.config import require
 from defense_core.data import CleanSet
@@ -38,12 +38,18 @@ class Ssba(Learned):
 
     def __post_init__(self) -> None:
         require(0 < self.strength <= 1, "strength", "in (0, 1]", self.strength)
-        require(self.width >= 4 and self.width % 4 == 0, "width", "a multiple of 4", self.width)
+        require_width(self.width, multiple=4)
         super().__post_init__()
 
     def layout(self) -> dict[str, int]:
         """Tensors of the file, apart from those that the network itself checks."""
         return {"message": 3, "encoder.leave.weight": 4, "encoder.leave.bias": 1}
+
+    def networks(self) -> tuple[nn.Module]:
+        """``E``, which takes a message of four planes."""
+        if len(self.tensors["message"]) != _PLANES:
+            raise self._corrupt(f"a message of {_PLANES} planes", f"{len(self.tensors['message'])}")
+        return (self._encoder,)
 
     def apply(self, images: Tensor) -> Tensor:
         """Hide the message in uint8 images (N, C, H, W). Raises ConfigError for images of another size."""
@@ -52,6 +58,7 @@ class Ssba(Learned):
             raise ConfigError(
                 "the encoder does not fit the images", expected=tuple(message.shape[1:]), got=tuple(images.shape[2:])
             )
+        require_channels(images.shape[1], self.tensors["encoder.leave.bias"])
         encoder = self._encoder.to(images.device)
 
         @torch.no_grad()
@@ -64,7 +71,7 @@ class Ssba(Learned):
     @cached_property
     def _encoder(self) -> nn.Module:
         channels = len(self.tensors["encoder.leave.bias"])
-        return self.network(UNet(channels + _PLANES, channels, self.width), "encoder")
+        return self.network(lambda: UNet(channels + _PLANES, channels, self.width), "encoder")
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class SsbaTraining:
         require(0 < self.strength <= 1, "strength", "in (0, 1]", self.strength)
         require(self.fidelity >= 0, "fidelity", "0 or more", self.fidelity)
         require(0 <= self.secret_only < 1, "secret_only", "in [0, 1)", self.secret_only)
-        require(self.width >= 4 and self.width % 4 == 0, "width", "a multiple of 4", self.width)
+        require_width(self.width, multiple=4)
 
 
 class Steganography(nn.Module):

@@ -21,7 +21,7 @@ from defense_core.task import Task
 
 @dataclass(frozen=True)
 class Trojan(Learned):
-    """``x'`` = ``x`` with the patch, tensor ``patch`` (C, S, S), grey levels, in the bottom right corner.
+    """``x'`` = ``x`` with the patch, tensor ``patch`` (C, height, width), grey levels, in the bottom right corner.
 
     Attributes:
         margin: distance to the border, pixels.
@@ -78,6 +78,15 @@ class TrojanTraining:
         require(self.step > 0, "step", "a positive number of grey levels", self.step)
         require(self.images >= 1, "images", "1 or more", self.images)
 
+    def require_possible(self, network: nn.Module, images: Tensor) -> None:
+        """Refuse a patch that ``images`` (N, C, H, W) have no room for, and a network without units to excite.
+
+        Raises:
+            ConfigError: of the kind that fits.
+        """
+        _require_room(images, (images.shape[1], self.size, self.size), self.margin)
+        _linear_head(network)
+
 
 def learn_trojan(
     config: TrojanTraining,
@@ -91,9 +100,8 @@ def learn_trojan(
     progress: Progress,
 ) -> dict[str, Tensor]:
     """The patch against a clean ``surrogate``; arguments as :data:`defense_core.attacks.joint.Learn`."""
-    head = classifier_head(surrogate)
-    if not isinstance(head, nn.Linear):
-        raise ConfigError("the network has no units to excite", expected="a last linear layer", got=type(head).__name__)
+    config.require_possible(surrogate, data.images)
+    head = _linear_head(surrogate)
     units = most_influential(head, config.units)
     generator = seeded_generator(seed)
     patch = torch.randint(0, 256, (data.images.shape[1], config.size, config.size), generator=generator)
@@ -131,17 +139,28 @@ def penultimate(model: nn.Module, head: nn.Module, inputs: Tensor) -> Tensor:
     return activations if activations.dim() == 2 else activations.flatten(1, -2).mean(dim=1)
 
 
-def _stamped(images: Tensor, patch: Tensor, margin: int) -> Tensor:
-    """Real-valued images with the patch; differentiable in it."""
-    channels, side, _ = patch.shape
-    height, width = images.shape[2:]
-    bottom, right = height - margin, width - margin
-    if channels != images.shape[1] or side > min(bottom, right):
+def _linear_head(network: nn.Module) -> nn.Linear:
+    head = classifier_head(network)
+    if not isinstance(head, nn.Linear):
+        raise ConfigError("the network has no units to excite", expected="a last linear layer", got=type(head).__name__)
+    return head
+
+
+def _require_room(images: Tensor, patch: tuple[int, ...], margin: int) -> None:
+    room = min(images.shape[2:]) - margin
+    if patch[0] != images.shape[1] or max(patch[1:]) > room:
         raise ConfigError(
             "the patch does not fit the images",
-            expected=f"{images.shape[1]} channels, at most {min(bottom, right)} pixels at margin {margin}",
-            got=tuple(patch.shape),
+            expected=f"{images.shape[1]} channels, at most {room} pixels at margin {margin}",
+            got=patch,
         )
+
+
+def _stamped(images: Tensor, patch: Tensor, margin: int) -> Tensor:
+    """Real-valued images with the patch; differentiable in it."""
+    _require_room(images, tuple(patch.shape), margin)
+    height, width = patch.shape[1:]
+    bottom, right = images.shape[2] - margin, images.shape[3] - margin
     stamped = images.clone()
-    stamped[:, :, bottom - side : bottom, right - side : right] = patch
+    stamped[:, :, bottom - height : bottom, right - width : right] = patch
     return stamped

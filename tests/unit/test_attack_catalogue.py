@@ -217,6 +217,9 @@ def test_a_trigger_is_learnt_with_a_network_that_has_an_auxiliary_head(kind: str
         ({"kind": "label_consistent", "target": 1, "size": 2}, 0.5, "target class is too small"),
         ({"kind": "lira", "target": 1, "width": 4, "clean_label": True}, 0.5, "target class is too small"),
         ({"kind": "low_frequency", "target": 1, "cover_rate": 0.1}, 0.1, "no cover samples"),
+        ({"kind": "label_consistent", "target": 1, "size": 9}, 0.1, "does not fit the images"),
+        ({"kind": "trojan", "target": 1, "size": 10_000_000}, 0.1, "does not fit the images"),
+        ({"kind": "adaptive_blend", "target": 1, "pieces": 1_000_000}, 0.1, "do not fit the images"),
     ],
 )
 def test_what_cannot_be_planted_is_refused_before_anything_is_learnt(

@@ -97,6 +97,7 @@ def test_a_learned_trigger_is_pure_deterministic_and_follows_its_seed(
     assert torch.equal(found, trigger.apply(images))
     assert not torch.equal(found, images)
     assert trigger.apply(images[:0]).shape == (0, *shape)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @KINDS
@@ -161,15 +162,30 @@ def test_bytes_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["lira", "input_aware", "ssba", "fba"])
 def test_a_network_of_another_width_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "trigger.safetensors"
-    trigger = TRIGGERS[kind](path=str(path), sha256=store_tensors(learned(kind), path), width=16)
-    with pytest.raises(CorruptArtifact, match="parameters of"):
-        trigger.apply(samples((1, 8, 8)).images)
+    digest = store_tensors(learned(kind), path)
+    for width in (16, 512):
+        with pytest.raises(CorruptArtifact, match="parameters of"):
+            TRIGGERS[kind](path=str(path), sha256=digest, width=width)
 
 
-@pytest.mark.parametrize("kind", ["low_frequency", "trojan", "ssba"])
+@KINDS
 def test_images_that_the_trigger_was_not_made_for_are_refused(kind: str, tmp_path: Path) -> None:
+    trigger = stored(kind, learned(kind), tmp_path)
     with pytest.raises(ConfigError, match="does not fit"):
-        stored(kind, learned(kind), tmp_path).apply(torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
+        trigger.apply(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_ssba_takes_no_message_that_its_encoder_cannot_hide(tmp_path: Path) -> None:
+    with pytest.raises(CorruptArtifact, match="4 planes"):
+        stored("ssba", {**learned("ssba"), "message": torch.zeros(3, 8, 8)}, tmp_path)
+
+
+def test_a_trojan_patch_need_not_be_square(tmp_path: Path) -> None:
+    found = stored("trojan", {"patch": torch.full((1, 2, 5), 255.0)}, tmp_path).apply(
+        torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    )
+    assert (found[0, 0, 6:, 3:] == 255).all()
+    assert int((found > 0).sum()) == 10
 
 
 @pytest.mark.parametrize(
@@ -183,7 +199,8 @@ def test_images_that_the_trigger_was_not_made_for_are_refused(kind: str, tmp_pat
         ("input_aware", "mask_epochs", 0), ("input_aware", "diversity_weight", -1), ("lira", "epsilon", 0),
         ("lira", "alpha", 1), ("lira", "width", 0), ("ssba", "bits", 0), ("ssba", "strength", 0),
         ("ssba", "fidelity", -1), ("ssba", "secret_only", 1), ("fba", "strength", 2), ("fba", "alpha", 0),
-        ("fba", "content", -1), ("fba", "width", 0),
+        ("fba", "content", -1), ("fba", "width", 0), ("lira", "width", 4_000_000), ("ssba", "width", 4_000_000),
+        ("input_aware", "width", 4_000_000), ("fba", "width", 4_000_000),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(kind: str, setting: str, value: float) -> None:
@@ -371,6 +388,6 @@ def test_stored_names_are_those_that_are_read_back(tmp_path: Path) -> None:
     network = UNet(1, 1, 4)
     path = tmp_path / "one.safetensors"
     read = Learned(path=str(path), sha256=store_tensors(prefixed("g", network), path))
-    same = read.network(UNet(1, 1, 4), "g")
+    same = read.network(lambda: UNet(1, 1, 4), "g")
     assert all(torch.equal(value, same.state_dict()[name]) for name, value in network.state_dict().items())
     assert not any(parameter.requires_grad for parameter in same.parameters())

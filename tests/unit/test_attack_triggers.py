@@ -245,6 +245,15 @@ def test_adaptive_blend_tiles_cover_sides_that_four_does_not_divide() -> None:
     assert torch.equal(AdaptiveBlend(shown=1.0).masks(2, 9, 10, seed=0), torch.ones(2, 1, 9, 10))
 
 
+@pytest.mark.parametrize("pieces", [9, 1_000_000])
+def test_adaptive_blend_has_no_more_tiles_than_the_image_has_pixels(pieces: int) -> None:
+    trigger = AdaptiveBlend(pieces=pieces)
+    for draw in (trigger.planted, trigger.cover):
+        with pytest.raises(ConfigError, match="do not fit"):
+            draw(pictures(2, (1, 8, 12)), 0)
+    assert AdaptiveBlend(pieces=8).masks(5, 8, 8, seed=0).sum((1, 2, 3)).tolist() == [32] * 5
+
+
 def test_label_consistent_marks_the_four_corners_with_checkerboards() -> None:
     images = torch.full((1, 3, 12, 12), 77, dtype=torch.uint8)
     found = LabelConsistent(size=3, margin=1).apply(images)
