@@ -139,14 +139,14 @@ def training_chart(trained: Training, *, name: str) -> str:
         for index, curve in enumerate(curves):
             points = [
                 (start + place, point.loss)
-                for place, point in enumerate(_thinned(curve.points), 1)
+                for place, point in _thinned(list(enumerate(curve.points, 1)))
                 if point.loss is not None
             ]
             colour = (ACCENT, MUTED, CONTROL)[index % 3]
             style = ("-", "--", ":")[index % 3]
             axes.plot([x for x, _ in points], [y for _, y in points], style, color=colour, linewidth=2)
             axes.plot([points[-1][0]], [points[-1][1]], "o", color=colour, markersize=5)
-            end = start + len(_thinned(curve.points))
+            end = start + len(curve.points)
             if index:
                 axes.axvline(start + 0.5, color=LINE, linewidth=1)
             axes.text((start + end + 1) / 2, 1.02, _short(curve.phase), transform=axes.get_xaxis_transform(),
@@ -264,7 +264,9 @@ def _for_page(drawing: str, name: str) -> str:
 
 
 def _thinned(points: Sequence[Any], most: int = 400) -> Sequence[Any]:
-    return points if len(points) <= most else points[:: -(-len(points) // most)]
+    """Every so many points, at most ``most``, the last one among them."""
+    every = -(-len(points) // most)
+    return points if every <= 1 else points[(len(points) - 1) % every :: every]
 
 
 def _short(name: str) -> str:

@@ -161,13 +161,15 @@ def _registered(promotion: Any) -> str:
 
 
 def _numbers(value: Any) -> str:
-    return ",".join(f"{each:g}" for each in value if number(each) is not None) if isinstance(value, list) else ""
+    """Numbers as they were, to the last digit: another mean makes another model."""
+    known = [found for each in value if (found := number(each)) is not None] if isinstance(value, list) else []
+    return ",".join(str(int(each)) if each.is_integer() else repr(each) for each in known)
 
 
 def _changed_rate(evidence: Mapping[str, Mapping[str, Any]]) -> str:
     """The scan's false positive rate where it is not the usual one; its other settings are there by digest only."""
     rate = number(at(evidence, "scan", "results", "fpr"))
-    return f"fpr={rate:g}" if rate is not None and rate != SCAN_RATE else ""
+    return f"fpr={rate!r}" if rate is not None and rate != SCAN_RATE else ""
 
 
 def _changed_settings(evidence: Mapping[str, Mapping[str, Any]], method: str) -> list[str]:

@@ -218,7 +218,9 @@ def changed_layers(evidence: Evidences, *, selected: str) -> tuple[LayerChange, 
         if (changed := count(value)) is not None
     ]
     return tuple(
-        sorted(rows, key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row.layer)])
+        sorted(
+            rows, key=lambda row: [int(each) if each.isdecimal() else each for each in re.split(r"(\d+)", row.layer)]
+        )
     )
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from defense_core.evaluate.metrics import Proportion
 from defense_core.report import build_report, render_report
+from defense_core.report_charts import _thinned, training_chart
+from defense_core.report_records import Curve, CurvePoint, Training
 from defense_core.report_text import command, percent, plain, points, size, text
 from tests.unit.report_records import (
     CONTROL,
@@ -157,6 +159,23 @@ def test_a_whole_number_that_no_float_can_hold_is_a_gap() -> None:
     render_report(report)
 
 
+def test_a_layer_may_be_called_by_a_digit_that_is_no_number() -> None:
+    evidence = whole_run()
+    evidence["purify.tsbd"]["results"]["facts"]["units"] = {"²": 1, "conv10": 2, "conv2": 3}
+    assert [row.layer for row in build_report(evidence).layers] == ["conv2", "conv10", "²"]
+
+
+def test_a_long_training_is_drawn_to_its_last_epoch() -> None:
+    points = tuple(CurvePoint(float(step), 1 / step, None) for step in range(1, 1001))
+    trained = Training("tsbd", control=False, curves=(Curve("unlearn", points), Curve("repair", points[:3])), seconds=1)
+    axis = re.findall(r">(\d+)</text>", training_chart(trained, name="long"))
+    assert axis == ["200", "400", "600", "800", "1000"]
+    kept = _thinned(points)
+    assert len(kept) <= 400
+    assert kept[-1] is points[-1]
+    assert _thinned(points[:400]) == points[:400]
+
+
 def test_a_broken_chain_is_named() -> None:
     report = build_report(forged("chain"))
     assert report.broken == ("export",)
@@ -193,6 +212,15 @@ def test_commands_can_be_pasted() -> None:
     assert "--architecture-args '{\"width\": 8}'" in lines[0]
     assert "--seed 7" in lines[0]
     assert any(line.startswith("quarantine gate --policy") or "quarantine gate" in line for line in lines)
+
+
+def test_commands_repeat_numbers_to_the_last_digit() -> None:
+    evidence = whole_run()
+    evidence["fetch"]["results"] |= {"mean": [0.49139968, 0.1, 0], "std": [0.24703223, 1.0, 1e-05]}
+    evidence["scan"] = {**evidence["fetch"], "name": "scan", "step": "scan", "results": {"fpr": 0.012345678}}
+    line = build_report(evidence).commands[0].line
+    for words in ("--input-size 1,8,8 ", "--mean 0.49139968,0.1,0 ", "--std 0.24703223,1,1e-05 ", "fpr=0.012345678 "):
+        assert words in line
 
 
 def test_commands_name_what_was_not_the_default() -> None:
