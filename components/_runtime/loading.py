@@ -55,6 +55,9 @@ def resolve_device(name: str) -> str:
         )
     if name != "cpu" and not name.startswith("cuda"):
         raise ConfigError("device is unknown", expected="auto, cpu or cuda", got=repr(name))
+    known = ["cpu", "cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if name not in known:
+        raise ConfigError("device is not usable", expected=", ".join(["auto", *known]), got=repr(name))
     return name
 
 

@@ -60,3 +60,16 @@ def test_evidence_says_what_the_pod_was_given_and_what_the_step_ran_on(
     assert "nvidia.com/gpu=1, but PyTorch can use no GPU: this step runs on the CPU" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert (environment()["device"], environment()["accelerator"]) == ("cuda", "nvidia.com/gpu=1")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert resolve_device(name) == name
+    for name in ("cuda:2", "cuda:-1", "cuda:x", "cudamax", "cuda:"):
+        with pytest.raises(ConfigError, match="not usable") as refused:
+            resolve_device(name)
+        assert refused.value.expected == "auto, cpu, cuda, cuda:0, cuda:1"
+    with pytest.raises(ConfigError, match="unknown"):
+        resolve_device("gpu")
