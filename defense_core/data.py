@@ -16,7 +16,7 @@ from defense_core.config import require
 from defense_core.errors import DataError
 from defense_core.image_files import DataLimits, read_images
 
-__all__ = ["CleanSet", "DataLimits", "Splits", "load_clean_set", "problems_of", "split_clean_set"]
+__all__ = ["CleanSet", "DataLimits", "Splits", "load_clean_set", "problems_of", "require_apart", "split_clean_set"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +148,26 @@ def _share(count: int, fraction: float, *, reserved: int) -> int:
     return min(max(1, int(count * fraction)), count - reserved)
 
 
+def require_apart(fitted: CleanSet, quoted: CleanSet, *, fitted_name: str, quoted_name: str) -> None:
+    """Refuse to quote figures on images that a network is fitted on; equal pixels make an image the same.
+
+    Args:
+        fitted_name, quoted_name: what messages call the two sets.
+
+    Raises:
+        DataError: the sets share images.
+    """
+    known = set(_fingerprints(fitted.images.cpu().numpy()))
+    shared = sum(each in known for each in _fingerprints(quoted.images.cpu().numpy()))
+    if shared:
+        raise DataError(
+            f"the {quoted_name} set holds images of the {fitted_name} set",
+            expected=f"images that the {fitted_name} set does not hold",
+            got=f"{shared} of {len(quoted)} in both",
+            hint="Take them out of one of the two: figures on them would be of images that were fitted",
+        )
+
+
 def load_clean_set(
     path: Path | str,
     *,
@@ -231,6 +251,10 @@ def _first_copies(images: numpy.ndarray) -> numpy.ndarray:
     """For each image, the number of the first one with the same bytes, int64 (N,)."""
     seen: dict[bytes, int] = {}
     found = numpy.empty(len(images), dtype=numpy.int64)
-    for number, image in enumerate(images):
-        found[number] = seen.setdefault(hashlib.blake2b(image.tobytes(), digest_size=16).digest(), number)
+    for number, fingerprint in enumerate(_fingerprints(images)):
+        found[number] = seen.setdefault(fingerprint, number)
     return found
+
+
+def _fingerprints(images: numpy.ndarray) -> Iterator[bytes]:
+    return (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)

@@ -19,6 +19,7 @@ from defense_core.attacks.plant import TRIGGER_FILE, PlantedBackdoor, plant
 from defense_core.attacks.victim import VictimTraining
 from defense_core.bundle import Bundle, bundle_of, save_bundle, untrained_bundle
 from defense_core.config import digest, from_mapping, require, to_mapping
+from defense_core.data import require_apart
 from defense_core.evaluate import evaluate
 from defense_core.files import atomic_directory, write_atomic
 from defense_core.progress import NullProgress, Progress
@@ -48,7 +49,7 @@ def plant_backdoor(
 
     Args:
         attack: specification, see :func:`defense_core.attacks.catalogue.attack_from_spec`.
-        train, test: images; the first are poisoned in memory, the second only measured.
+        train, test: images; the first are poisoned in memory, the second, other ones, only measured.
         out: folder that gets ``bundle/``, ``probe.yaml``, ``result.json`` and, for a learned trigger, its file.
         rate: poisoning rate.
         spec: architecture, input size and normalisation; fields of ``ModelSpec``.
@@ -73,6 +74,7 @@ def plant_backdoor(
     parsed = attack_from_spec(attack, num_classes=untrained.spec.num_classes)
     parsed.poisoning(rate)
     seen, unseen = open_images(train, untrained), open_images(test, untrained, require_all_classes=False)
+    require_apart(seen, unseen, fitted_name="training", quoted_name="test")
     task = untrained.spec.task_object()
     with atomic_directory(out) as folder:
         planted = plant(

@@ -20,7 +20,7 @@ from defense_core.attacks import Probe, probe_from_spec
 from defense_core.bundle import Bundle, Origin, bundle_of, save_bundle
 from defense_core.config import digest as config_digest
 from defense_core.config import from_mapping, to_mapping
-from defense_core.data import CleanSet, DataLimits
+from defense_core.data import CleanSet, DataLimits, require_apart
 from defense_core.evaluate import evaluate
 from defense_core.files import atomic_directory
 from defense_core.policy import Policy, parse_policy
@@ -76,6 +76,8 @@ def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullP
         bundle = bundle_of(opened.model, opened.spec, origin)
         clean = _images(plan.clean, _folder(scratch, "clean"), bundle, progress, every_class=True)
         test = _images(plan.test, _folder(scratch, "test"), bundle, progress, every_class=False) if plan.test else None
+        if test is not None:
+            require_apart(clean, test, fitted_name="clean", quoted_name="test")
         _try_out(bundle, clean, _probes(plan, bundle), progress)
         pool = _pool(plan, _folder(scratch, "pool"), bundle, progress)
         digest = save_bundle(bundle, bundle_folder)

@@ -138,6 +138,20 @@ def test_fetch_refuses_a_bad_plan(change: dict[str, Any], error: type[Exception]
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fetch_refuses_a_test_set_that_holds_clean_images(plan: Plan, tmp_path: Path) -> None:
+    (pixels, labels), (others, truths) = images(80, seed=1), images(60, seed=2)
+    numpy.savez(
+        tmp_path / "mixed.npz",
+        images=numpy.concatenate([others, pixels[:1]]),
+        labels=numpy.concatenate([truths, labels[:1]]),
+    )
+    for test, shared in ((plan.clean, "80 of 80"), (str(tmp_path / "mixed.npz"), "1 of 61")):
+        with pytest.raises(errors.DataError, match=f"test set holds images of the clean set.*{shared}"):
+            fetch_model(replace(plan, test=test), tmp_path / "bundle", tmp_path / "data")
+        assert not (tmp_path / "bundle").exists()
+        assert not (tmp_path / "data").exists()
+
+
 def bad_images(kind: str, path: Path) -> None:
     pixels, labels = images(40, seed=3)
     if kind == "empty":

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from defense_core.attacks.catalogue import ATTACKS
 from defense_core.attacks.plant import plant
 from defense_core.bundle import load_bundle
-from defense_core.errors import ConfigError, DigestMismatch, QuarantineError
+from defense_core.errors import ConfigError, DataError, DigestMismatch, QuarantineError
 from defense_core.evaluate import Proportion
 from pipelines import lab
 from pipelines.cli import app
@@ -198,6 +198,14 @@ def test_bad_input_leaves_nothing_behind(
     }  # fmt: skip
     with pytest.raises(QuarantineError, match=message):
         plant_backdoor(out=tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_images_of_the_training_are_no_test(digits: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the test set holds images of the training set"):
+        plant_backdoor(
+            {"kind": "badnets", "size": 2}, digits[0], digits[0], tmp_path / "out", rate=0.1, spec=SPEC, device="cpu"
+        )
     assert list(tmp_path.iterdir()) == []
 
 

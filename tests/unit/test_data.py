@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from defense_core.data import CleanSet, DataLimits, load_clean_set, problems_of, split_clean_set
+from defense_core.data import CleanSet, DataLimits, load_clean_set, problems_of, require_apart, split_clean_set
 from defense_core.errors import EXIT_USAGE, ConfigError, DataError
 
 SIZE = (3, 8, 8)
@@ -583,3 +583,14 @@ def test_a_copy_goes_where_its_first_goes(pictures: list[int], seed: int, shares
 def test_first_copies_names_the_first_of_each() -> None:
     data = clean_set([0, 1, 2])
     assert data.subset(torch.tensor([1, 0, 1, 2, 0])).first_copies.tolist() == [0, 1, 0, 3, 1]
+
+
+def test_figures_are_quoted_on_no_image_that_was_fitted() -> None:
+    data = clean_set([0, 1, 2, 0, 1])
+    fitted, quoted = (data.subset(torch.tensor(places)) for places in ([0, 1, 2], [3, 4]))
+    require_apart(fitted, quoted, fitted_name="clean", quoted_name="test")
+    relabelled = CleanSet(quoted.images, (quoted.labels + 1) % 3, 3)
+    for shared in (quoted, relabelled):
+        with pytest.raises(DataError, match="the test set holds images of the clean set") as refused:
+            require_apart(data, shared.subset(torch.tensor([0, 1, 1])), fitted_name="clean", quoted_name="test")
+        assert refused.value.got == "3 of 3 in both"
