@@ -35,6 +35,7 @@ from components._runtime.registered_decisions import (
     registered_decision,
 )
 from components._runtime.registry_listing import ListedModel, list_models, list_versions, parse_origin
+from components._runtime.registry_prompts import PROMPT_TAG, taken_for_prompts
 from defense_core.config import digest, to_mapping
 from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, AccessDenied, RegistryUnavailable
 from defense_core.policy_time import time_text
@@ -114,7 +115,7 @@ class SweepReport:
 
     @property
     def exit_code(self) -> int:
-        """0: nothing found; 1: findings; 2: of some aliases it could not be found out."""
+        """0: nothing found; 1: findings; 2: of some aliases or models it could not be found out."""
         if self.found["unknown"]:
             return EXIT_UNKNOWN
         return EXIT_FAIL if any(self.found.values()) else EXIT_PASS
@@ -226,6 +227,7 @@ def _read_registry(
     for name, number in unstated(memory):
         _read_evidence(connection, memory, name, number)
     read.drift += _alias_findings(connection, memory, scope, settings, read.guarded)
+    read.drift += _hidden_findings(connection, scope)
     return read
 
 
@@ -287,6 +289,14 @@ def _alias_findings(
                 else:
                     kind: Kind = "unknown" if answer.gap == "unknown" else "drift"
                     yield Finding(kind, name, number, answer.why, alias=alias)
+
+
+def _hidden_findings(connection: MlflowConnection, scope: Scope) -> Iterator[Finding]:
+    """Models that this sweep should look at and that MLflow does not show."""
+    why = f"MLflow takes it for a prompt and lists none of its versions: take away the tag {PROMPT_TAG}."
+    for name in taken_for_prompts(connection):
+        if scope.demand(name) is not None or scope.is_output(name):
+            yield Finding("unknown", name, "", why)
 
 
 def _mark(scope: Scope, settings: SweepSettings, guarded: Guarded, version: Any) -> str:

@@ -22,7 +22,7 @@ class Finding:
     Attributes:
         kind: ``undecided``: no decision under the current policy; ``aged``: the decision is older than the
             policy permits; ``drift``: an alias that no allow decision covers; ``unknown``: an alias of which
-            that could not be found out.
+            that could not be found out, or, without an alias and a version, a model that could not be looked at.
         alias: of drift and unknown.
         why: a sentence.
         work: what would settle it; ``None``: no run can.

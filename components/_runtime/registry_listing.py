@@ -101,8 +101,9 @@ def list_versions(connection: MlflowConnection, names: Sequence[str]) -> Iterato
 
     Small models are asked for together: a request a model is what a listing takes its time for.
     """
-    plain = [name for name in names if "'" not in name and len(name) <= MAX_GROUP_CHARS]
-    quoted = [name for name in names if name not in set(plain)]
+    # In a list of names MLflow reads a backslash as Python does: 'a\tb' would be another model.
+    plain = [name for name in names if not {"'", "\\"} & set(name) and len(name) <= MAX_GROUP_CHARS]
+    alone = [name for name in names if name not in set(plain)]
     waiting, size = deque(plain), MAX_GROUP
     while waiting:
         group = _next_group(waiting, size)
@@ -115,7 +116,7 @@ def list_versions(connection: MlflowConnection, names: Sequence[str]) -> Iterato
         else:
             yield group[0], _versions(connection, group[0])
             size = min(MAX_GROUP, size * 2)
-    yield from ((name, _versions(connection, name)) for name in quoted)
+    yield from ((name, _versions(connection, name)) for name in alone)
 
 
 def _next_group(waiting: deque[str], size: int) -> list[str]:
@@ -146,12 +147,11 @@ def _together(connection: MlflowConnection, names: Sequence[str]) -> dict[str, l
 
 
 def _versions(connection: MlflowConnection, name: str) -> Iterator[ListedVersion]:
-    quote = "'" if "'" not in name else '"'
     last = 0
     while True:
         with mlflow_errors(f"list the versions of {name}", connection.settings):
             page = connection.client.search_model_versions(
-                f"name = {quote}{name}{quote} and version_number > {last}",
+                f"{_called(name)} and version_number > {last}",
                 max_results=PAGE_VERSIONS,
                 order_by=["version_number ASC"],
             )
@@ -160,6 +160,14 @@ def _versions(connection: MlflowConnection, name: str) -> Iterator[ListedVersion
         if not page.token:
             return
         last = max(int(version.version) for version in page)
+
+
+def _called(name: str) -> str:
+    """The condition that a model is called ``name``. MLflow knows no escapes but those of a list."""
+    quote = next((each for each in ("'", '"') if each not in name), None)
+    if quote is not None:
+        return f"name = {quote}{name}{quote}"
+    return "name IN ('" + re.sub(r"[\\'\"]", lambda found: f"\\x{ord(found[0]):02x}", name) + "')"
 
 
 def get_aliases(connection: MlflowConnection, name: str) -> Mapping[str, str]:

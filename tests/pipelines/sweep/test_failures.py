@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from components._runtime.mlflow_connection import MlflowConnection
+from components._runtime.registry_prompts import PROMPT_SOURCE, PROMPT_TAG
 from defense_core.errors import QuarantineError, RegistryUnavailable, StorageError
 from pipelines.sweep import open_memory
 from pipelines.sweep_aliases import Journal
@@ -41,7 +42,7 @@ def test_the_next_sweep_lists_what_changed_and_finds_the_same_without_its_memory
     watched, calls = counted(connection)
     report = swept(watched, memory, now_s=now_s)
     assert (report.full, report.listed) == (False, 2)
-    assert calls.count("search_model_versions") == 1  # small models are asked for together
+    assert calls.count("search_model_versions") == 2  # small models are asked for together; and for prompts
     assert "list_artifacts" not in calls
     assert named(report, "undecided") == [("a", "2"), ("b", "1"), ("b", "2"), ("b", "3"), ("c", "2")]
     fresh = open_memory(connection, None)
@@ -150,11 +151,36 @@ def test_a_queue_that_does_not_answer_is_a_typed_error(
 
 
 def test_names_that_filters_cannot_hold_are_listed_too(connection: MlflowConnection, memory: SweepMemory) -> None:
-    for name in ("it's", "Vision", "vision", "100%"):
+    names = {"it's", "Vision", "vision", "100%", r"a\tb", r"q\x41", "end\\", """both'and\""""}
+    for name in names:
         incoming(connection, name, 2)
     report = swept(connection, memory)
-    assert report.versions == 8
-    assert {model for model, _ in named(report, "undecided")} == {"it's", "Vision", "vision", "100%"}
+    assert report.versions == 2 * len(names)
+    assert {model for model, _ in named(report, "undecided")} == names
+
+
+@pytest.mark.parametrize("tagged", ["model", "version", "both"])
+def test_a_model_that_is_tagged_as_a_prompt_does_not_stay_unseen(
+    connection: MlflowConnection, memory: SweepMemory, tagged: str
+) -> None:
+    incoming(connection, "hidden", 2)
+    if tagged in ("version", "both"):
+        connection.client.set_model_version_tag("hidden", "1", PROMPT_TAG, "true")
+    if tagged in ("model", "both"):
+        connection.client.set_registered_model_tag("hidden", PROMPT_TAG, "true")
+    report = swept(connection, memory)
+    assert (named(report, "unknown"), report.exit_code) == ([("hidden", "")], 2)
+
+
+def test_a_prompt_is_left_alone_unless_a_model_lies_between_its_versions(
+    connection: MlflowConnection, memory: SweepMemory
+) -> None:
+    for name, models in (("greeting", ()), ("smuggler", ("2",))):
+        for number in incoming(connection, name, 3, source=PROMPT_SOURCE):
+            if number not in models:
+                connection.client.set_model_version_tag(name, number, PROMPT_TAG, "true")
+        connection.client.set_registered_model_tag(name, PROMPT_TAG, "true")
+    assert named(swept(connection, memory), "unknown") == [("smuggler", "")]
 
 
 def test_a_model_of_more_than_a_page_is_listed_whole(
