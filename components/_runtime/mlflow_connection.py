@@ -37,6 +37,8 @@ _ABSENT = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
 _DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
 _CONFLICT = {"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS", "RESOURCE_CONFLICT", "ABORTED"}
 _REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+# HTTP takes passwords with "@", SQLAlchemy such with "/": what follows a colon is one unless it is a port.
+_CREDENTIALS = re.compile(r"//(?:[^/@]*@(?:[^/@\s]*@)*|[^/@:\s]*:(?![0-9]{1,5}/)[^@\s]*@)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class MlflowSettings:
     max_retries: int = 3
 
     def __post_init__(self) -> None:
+        for variable, uri in (("MLFLOW_TRACKING_URI", self.tracking_uri), ("MLFLOW_REGISTRY_URI", self.registry_uri)):
+            _require_address(variable, uri)
         if not self.tracking_uri:
             raise ConfigError(
                 "no MLflow tracking address",
@@ -113,6 +117,7 @@ def connect(settings: MlflowSettings) -> MlflowConnection:
     Raises:
         RegistryUnavailable: nothing answers there, or the database cannot be opened.
         AccessDenied: the server refuses these credentials.
+        ConfigError: the address is malformed.
     """
     _prepare_environment(settings)
     registry_uri = settings.registry_uri or settings.tracking_uri
@@ -121,7 +126,10 @@ def connect(settings: MlflowSettings) -> MlflowConnection:
 
         for uri in sorted({settings.tracking_uri, registry_uri}):
             _reach(uri)
-        client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=registry_uri)
+        try:
+            client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=registry_uri)
+        except ValueError:  # SQLAlchemy's, of a port; its text may hold the rest of a password
+            raise _malformed("MLflow's address", "a port that is no number") from None
     return MlflowConnection(settings, client)
 
 
@@ -151,7 +159,7 @@ def mlflow_errors(action: str, settings: MlflowSettings) -> Iterator[None]:
 
 def without_credentials(uri: str) -> str:
     """``uri`` without the ``user:password@`` part."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return _CREDENTIALS.sub("//", uri)
 
 
 def _prepare_environment(settings: MlflowSettings) -> None:
@@ -256,10 +264,26 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
+def _require_address(variable: str, uri: str) -> None:
+    try:
+        urlsplit(uri)
+    except ValueError as error:
+        raise _malformed(variable, str(error)) from None  # the address itself may hold a password
+
+
+def _malformed(what: str, got: str) -> ConfigError:
+    return ConfigError(
+        f"{what} is malformed",
+        expected="sqlite:////path/mlflow.db or http(s)://host:port",
+        got=got,
+        hint="Correct it; in a password write @ as %40",
+    )
+
+
 def _whole_number(values: Mapping[str, str], name: str, default: int) -> int:
     text = values.get(name, "")
     if not text:
         return default
-    if not text.isdigit():
+    if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ConfigError(f"{name} is not a number", expected="whole seconds or a count", got=text, hint="Correct it")
     return int(text)

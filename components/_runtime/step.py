@@ -145,7 +145,7 @@ def failure_record(name: str, error: BaseException) -> dict[str, Any]:
 
 def redacted(text: str) -> str:
     """``text`` without the ``user:password@`` of addresses and without signatures of presigned ones."""
-    text = re.sub(r"://[^/@\s]*@", "://", text)
+    text = re.sub(r"://(?:[^/\s]*@|[^/@:\s]*:(?![0-9]{1,5}/)[^@\s]*@)", "://", text)
     return re.sub(r"(?i)((?:signature|x-amz-[a-z-]*|awsaccesskeyid|token|secret)=)[^&\s]+", r"\1…", text)
 
 

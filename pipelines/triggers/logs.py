@@ -15,7 +15,7 @@ REDACTED = "[redacted]"
 _SECRET_NAME = re.compile(
     r"secret|passw|token|credential|authorization|signature|cookie|api_?key|private", re.IGNORECASE
 )
-_CREDENTIALS = re.compile(r"(?<=//)[^/@\s'\"]+@")
+_CREDENTIALS = re.compile(r"(?<=//)(?:[^/\s'\"]+@|[^/@:\s'\"]*:(?![0-9]{1,5}/)[^@\s'\"]*@)")
 _PARAMETER = re.compile(r"(?i)\b([\w-]*(?:signature|token|credential|password|secret)[\w-]*=)[^&\s'\"]+")
 _BEARER = re.compile(r"(?i)\b(bearer|basic) +[A-Za-z0-9._~+/=-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")

@@ -108,13 +108,13 @@ def open_engine(url: str, *, durable: bool = True) -> Engine:
             )
         options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if backend == "sqlite" else {}
         engine = create_engine(parsed, pool_pre_ping=backend == "postgresql", **options)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError) as error:  # ValueError: the port
         raise ConfigError(
             "queue's address is not usable",
             expected="sqlite:////path/queue.db or postgresql+psycopg://user@host/database",
             got=type(error).__name__,
-            hint="For PostgreSQL install the extra model-quarantine[postgresql]",
-        ) from error
+            hint="For PostgreSQL install the extra model-quarantine[postgresql]; write @ in a password as %40",
+        ) from None  # an error of the port may hold the rest of a password
     if backend == "sqlite":
         _prepare_sqlite(engine, durable=durable)
     metadata.create_all(engine)
@@ -125,7 +125,7 @@ def password_of(url: str) -> str:
     """The password in a database's address; empty where there is none, or no address."""
     try:
         return str(make_url(url).password or "")
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return ""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components._runtime.mlflow_connection import MlflowSettings, without_credentials
+from components._runtime.mlflow_connection import MlflowSettings, connect, without_credentials
 from defense_core.errors import ConfigError
 
 
@@ -39,7 +39,10 @@ def test_settings_come_from_mlflow_variables() -> None:
     ("changes", "named"),
     [
         ({"MLFLOW_TRACKING_URI": ""}, "MLFLOW_TRACKING_URI"),
+        ({"MLFLOW_TRACKING_URI": "http://[mlflow:5000"}, "MLFLOW_TRACKING_URI"),
+        ({"MLFLOW_REGISTRY_URI": "http://[mlflow:5000"}, "MLFLOW_REGISTRY_URI"),
         ({"MLFLOW_HTTP_REQUEST_TIMEOUT": "soon"}, "MLFLOW_HTTP_REQUEST_TIMEOUT"),
+        ({"MLFLOW_HTTP_REQUEST_TIMEOUT": "²"}, "MLFLOW_HTTP_REQUEST_TIMEOUT"),
         ({"MLFLOW_HTTP_REQUEST_TIMEOUT": "0"}, "MLFLOW_HTTP_REQUEST_TIMEOUT"),
         ({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "-1"}, "MLFLOW_HTTP_REQUEST_MAX_RETRIES"),
         ({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "99"}, "MLFLOW_HTTP_REQUEST_MAX_RETRIES"),
@@ -55,7 +58,16 @@ def test_bad_settings_name_the_variable(changes: dict[str, str], named: str) -> 
 def test_credentials_are_never_shown() -> None:
     assert without_credentials("https://user:pass@host/path") == "https://host/path"
     assert without_credentials("postgresql://u:p@db:5432/x") == "postgresql://db:5432/x"
-    assert without_credentials("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
+    assert without_credentials("http://user:p@ss@host:5000/x") == "http://host:5000/x"
+    assert without_credentials("postgresql://u:p/w:o@db:5432/x") == "postgresql://db:5432/x"
+    for plain in ("sqlite:////tmp/a@b.db", "s3://bucket/a:b@c", "http://host:5000/a@b"):
+        assert without_credentials(plain) == plain
+
+
+def test_a_port_that_is_no_number_is_a_typed_error_without_the_password() -> None:
+    with pytest.raises(ConfigError, match="is malformed") as caught:
+        connect(MlflowSettings("postgresql://u:p@ss:canary@db/x"))
+    assert "canary" not in str(caught.value)
 
 
 def test_mlflow_is_imported_only_when_it_is_used() -> None:

@@ -127,6 +127,7 @@ def test_a_failure_record_holds_no_credentials() -> None:
     )
     assert secret not in json.dumps(failure_record("fetch", error))
     assert redacted(f"s3://k?AWSAccessKeyId={secret}") == "s3://k?AWSAccessKeyId=…"
+    assert redacted(f"http://u:p@{secret}@host/x or mysql://u:a/{secret}@host/x") == "http://host/x or mysql://host/x"
 
 
 def test_a_defect_is_recorded_with_its_type() -> None:

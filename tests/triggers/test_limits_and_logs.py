@@ -84,6 +84,8 @@ def test_secret_names_and_credentials_go_whatever_they_hold():
     text = written(
         lambda log: log.info(
             "see postgresql://user:hunter2@db/queue and Authorization: Bearer hunter2",
+            slash="postgresql://user:a/hunter2@db/queue",
+            at="http://user:a@hunter2@host/x",
             password="hunter2",
             nested={"api_key": "hunter2", "X-MLflow-Signature": "hunter2"},
             url="https://h/x?X-Amz-Signature=hunter2&a=1",
