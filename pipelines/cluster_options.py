@@ -11,6 +11,7 @@ import typer
 
 from components._runtime.addresses import split_address
 from components._runtime.plan import Loading, Plan, RunSettings, run_settings
+from defense_core.config import require
 from defense_core.errors import ConfigError
 from pipelines import options as o
 from pipelines.compile import FILE_NAME
@@ -19,6 +20,8 @@ from pipelines.model_options import pinned_loading
 from pipelines.option_groups import takes
 from pipelines.plan_options import Request, run_request
 
+MAX_SEED = 2**53
+"""Kubeflow Pipelines hands numbers on as floats, which hold every whole number up to here."""
 _CLUSTER = "Cluster"
 
 # Shared by both groups: it names where the runs are, and the node pools must be for the same place.
@@ -138,8 +141,10 @@ def cluster_parameters(plan: Plan, run: RunSettings, *, where: str = "--") -> di
     """The pipeline's parameters for a cluster; ``where`` stands before the name of what is not usable.
 
     Raises:
-        ConfigError: an address that only this machine knows, or a name that MLflow does not take.
+        ConfigError: an address that only this machine knows, a name that MLflow does not take, or a seed that would
+            come to the pods as another one.
     """
+    require(plan.seed <= MAX_SEED, f"{where}seed", f"0 to {MAX_SEED} on a cluster", plan.seed)
     require_reachable(f"{where}model", plan.model, ("s3", "models"))
     of_plan = {"clean": plan.clean, "test": plan.test, "pool": plan.pool}
     for name, address in {**of_plan, "evidence": run.evidence, "controls": run.controls}.items():

@@ -39,7 +39,7 @@ class _Login:
         self._session = session
         self._settings = settings
         self._home = settings.endpoint.rstrip("/") + "/apis/v2beta1/healthz"
-        self._origin = _origin(settings.endpoint)
+        self._origin = origin(settings.endpoint)
         self._sent = False
 
     def run(self) -> None:
@@ -47,7 +47,7 @@ class _Login:
         answer = self._ask("GET", self._home)
         for _ in range(MAX_STEPS):
             if answer.is_redirect:
-                answer = self._ask("GET", urljoin(answer.url, answer.headers["Location"]))
+                answer = self._ask("GET", _joined(answer.url, answer.headers["Location"]))
                 continue
             if _is_json(answer) and answer.ok:
                 return
@@ -65,13 +65,13 @@ class _Login:
         if {"login", "password"} <= set(form.fields):
             return self._send_password(answer, form)
         if "approval" in form.fields:
-            return self._ask("POST", urljoin(answer.url, form.action), {**form.fields, "approval": "approve"})
+            return self._ask("POST", _joined(answer.url, form.action), {**form.fields, "approval": "approve"})
         if path.endswith("/dex/auth"):
             # The page that lists the ways to log in; dex's own passwords are the connector "local".
             parts = urlsplit(answer.url)
             return self._ask("GET", parts._replace(path=parts.path + "/local").geturl())
         if "oauth2/start" in answer.text or path.endswith("/oauth2/sign_in"):
-            return self._ask("GET", urljoin(answer.url, "/oauth2/start?rd=" + urlsplit(self._home).path))
+            return self._ask("GET", _joined(answer.url, "/oauth2/start?rd=" + urlsplit(self._home).path))
         if answer.status_code in (401, 403):
             raise EndpointDenied(
                 "the login is refused", expected="a dex session", got=f"{answer.status_code} at {path}"
@@ -93,14 +93,14 @@ class _Login:
             )
         self._sent = True
         filled = {**form.fields, "login": self._settings.dex_username, "password": self._settings.dex_password}
-        return self._ask("POST", urljoin(answer.url, form.action), filled)
+        return self._ask("POST", _joined(answer.url, form.action), filled)
 
     def _ask(self, method: str, url: str, fields: Mapping[str, str] | None = None) -> requests.Response:
-        if _origin(url) != self._origin:
+        if origin(url) != self._origin:
             raise EndpointDenied(
                 "the login leads to another host",
                 expected=self._origin,
-                got=_origin(url),
+                got=origin(url),
                 hint="A password is sent to the endpoint's own host only; use a token: --token-file",
             )
         timeouts = (self._settings.connect_timeout_s, self._settings.read_timeout_s)
@@ -152,9 +152,23 @@ class _Form(HTMLParser):
             self._inside, self._done = False, bool(self.fields)
 
 
-def _origin(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"
+def origin(url: str) -> str:
+    """Scheme, host and port as browsers compare them: the port of the scheme may be left out."""
+    try:
+        parts = urlsplit(url)
+        number = parts.port
+    except ValueError:
+        return "an address that cannot be read"
+    port = "" if number in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f":{number}"
+    host = parts.hostname or ""
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
+
+
+def _joined(page: str, target: str) -> str:
+    try:
+        return urljoin(page, target)
+    except ValueError:
+        return target  # no address, so no one's origin: the caller refuses it
 
 
 def _is_json(answer: requests.Response) -> bool:

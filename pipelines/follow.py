@@ -62,14 +62,15 @@ def follow(
             on_change(run, lines)
         if run.finished:
             return run
-        if timeout_s and time.monotonic() - started + poll_s > timeout_s:
+        left_s = timeout_s - (time.monotonic() - started) if timeout_s else poll_s
+        if left_s <= 0:
             raise StillRunning(
                 f"run {run.name} has not ended",
                 expected=f"its end within {timeout_s:g} s",
                 got=run.state,
                 hint="It goes on; submit again with the same --name to follow it again",
             )
-        time.sleep(poll_s)
+        time.sleep(min(poll_s, left_s))
 
 
 def outcome(run: Run, evidence: str) -> RunOutcome:

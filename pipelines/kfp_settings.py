@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,9 @@ class KfpSettings:
             )
         if self.endpoint:
             _require_address(self.endpoint)
+        # A header with anything else fails with a message that quotes it.
+        usable = not self.token or bool(re.fullmatch(r"[!-~]+", self.token))
+        require(usable, "token", "one word of ASCII characters", "something else")
         ways = [bool(self.token), bool(self.token_file), bool(self.kube_context), bool(self.dex_username)]
         require(sum(ways) <= 1, "authentication", "one of token, token file, kube context and dex login", sum(ways))
         require(not (self.endpoint and self.kube_context), "endpoint", "none with a kube context", self.endpoint)
@@ -106,6 +110,8 @@ def settings_from(options: Mapping[str, str], environment: Mapping[str, str] | N
     for name in sorted(usable - set(given)):
         if variables.get(VARIABLES[name]):
             given[name] = variables[VARIABLES[name]]
+    if "token" in given:
+        given["token"] = given["token"].strip()  # a secret that was made from a file ends with a line break
     # One secret may be given as a file and as a value; the file wins, it is the one that is renewed.
     if "token_file" in given:
         given.pop("token", None)

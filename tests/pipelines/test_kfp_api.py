@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, ConfigError
+from pipelines.dex_session import origin
 from pipelines.kfp_api import KfpClient, connect
 from pipelines.kfp_errors import (
     AnswerLost,
@@ -93,6 +94,7 @@ def test_settings_come_from_options_first_and_then_from_the_environment(tmp_path
     token.write_text("abc\n")
     environment = {"KFP_ENDPOINT": "https://one", "KFP_NAMESPACE": "team", "KFP_TOKEN": "secret"}
     assert settings_from({}, environment).token == "secret"
+    assert settings_from({}, {**environment, "KFP_TOKEN": "secret\n"}).token == "secret"
     assert settings_from({"endpoint": "https://two"}, environment).endpoint == "https://two"
     chosen = settings_from({"token_file": str(token)}, environment)
     assert (chosen.token, chosen.token_file, chosen.namespace) == ("", str(token), "team")
@@ -115,6 +117,8 @@ def test_settings_come_from_options_first_and_then_from_the_environment(tmp_path
         ({"endpoint": "https://me:pw@host"}, "no user or password"),
         ({"endpoint": "https://host?x=1"}, "no ?"),
         ({"endpoint": "https://host", "token": "a", "dex_username": "b", "dex_password": "c"}, "authentication"),
+        ({"endpoint": "https://host", "token": "pw\n"}, "token is out of range"),
+        ({"endpoint": "https://host", "token": "pw ü"}, "token is out of range"),
         ({"endpoint": "https://host", "kube_context": "c"}, "endpoint is out of range"),
         ({"endpoint": "https://host", "dex_username": "b"}, "dex login"),
         ({"endpoint": "http://host", "dex_username": "b", "dex_password": "c"}, "https, because a password is sent"),
@@ -240,6 +244,22 @@ def test_without_credentials_a_redirect_to_the_login_is_said(kfp: KfpServer, kfp
     kfp.cluster.modes.dex = ("me", PASSWORD)
     with pytest.raises(LoginNeeded, match="a redirect to a login page"):
         connect(kfp_settings())
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "led_to", "same"),
+    [
+        ("https://kf.example.com:443", "https://kf.example.com/dex/auth", True),
+        ("https://KF.example.com", "https://kf.example.com:443/dex/auth", True),
+        ("https://kf.example.com:8443", "https://kf.example.com/dex/auth", False),
+        ("https://kf.example.com", "http://kf.example.com/dex/auth", False),
+        ("https://kf.example.com", "https://kf.example.com@elsewhere/dex/auth", False),
+        ("https://kf.example.com", "https://kf.example.com:port/dex/auth", False),
+        ("https://kf.example.com", "https://[kf.example.com/dex/auth", False),
+    ],
+)
+def test_the_usual_port_is_no_other_host(endpoint: str, led_to: str, same: bool) -> None:
+    assert (origin(endpoint) == origin(led_to)) is same
 
 
 def test_dex_credentials_where_no_login_is_needed(kfp: KfpServer, kfp_settings: Settings) -> None:

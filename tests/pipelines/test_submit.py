@@ -314,6 +314,10 @@ def test_a_run_that_takes_longer_than_one_waits(
     run_id = submit_run(kfp_client, request_of(version)).run_id
     with pytest.raises(StillRunning, match="It goes on") as error:
         follow(kfp_client, run_id, poll_s=0.02, timeout_s=0.1)
+    began = time.monotonic()
+    with pytest.raises(StillRunning):  # also where the next look would come later than that
+        follow(kfp_client, run_id, poll_s=60, timeout_s=0.3)
+    assert 0.3 <= time.monotonic() - began < 30
     assert error.value.exit_code == EXIT_UNKNOWN
 
 

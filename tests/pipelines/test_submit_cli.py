@@ -168,6 +168,7 @@ def test_a_run_that_is_not_over_in_time(quarantine: Call, kfp: KfpServer) -> Non
         (("--model", "/home/me/model.pt"), "--model is not reachable from a cluster"),
         (("--clean", "clean.npz"), "--clean is not reachable from a cluster"),
         (("--test", "file:///t.npz"), "--test is not reachable from a cluster"),
+        (("--seed", str(2**53 + 1)), "--seed is out of range"),
         (("--evidence", "evidence"), "--evidence is not reachable from a cluster"),
         (("--policy", "nowhere.yaml"), "nowhere.yaml"),
         (("--set", "fip.lr=1"), "configs"),
