@@ -124,7 +124,10 @@ def _oldest_that_counts(replayed: DecisionFolder) -> datetime | None:
     days, at = replayed.policy.require.max_evidence_age_days, replayed.decision.decided_at
     if days is None or at is None:
         return None
-    return parse_time(at, "the time of the decision") - timedelta(days=days)
+    try:
+        return parse_time(at, "the time of the decision") - timedelta(days=days)
+    except OverflowError:  # before the first year that there is: nothing is as old
+        return None
 
 
 def _card(replayed: DecisionFolder) -> str:

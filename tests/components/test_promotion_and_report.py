@@ -75,6 +75,15 @@ def test_allow_moves_the_alias_once(chain: Chain, connection: MlflowConnection) 
     assert first["inputs"]["model"] == chain.evidence["select"]["outputs"]["model"]
 
 
+@pytest.mark.parametrize("days", [1e6, 1e300])
+def test_a_policy_may_permit_evidence_of_any_age(
+    chain: Chain, connection: MlflowConnection, tmp_path: Path, days: float
+) -> None:
+    patient = {**POLICY, "require": {**POLICY.get("require", {}), "max_evidence_age_days": days}}
+    evidence = promoted(decided(chain, tmp_path, patient), connection, f"patient-{days:.0e}".replace("+", ""))
+    assert evidence["results"]["outcome"] == "allow"
+
+
 def test_deny_quarantines_and_moves_nothing(chain: Chain, connection: MlflowConnection, tmp_path: Path) -> None:
     evidence = promoted(decided(chain, tmp_path, DENYING), connection, "denied")
     assert evidence["results"]["outcome"] == "deny"
