@@ -28,7 +28,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import DataError, ExportError, NonFiniteWeights
 from defense_core.files import sha256_bytes, write_atomic
 from defense_core.layers import is_finite
-from defense_core.parity import Parity, ParityBounds, check_parity, parity_steps
+from defense_core.parity import Parity, ParityBounds, check_parity, first_line, parity_steps
 from defense_core.plain_onnx import checked_bytes, cleaned, nodes
 from defense_core.progress import NullProgress, Progress
 from defense_core.task import ImageClassification
@@ -187,7 +187,7 @@ def _converted(
         raise ExportError(
             "the network cannot be exported to ONNX",
             expected="a forward pass without data-dependent branches, of operators that ONNX has",
-            got=str(cause).strip().splitlines()[0][:300],
+            got=first_line(cause),
             hint="Rewrite that part of the network; the bundle itself is not affected",
         ) from error
     finally:

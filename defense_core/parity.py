@@ -209,7 +209,7 @@ def _logits(model: nn.Module, task: Task, images: Tensor) -> numpy.ndarray:
         raise ExportError(
             f"the network does not take a batch of {len(images)}",
             expected="any batch size",
-            got=str(error).splitlines()[0][:200],
+            got=first_line(error),
         ) from error
     if not isinstance(outputs, Tensor) or tuple(outputs.shape) != wanted:
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -246,13 +246,13 @@ class _Session:
         try:
             self._session: Any = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except self._errors as error:
-            raise _RunFailed(_first_line(error)) from error
+            raise _RunFailed(first_line(error)) from error
 
     def __call__(self, images: numpy.ndarray, shape: tuple[int, ...]) -> numpy.ndarray:
         try:
             answer: numpy.ndarray = self._session.run(["logits"], {"image": images})[0]
         except self._errors as error:
-            raise _RunFailed(f"batch of {len(images)}: {_first_line(error)}") from error
+            raise _RunFailed(f"batch of {len(images)}: {first_line(error)}") from error
         if answer.shape != shape:
             raise _RunFailed(f"batch of {len(images)}: logits are {answer.shape}, not {tuple(shape)}")
         return answer
@@ -265,7 +265,8 @@ def _spread(count: int, limit: int) -> Tensor:
     return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of its message, or its name: a bare ``raise ValueError`` says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 

@@ -292,10 +292,29 @@ class Pairs(nn.Module):
         return inputs.reshape(2, -1, 64)[:, 0, :10]
 
 
+class Silent(nn.Module):
+    """Refuses to be exported, without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise ValueError
+        logits: Tensor = self.linear(inputs.flatten(1)[:, :64])
+        return logits
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
-    [(Branch(), "cannot be exported"), (OneLogit(), "not one logit a class"), (Pairs(), "does not take a batch of 1")],
-    ids=["data-dependent branch", "wrong output", "batch of two only"],
+    [
+        (Branch(), "cannot be exported"),
+        (OneLogit(), "not one logit a class"),
+        (Pairs(), "does not take a batch of 1"),
+        (Silent(), "got ValueError"),
+    ],
+    ids=["data-dependent branch", "wrong output", "batch of two only", "no message"],
 )
 def test_what_cannot_be_exported_is_a_typed_error(model: nn.Module, words: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=words):
