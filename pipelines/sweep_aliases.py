@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
@@ -68,8 +68,8 @@ class Journal:
         line = json.dumps({"at": time_text(self.now()), **to_mapping(move)}, sort_keys=True) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            with self.path.open("a+b") as file:
+                file.write(_break_after(file) + line.encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -79,6 +79,14 @@ class Journal:
                 got=error,
                 hint="No further alias is moved; free space, then sweep again",
             ) from error
+
+
+def _break_after(file: BinaryIO) -> bytes:
+    """A line break, where a full disk cut off the last line: it must not take this one with it."""
+    if not file.seek(0, os.SEEK_END):
+        return b""
+    file.seek(-1, os.SEEK_END)
+    return b"" if file.read(1) == b"\n" else b"\n"
 
 
 def move_back(

@@ -44,6 +44,7 @@ CREATE TABLE proofs (model TEXT NOT NULL, version TEXT NOT NULL, mark TEXT NOT N
 CREATE TABLE asked (key TEXT PRIMARY KEY, at_s REAL NOT NULL) WITHOUT ROWID;
 """
 
+_OWN = {"facts", "models", "versions", "proofs", "asked"}
 _UPSERT = """
 INSERT INTO versions VALUES (:model, :version, :created_ms, :source_digest, :decision, :reason, :policy, :decided_s,
     :origin_model, :origin_version, :artifact, :superseded, :sweep)
@@ -81,6 +82,7 @@ class SweepMemory:
 
         Raises:
             StorageError: the file cannot be made or written.
+            ConfigError: it is the database of something else.
         """
         if path is None:
             return cls(_fresh("", registry))
@@ -246,10 +248,26 @@ def _existing(path: Path, registry: str) -> sqlite3.Connection | None:
         why = str(error)
     except sqlite3.DatabaseError as error:
         why = str(error)
-    log.warning("the memory at %s is made anew: %s", path, why)
+    foreign = _tables(database) - _OWN
     database.close()
+    if foreign:
+        raise ConfigError(
+            f"{path} is the database of something else",
+            expected="a file of its own for the sweep's memory, which is made anew where it is of no use",
+            got="tables " + ", ".join(sorted(foreign)[:3]),
+            hint="Name another file by --memory",
+        )
+    log.warning("the memory at %s is made anew: %s", path, why)
     path.unlink()
     return None
+
+
+def _tables(database: sqlite3.Connection) -> set[str]:
+    """The tables that can be read of; none where the file is damaged."""
+    try:
+        return {str(name) for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+    except sqlite3.DatabaseError:
+        return set()
 
 
 def _fresh(path: str, registry: str) -> sqlite3.Connection:

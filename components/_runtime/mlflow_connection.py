@@ -253,6 +253,8 @@ def _code(error: BaseException) -> str:
     if own:
         return str(own)
     response: Any = getattr(error, "response", None)
+    if isinstance(response, dict) and response.get("Error", {}).get("Code") == "NoSuchBucket":
+        return ""  # a store that is not there, or not this one, says nothing about what was in it
     status = getattr(response, "status_code", None)
     if status is None and isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

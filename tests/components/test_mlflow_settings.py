@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
-from components._runtime.mlflow_connection import MlflowSettings, connect, without_credentials
-from defense_core.errors import ConfigError
+from components._runtime.mlflow_connection import MlflowSettings, connect, mlflow_errors, without_credentials
+from defense_core.errors import ConfigError, RegistryUnavailable, SourceNotFound
 
 
 def test_settings_come_from_mlflow_variables() -> None:
@@ -68,6 +69,13 @@ def test_a_port_that_is_no_number_is_a_typed_error_without_the_password() -> Non
     with pytest.raises(ConfigError, match="is malformed") as caught:
         connect(MlflowSettings("postgresql://u:p@ss:canary@db/x"))
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("code", "kind"), [("NoSuchKey", SourceNotFound), ("NoSuchBucket", RegistryUnavailable)])
+def test_a_bucket_that_is_not_there_does_not_say_that_a_file_is_gone(code: str, kind: type[Exception]) -> None:
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 404}}
+    with pytest.raises(kind), mlflow_errors("download it", MlflowSettings("sqlite:////tmp/mlflow.db")):
+        raise ClientError(answer, "ListObjectsV2")
 
 
 def test_mlflow_is_imported_only_when_it_is_used() -> None:

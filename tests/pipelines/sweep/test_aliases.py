@@ -11,7 +11,7 @@ import pytest
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection
 from defense_core.errors import StorageError
-from pipelines.sweep_aliases import Journal
+from pipelines.sweep_aliases import AliasMove, Journal
 from pipelines.sweep_memory import SweepMemory
 from tests.integration.releases import interposed
 from tests.pipelines.sweep.fixtures import (
@@ -145,3 +145,16 @@ def test_a_renewed_decision_is_a_version_of_its_own_and_settles_the_finding(
     assert connection.client.get_model_version("clean", first).tags[tag.SUPERSEDED_BY] == second
     assert aliases(connection)["champion"] == second
     assert swept(connection, memory, aged, now_s=later).exit_code == 0
+
+
+def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    move = AliasMove("clean", "champion", "3", "2", "why", "intended")
+    journal.write(move)
+    with journal.path.open("ab") as file:
+        file.write(b'{"alias": "cham')
+    journal.write(move)
+    journal.write(move)
+    first, cut, *further = journal.path.read_text().splitlines()
+    assert (cut, len(further)) == ('{"alias": "cham', 2)
+    assert {json.loads(line)["origin"] for line in (first, *further)} == {"3"}

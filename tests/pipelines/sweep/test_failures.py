@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.registry_prompts import PROMPT_SOURCE, PROMPT_TAG
-from defense_core.errors import QuarantineError, RegistryUnavailable, StorageError
+from defense_core.errors import ConfigError, QuarantineError, RegistryUnavailable, StorageError
 from pipelines.sweep import open_memory
 from pipelines.sweep_aliases import Journal
 from pipelines.sweep_cli import app as sweep_app
@@ -75,6 +75,12 @@ def test_a_memory_that_is_of_no_use_is_made_anew(connection: MlflowConnection, t
     report = swept(connection, again)
     again.close()
     assert (report.full, report.found["undecided"]) == (True, 2)
+
+
+def test_another_database_is_not_taken_for_a_memory_and_deleted(connection: MlflowConnection, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="database of something else"):
+        open_memory(connection, tmp_path / "mlflow" / "mlflow.db")
+    assert connection.client.search_registered_models() == []
 
 
 def test_two_sweeps_on_one_memory_do_not_mix(connection: MlflowConnection, memory: SweepMemory, tmp_path: Path) -> None:
