@@ -127,7 +127,6 @@ class Queue:
                 "policy_digest": key.policy_digest,
                 "origin": origin,
                 "round": 0,
-                "received_at": self.clock(),
                 **self._fresh(),
             }
             for key in keys
@@ -141,7 +140,8 @@ class Queue:
     def _fresh(self) -> dict[str, Any]:
         now = self.clock()
         return {
-            "state": PENDING, "attempts": 0, "due_at": now, "claim": "", "run_id": "", "error": "", "changed_at": now
+            "state": PENDING, "attempts": 0, "received_at": now, "due_at": now, "claim": "", "run_id": "", "error": "",
+            "changed_at": now,
         }  # fmt: skip
 
     # -- hints -----------------------------------------------------------------------

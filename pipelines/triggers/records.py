@@ -45,7 +45,7 @@ class Work:
         claim: what this claim is known by; it lapses with its lease.
         attempts: claims so far, this one included.
         round: 0, and one more for each time that a finished run did not lead to a decision.
-        received_at: when it was first asked for, unix seconds.
+        received_at: when it was asked for, in this round or after it had failed, unix seconds.
     """
 
     id: int

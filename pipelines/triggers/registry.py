@@ -10,7 +10,7 @@ from typing import Any
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect, mlflow_errors
 from defense_core.errors import SourceNotFound
 
-READY = "READY"
+READY, FAILED = "READY", "FAILED_REGISTRATION"
 
 
 @dataclass(frozen=True)

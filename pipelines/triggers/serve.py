@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -16,7 +17,7 @@ import uvicorn
 from prometheus_client import start_http_server
 from sqlalchemy.exc import SQLAlchemyError
 
-from defense_core.errors import StorageError
+from defense_core.errors import ConfigError, StorageError
 from pipelines.triggers.app import Hook, HookLimits, create_app
 from pipelines.triggers.logs import ForwardedRecords
 from pipelines.triggers.metrics import Metrics
@@ -66,7 +67,9 @@ def serve(
 
     Raises:
         StorageError: the queue cannot be opened.
+        ConfigError: certificate or key cannot be used.
     """
+    _require_certificate(listen)
     with open_queue(queue_url) as queue, forwarded(log):
         config_of: dict[str, Any] = {}
         beside = None if work is None else _beside(queue_url, work, log, lambda: config_of["server"])
@@ -96,16 +99,52 @@ def serve(
         log.info("hook stopped")
 
 
+def _require_certificate(listen: Listen) -> None:
+    if listen.tls_certificate is None:
+        return
+    try:
+        # The same question that uvicorn asks, which ends with a traceback.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(listen.tls_certificate, listen.tls_key, _no_password)
+    except OSError as error:
+        raise ConfigError(
+            "the TLS certificate or its key cannot be used",
+            expected="two readable PEM files that belong together, the key without a password",
+            got=error.strerror or str(error),
+            hint="Check --tls-certificate and --tls-key",
+        ) from error
+
+
+def _no_password() -> str:
+    return ""
+
+
 def run_worker(queue_url: str, work: Work, *, log: Any, host: str = "127.0.0.1", metrics_port: int = 0) -> None:
-    """Work until SIGTERM or SIGINT. Raises StorageError where the queue cannot be opened."""
+    """Work until SIGTERM or SIGINT.
+
+    Raises:
+        StorageError: the queue cannot be opened.
+        ConfigError: the port of the metrics cannot be had.
+    """
     stop = threading.Event()
     with open_queue(queue_url, durable=False) as queue, forwarded(log):
         metrics = Metrics(queue)
+        if metrics_port:
+            _serve_metrics(metrics, host, metrics_port)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        if metrics_port:
-            start_http_server(metrics_port, host, registry=metrics.registry)
         make_worker(queue, work, metrics, log).run(stop)
+
+
+def _serve_metrics(metrics: Metrics, host: str, port: int) -> None:
+    try:
+        start_http_server(port, host, registry=metrics.registry)
+    except OSError as error:
+        raise ConfigError(
+            "the worker's metrics cannot be served",
+            expected="a free port at an address of this machine",
+            got=f"{host}:{port}: {error.strerror or error}",
+            hint="Choose another --metrics-port or --host",
+        ) from error
 
 
 def make_worker(queue: Queue, work: Work, metrics: Metrics, log: Any) -> Worker:

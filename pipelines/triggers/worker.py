@@ -27,7 +27,7 @@ from pipelines.triggers.metrics import Metrics
 from pipelines.triggers.orders import Order, Registry, Submitter, Unsubmittable, WorkerSettings
 from pipelines.triggers.queue import Queue
 from pipelines.triggers.records import Hint, Work
-from pipelines.triggers.registry import READY
+from pipelines.triggers.registry import FAILED, READY
 from pipelines.triggers.watch import Watch, run_name
 
 FRESH_S = 5.0
@@ -147,6 +147,10 @@ class Worker:
         except QuarantineError as error:
             self._looked_up("unavailable", hint.model, hint.version, why=str(error), attempts=hint.attempts)
             self.queue.postpone(hint, self.settings.backoff_s(hint.attempts))
+            return
+        if entry is not None and entry.status == FAILED:
+            self.queue.settle(hint, [])  # it will never be ready
+            self._looked_up("failed", hint.model, hint.version, status=entry.status)
             return
         if entry is not None and entry.status != READY:
             self._looked_up("registering", hint.model, hint.version, status=entry.status)

@@ -158,6 +158,17 @@ def test_age_counts_from_the_oldest_that_waits(queue, clock):
     assert queue.oldest_waiting_s() == 6
 
 
+@pytest.mark.parametrize("ended", ["submitted", "failed"])
+def test_age_of_work_that_is_asked_for_again_counts_from_then(queue, clock, ended):
+    queue.enqueue([key()])
+    (item,) = queue.claim(1, lease_s=60)
+    assert queue.submitted(item, "run") if ended == "submitted" else queue.fail(item, "no")
+    clock.now += 90 * 86400
+    assert (queue.reopen([key()]) if ended == "submitted" else queue.enqueue([key()])) == 1
+    clock.now += 1
+    assert queue.oldest_waiting_s() == 1
+
+
 def test_only_old_ids_are_forgotten(queue, clock):
     queue.record(deliveries("a", "b"))
     clock.now += 100

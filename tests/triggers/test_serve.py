@@ -15,6 +15,7 @@ import urllib.request
 
 import pytest
 
+from defense_core.errors import ConfigError
 from pipelines.triggers.app import PATH
 from pipelines.triggers.queue import Queue
 from tests.triggers.fakes import SECRET, WATCH, event, headers
@@ -175,6 +176,7 @@ def test_worker_beside_the_server_asks_the_registry_and_stops_with_it(served, tm
         ([], {"QUARANTINE_HOOK_SECRET": ""}, "no secret"),
         ([], {"QUARANTINE_HOOK_SECRET": "short"}, "too short"),
         (["--tls-key", "k.pem"], {}, "TLS needs both"),
+        (["--tls-key", "k.pem", "--tls-certificate", "missing.pem"], {}, "cannot be used"),
         (["--queue", "mysql://u:canary@h/d"], {}, "not usable"),
         (["--with-worker"], {}, "no watch file"),
     ],
@@ -191,6 +193,13 @@ def test_unusable_settings_are_refused_at_the_start(tmp_path, options, environme
     assert type(found.exception).__name__ == "ConfigError"
     assert what in str(found.exception)
     assert "canary" not in str(found.exception)
+
+
+def test_a_port_that_is_taken_is_a_typed_error_of_the_worker(tmp_path):
+    from pipelines.triggers.serve import run_worker
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="metrics cannot be served"):
+        run_worker(f"sqlite:///{tmp_path}/q.db", None, log=None, metrics_port=taken.getsockname()[1])
 
 
 @pytest.mark.parametrize("field", ["clean", "test", "pool"])

@@ -116,6 +116,13 @@ def test_version_that_is_still_registering_waits(queue, ledger):
     assert (queue.counts()["hints"], ledger.calls) == (1, 0)
 
 
+def test_version_that_failed_to_be_registered_is_not_asked_about_for_ever(queue, ledger):
+    worker = make_worker(queue, FakeRegistry(entry(status="FAILED_REGISTRATION")), ledger)
+    deliver(queue)
+    step(worker)
+    assert (queue.counts()["hints"], ledger.calls) == (0, 0)
+
+
 def test_model_made_anew_under_its_old_name_is_other_work(queue, ledger):
     registry = FakeRegistry(entry())
     worker = make_worker(queue, registry, ledger)
