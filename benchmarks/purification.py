@@ -40,9 +40,10 @@ from defense_core.universal import Perturbations, select_signals, universal_pert
 KEY = ("attack", "method", "seed", "clean_fraction", "architecture", "config_digest")
 """Fields that identify a row."""
 
-CANDIDATES = ("tsbd", "distil", "fip", "fast_fip", "nft", "ngf")
-"""Methods that ``selected`` is chosen among, in order of preference: all of ours, as a run with ``--methods`` and these
-names would. The control and the methods of others are not among them."""
+CANDIDATES = ("tsbd", "fip", "fast_fip", "nft", "ngf")
+"""Methods that ``selected`` is chosen among, in order of preference, as a run with ``--methods`` and these does."""
+ASKED = (*CANDIDATES, "distil")
+"""Methods whose models are asked for what a choice needs: all but the control and those of others."""
 
 CHOSEN = ("n", "lr", "ratio", "sparsity")
 """Facts of a method that say what its rule chose."""
@@ -146,7 +147,7 @@ def figures(
         return {"diverged": str(error), "seconds": round(time.perf_counter() - started, 1)}
     seconds, peak = time.perf_counter() - started, peak_mb(device)
     row = {}
-    if method in CANDIDATES:
+    if method in ASKED:
         row["select"] = select_signals(
             subject.model, result.model, clean, task=subject.task, device=device, progress=progress,
             perturbations=case.perturbations,
@@ -177,11 +178,24 @@ def completed(rows: Sequence[Mapping[str, Any]], candidates: Sequence[str] = CAN
     for row in rows:
         members = groups[group_of(row)]
         control = [each.get("der") for each in members if METHODS[each["method"]].control]
-        by_method = {each["method"]: each for each in members if "select" in each}  # one that diverged has no signals
+        by_method = {each["method"]: each for each in comparable(members, candidates)}
         chosen = choose([_candidate(by_method[name]) for name in candidates if name in by_method])
         selected = chosen is not None and chosen.method == row["method"]
         done.append({**row, "control_der": control[0] if control else None, "selected": selected})
     return done
+
+
+def comparable(members: Sequence[Mapping[str, Any]], candidates: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Those of ``candidates`` that were asked about the same perturbations; one that diverged was asked about none.
+
+    A recipe gives other weights on another processor, so that rows of the same name may be of two victims, and the
+    perturbations of one say nothing about the other. Of several the larger part is kept.
+    """
+    asked: dict[str, list[Mapping[str, Any]]] = {}
+    for row in members:
+        if row["method"] in candidates and "select" in row:
+            asked.setdefault(config.digest(list(row["select"]["reached_before"])), []).append(row)
+    return max(asked.values(), key=len, default=[])
 
 
 def group_of(row: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.markdown import Rows, grid, load, table, text
 from benchmarks.purification import CANDIDATES
+from benchmarks.purification_tables import part, selected
 
 MANY_IMAGES = 100
 """Clean images of the scan's table by attack."""
@@ -104,15 +105,13 @@ def readme_rows() -> str:
             for method, label in (("tsbd", "TSBD"), ("fine_tuning", "the control")):
                 rows = [row for row in cifar["rows"] if (row["attack"], row["method"]) == (attack, method)]
                 lines.append([f"CIFAR-10, {attack}, 5 % clean, {len(rows)} runs, {label}", _change(rows)])
-    if purified:
-        narrow = [row for row in purified["rows"] if (row["clean_fraction"], row["architecture"]) == (0.05, NARROW)]
-        rows = [row for row in narrow if row["selected"]]
-        methods = len({row["method"] for row in narrow if row["method"] in CANDIDATES})
-        attacks, worst = len({row["attack"] for row in rows}), max(rows, key=lambda row: float(row["asr_after"]))
+    chosen = selected(part(purified["rows"], clean_fraction=0.05, architecture=NARROW)) if purified else []
+    if chosen:
+        attacks, worst = len({row["attack"] for row in chosen}), max(chosen, key=lambda row: float(row["asr_after"]))
         lines.append(
             [
-                f"CIFAR-10, {attacks} attacks, 5 % clean, the selected of up to {methods} methods",
-                f"{_change(rows)}; worst run ASR {worst['asr_after']:.3f} ({worst['attack']})",
+                f"CIFAR-10, {attacks} attacks, 5 % clean, the selected of {len(CANDIDATES)} methods",
+                f"{_change(chosen)}; worst run ASR {worst['asr_after']:.3f} ({worst['attack']})",
             ]
         )
     for row in scanned["rows"] if scanned else ():

@@ -29,7 +29,8 @@ RULE = (
     "Among the methods that ended well, the control left out: those that are expected to lose at most "
     f"{MAX_EXPECTED_DROP:g} of accuracy on the select split, by the given model's calibrated probabilities (all, "
     "where none is). Of these, the least success of the universal perturbation that was found on the given model for "
-    f"the suspected class; within {TIE:g}, the smallest expected drop; then the order in which the methods were given. "
+    f"the suspected class; within {TIE:g}, the least success of the perturbations for all classes together; then the "
+    "smallest expected drop; then the order in which the methods were given. "
     "The suspected class is the one whose perturbation lost most, averaged over the candidates."
 )
 
@@ -133,12 +134,17 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
         return None
     least = min(_residual(each) for each in accurate)
     tied = [each for each in accurate if _residual(each) <= least + TIE]
-    # min() and max() keep the first of equals, which is the one that was given first.
-    drops = [each.signals.expected_drop for each in tied if each.signals is not None]
-    known = [drop for drop in drops if drop is not None]
-    if len(known) == len(tied):
-        return tied[known.index(min(known))]
-    return max(tied, key=lambda each: each.signals.accuracy if each.signals is not None else -1.0)
+    return min(tied, key=_left)  # the first of equals, which is the one that was given first
+
+
+def _left(candidate: Candidate) -> tuple[float, float]:
+    """What orders those that are tied. The gentlest would be the one that removed least, if the suspected class is not
+    the target or its perturbation not the shortcut."""
+    signals = candidate.signals
+    if signals is None:
+        return math.inf, math.inf
+    drop = 1.0 - signals.accuracy if signals.expected_drop is None else signals.expected_drop
+    return math.fsum(signals.reached) / max(len(signals.reached), 1), drop
 
 
 def _holds(signals: Signals | None) -> bool:

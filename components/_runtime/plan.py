@@ -21,7 +21,7 @@ MAX_SEED = 2**63 - 1
 """Largest seed that torch takes."""
 UNTOUCHED = UNPURIFIED
 """In place of a purifier's name: the scan found no evidence, and the fetched model goes on as it is."""
-DEFAULT_METHODS = ("tsbd", "distil", "nft", "ngf", "fine_tuning")
+DEFAULT_METHODS = ("tsbd", "fip", "nft", "ngf", "fine_tuning")
 """Purifiers that remove a backdoor in different ways, so that one finds what another leaves, and the control."""
 REPORT_SHARE = 0.2
 """Share of the clean set that figures are quoted on where there is no test set."""

@@ -14,10 +14,17 @@ import pytest
 from PIL import Image
 
 from benchmarks.presets import ATTACKS, ONE_PER_CLASS, PRESETS, tiny
-from benchmarks.purification import CANDIDATES, completed, jobs, run
+from benchmarks.purification import ASKED, completed, jobs, run
 from benchmarks.purification_tables import SETS, selected
 from components._runtime.plan import DEFAULT_METHODS
 from defense_core.purify import METHODS
+
+
+def signals(*, before: float, after: float) -> dict[str, Any]:
+    return {
+        "images": 200, "correct_before": 180, "correct": 180, "cautious_accuracy": 0.9, "targets": [0],
+        "reached_before": [before], "reached": [after], "accuracy": 0.9,
+    }  # fmt: skip
 
 
 def write_images(path: Path, count: int, seed: int) -> None:
@@ -82,41 +89,53 @@ def test_presets_hold_what_is_promised() -> None:
 
 
 def test_the_choice_sees_no_attack_figure() -> None:
-    signals = {
-        "images": 200, "correct_before": 180, "correct": 180, "cautious_accuracy": 0.9, "targets": [0],
-        "reached_before": [1.0], "accuracy": 0.9,
-    }  # fmt: skip
     key = {"attack": "badnets", "seed": 0, "clean_fraction": 0.05, "architecture": "x"}
     rows = [
-        {**key, "method": "tsbd", "der": 0.5, "asr_after": 1.0, "select": {**signals, "reached": [0.1]}},
-        {**key, "method": "fip", "der": 0.9, "asr_after": 0.0, "select": {**signals, "reached": [0.9]}},
-        {**key, "method": "fine_tuning", "der": 0.7, "asr_after": 0.0, "select": {**signals, "reached": [0.0]}},
+        {**key, "method": "tsbd", "der": 0.5, "asr_after": 1.0, "select": signals(before=1.0, after=0.1)},
+        {**key, "method": "fip", "der": 0.9, "asr_after": 0.0, "select": signals(before=1.0, after=0.9)},
+        {**key, "method": "fine_tuning", "der": 0.7, "asr_after": 0.0, "select": signals(before=1.0, after=0.0)},
         {**key, "method": "ft_sam", "der": 0.9, "asr_after": 0.0},
         {**key, "method": "nft", "diverged": "NaN", "seconds": 1.0},
     ]
     assert [row["selected"] for row in completed(rows)] == [True, False, False, False, False]
     assert {row["control_der"] for row in completed(rows)} == {0.7}
-    better = {**key, "method": "fast_fip", "der": 0.1, "asr_after": 1.0, "select": {**signals, "reached": [0.0]}}
+    better = {**key, "method": "fast_fip", "der": 0.1, "asr_after": 1.0, "select": signals(before=1.0, after=0.0)}
     assert [row["method"] for row in completed([*rows, better]) if row["selected"]] == ["fast_fip"]
 
 
-def test_the_choice_is_among_all_methods_but_the_control_and_those_of_others() -> None:
+def test_the_control_and_the_methods_of_others_are_not_asked() -> None:
     others = {"ft_sam", "fine_pruning", "anp", "clp"}
-    assert set(CANDIDATES) == {name for name, method in METHODS.items() if not method.control} - others
+    assert set(ASKED) == {name for name, method in METHODS.items() if not method.control} - others
+
+
+def test_candidates_of_another_victim_are_not_chosen_among() -> None:
+    key = {"attack": "badnets", "seed": 0, "clean_fraction": 0.05, "architecture": "x", "der": 0.5}
+    asked = {"tsbd": (0.9, 0.3), "fip": (0.9, 0.2), "nft": (0.8, 0.0)}
+    rows = [
+        {**key, "method": method, "select": signals(before=before, after=after)}
+        for method, (before, after) in asked.items()
+    ]
+    assert [row["method"] for row in completed(rows) if row["selected"]] == ["fip"]
 
 
 def test_the_selected_costs_what_all_that_it_was_chosen_among_cost() -> None:
     key = {"seed": 0, "clean_fraction": 0.05, "architecture": "x"}
     costs = [
-        ("a", "tsbd", 3.0, True),
-        ("a", "fip", 5.0, False),
-        ("a", "fine_tuning", 7.0, False),
-        ("b", "fip", 2.0, True),
+        ("a", "tsbd", 3.0, 0.9, True),
+        ("a", "fip", 5.0, 0.9, False),
+        ("a", "fine_tuning", 7.0, 0.9, False),
+        ("of two victims", "tsbd", 3.0, 0.9, True),
+        ("of two victims", "fip", 5.0, 0.8, False),
+        ("one is missing", "fip", 2.0, 0.9, True),
     ]
-    rows = [{**key, "attack": a, "method": m, "seconds": s, "selected": chosen} for a, m, s, chosen in costs]
-    assert [(row["method"], row["seconds"]) for row in selected(rows)] == [("tsbd", 8.0), ("fip", 2.0)]
+    rows = [
+        {**key, "attack": a, "method": m, "seconds": s, "select": signals(before=before, after=0.1), "selected": chosen}
+        for a, m, s, before, chosen in costs
+    ]
+    found = selected(rows, ("tsbd", "fip"))
+    assert [(row["attack"], row["method"], row["seconds"]) for row in found] == [("a", "tsbd", 8.0)]
 
 
 def test_the_default_of_a_run_is_among_the_sets() -> None:
     assert SETS[1] == tuple(name for name in DEFAULT_METHODS if not METHODS[name].control)
-    assert all(set(names) <= set(CANDIDATES) for names in SETS)
+    assert all(set(names) <= set(ASKED) for names in SETS)
