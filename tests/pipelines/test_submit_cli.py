@@ -171,7 +171,7 @@ def test_a_run_that_is_not_over_in_time(quarantine: Call, kfp: KfpServer) -> Non
         (("--seed", str(2**53 + 1)), "--seed is out of range"),
         (("--evidence", "evidence"), "--evidence is not reachable from a cluster"),
         (("--policy", "nowhere.yaml"), "nowhere.yaml"),
-        (("--set", "fip.lr=1"), "configs"),
+        (("--set", "distil.lr=1"), "configs"),
         (("--set", "tsbd.nn=1"), "tsbd.nn"),
         (("--pool", "pool.json"), "--pool is not reachable from a cluster"),
         (("--controls", "kept"), "--controls is not reachable from a cluster"),
