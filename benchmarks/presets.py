@@ -66,6 +66,9 @@ VIT_TRAINING = VictimTraining(epochs=30, batch_size=128, lr=0.05, weight_decay=1
 """Too short for a patch of 3x3 pixels: BadNets ends at ASR 0.09 (ACC 0.55). Attacks of the whole image stand there."""
 WIDE = {"width": 64, "num_classes": 10}
 WIDE_TRAINING = VictimTraining(epochs=40, batch_size=128, lr=0.1, weight_decay=5e-4)
+WIDE_ATTACKS = ("blended", "wanet")
+WIDE_METHODS = ("tsbd", "fip", "fast_fip", "nft", "ngf", "fine_tuning", "ft_sam")
+"""The network of the papers on a CPU: sixteen times the arithmetic of the narrow one, so two victims and no more."""
 SMALL_DATA = ("badnets", "blended", "wanet", "low_frequency")
 ONE_PER_CLASS = 10 / 20_000
 
@@ -75,6 +78,7 @@ PRESETS: dict[str, tuple[Setting, ...]] = {
         Setting(0.01, SMALL_DATA, architecture_args=NARROW),
         Setting(ONE_PER_CLASS, SMALL_DATA, architecture_args=NARROW),
         Setting(0.05, ("blended", "sig"), architecture="vit_tiny", architecture_args=VIT, training=VIT_TRAINING),
+        Setting(0.05, WIDE_ATTACKS, architecture_args=WIDE, methods=WIDE_METHODS),
     ),
     "gpu": (
         Setting(0.05, FIRST, architecture_args=WIDE, images=45_000, training=WIDE_TRAINING),

@@ -82,6 +82,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "purification-cpu-one-percent": _purification_cpu(purification_tables.by_method, 0.01),
     "purification-cpu-one-per-class": _purification_cpu(purification_tables.by_method, 10 / 20_000),
     "purification-cpu-vit": _purification_cpu(purification_tables.by_method, 0.05, VIT),
+    "purification-cpu-wide": _purification_cpu(purification_tables.by_method, 0.05, WIDE),
+    "purification-cpu-wide-attacks": _purification_cpu(purification_tables.by_attack, 0.05, WIDE),
     "purification-gpu": _purification_gpu(purification_tables.by_method),
     "purification-gpu-attacks": _purification_gpu(purification_tables.by_attack),
     "speed": lambda: measured(

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.presets import ATTACKS, ONE_PER_CLASS, PRESETS, tiny
-from benchmarks.purification import ASKED, completed, jobs, run
+from benchmarks.purification import ASKED, CANDIDATES, completed, jobs, run
 from benchmarks.purification_tables import SETS, selected
 from components._runtime.plan import DEFAULT_METHODS
 from defense_core.purify import METHODS
@@ -86,6 +86,8 @@ def test_presets_hold_what_is_promised() -> None:
     for fraction in (0.01, ONE_PER_CLASS):
         assert len({row["attack"] for row in rows if row["clean_fraction"] == fraction}) == 4
     assert len({row["attack"] for row in rows if row["architecture"].startswith("vit")}) == 2
+    full = {row["method"] for row in rows if row["architecture"] == "preact_resnet18(width=64)"}
+    assert full >= {*CANDIDATES, "fine_tuning"}
 
 
 def test_the_choice_sees_no_attack_figure() -> None:
