@@ -13,7 +13,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -33,19 +33,20 @@ from defense_core.errors import MethodDiverged
 from defense_core.evaluate import evaluate
 from defense_core.evaluate.metrics import der
 from defense_core.progress import Progress, default_progress
-from defense_core.purify import METHODS, purify
+from defense_core.purify import METHODS, Purified, purify
+from defense_core.purify.soup import SoupConfig, mixed
 from defense_core.selection import Candidate, Signals, choose
 from defense_core.universal import Perturbations, select_signals, universal_perturbations
 
 KEY = ("attack", "method", "seed", "clean_fraction", "architecture", "config_digest")
 """Fields that identify a row."""
 
-CANDIDATES = ("tsbd", "fip", "fast_fip", "nft", "ngf")
-"""Methods that ``selected`` is chosen among, in order of preference, as a run with ``--methods`` and these does."""
-ASKED = (*CANDIDATES, "distil")
+CANDIDATES = ("tsbd", "fip", "nft", "ngf")
+"""Methods that ``selected`` is chosen among, in order of preference, as a run with its defaults does."""
+ASKED = (*CANDIDATES, "fast_fip", "soup", "distil")
 """Methods whose models are asked for what a choice needs: all but the control and those of others."""
 
-CHOSEN = ("n", "lr", "ratio", "sparsity")
+CHOSEN = ("n", "lr", "ratio", "sparsity", "averaged")
 """Facts of a method that say what its rule chose."""
 
 
@@ -93,6 +94,7 @@ class Case:
     Attributes:
         before: the victim's own figures.
         device, progress: of what is measured on it.
+        made: what methods made of it in this process, with their defaults, and the seconds of each.
     """
 
     subject: Victim
@@ -100,6 +102,7 @@ class Case:
     before: Mapping[str, float]
     device: str
     progress: Progress
+    made: dict[str, tuple[Purified, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, subject: Victim, clean: Splits, test: CleanSet, *, device: str, progress: Progress) -> Case:
@@ -136,16 +139,15 @@ def figures(
         settings: what differs from the method's defaults.
     """
     subject, clean, before, device, progress = case.subject, case.clean, case.before, case.device, case.progress
+    parsed = config.from_mapping(METHODS[method].config, settings)
     reset_peak(device)
-    started = time.perf_counter()
     try:
-        result = purify(
-            subject.model, clean, config.from_mapping(METHODS[method].config, settings), method=method,
-            task=subject.task, seed=seed, device=device, progress=progress,
-        )  # fmt: skip
+        result, seconds = purified(case, method, parsed, seed=seed)
     except MethodDiverged as error:
-        return {"diverged": str(error), "seconds": round(time.perf_counter() - started, 1)}
-    seconds, peak = time.perf_counter() - started, peak_mb(device)
+        return {"diverged": str(error)}
+    peak = peak_mb(device)
+    if not settings:
+        case.made[method] = result, seconds
     row = {}
     if method in ASKED:
         row["select"] = select_signals(
@@ -163,6 +165,27 @@ def figures(
         "chosen": {name: result.facts[name] for name in CHOSEN if name in result.facts},
         **row,
     }
+
+
+def purified(case: Case, method: str, settings: Any, *, seed: int) -> tuple[Purified, float]:
+    """What ``method`` makes of the victim, and the seconds of that.
+
+    A soup is mixed from what its members made here already, where they all did; it counts their seconds as its own.
+    """
+    shared: dict[str, Any] = {
+        "task": case.subject.task, "seed": seed, "device": case.device, "progress": case.progress
+    }  # fmt: skip
+    started = time.perf_counter()
+    if isinstance(settings, SoupConfig) and set(settings.members) <= case.made.keys() and not settings.configs:
+        made = {name: case.made[name] for name in settings.members}
+        result = mixed(
+            case.subject.model, {name: each for name, (each, _) in made.items()}, case.clean,
+            max_drop=settings.max_drop, **shared,
+        )  # fmt: skip
+        started -= sum(seconds for _, seconds in made.values())
+    else:
+        result = purify(case.subject.model, case.clean, settings, method=method, **shared)
+    return result, time.perf_counter() - started
 
 
 def completed(rows: Sequence[Mapping[str, Any]], candidates: Sequence[str] = CANDIDATES) -> list[dict[str, Any]]:

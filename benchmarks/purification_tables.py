@@ -15,12 +15,13 @@ Table = tuple[tuple[str, ...], list[list[str]]]
 SELECTED = "**selected**"
 SETS = (
     CANDIDATES,
-    ("tsbd", "fip", "nft", "ngf"),
+    (*CANDIDATES, "soup"),
+    ("tsbd", "fip", "fast_fip", "nft", "ngf"),
     ("tsbd", "nft", "ngf"),
     ("fast_fip", "nft", "ngf"),
     ("nft", "ngf"),
 )
-"""What else a run might be asked for; the second is the default of ``quarantine run``."""
+"""What else a run might be asked for; the first is the default of ``quarantine run``."""
 MEANS = ("runs", "ACC drop", "ASR", "worst ASR", "RA", "DER", "seconds")
 
 

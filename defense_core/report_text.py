@@ -25,6 +25,7 @@ _LABELS = {
     "ngf": "NGF",
     "fip": "FIP",
     "fast_fip": "Fast FIP",
+    "soup": "Soup",
     UNPURIFIED: "As it came in",
 }
 

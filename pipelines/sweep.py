@@ -35,7 +35,7 @@ from components._runtime.registered_decisions import (
     registered_decision,
 )
 from components._runtime.registry_listing import ListedModel, list_models, list_versions, parse_origin
-from components._runtime.registry_prompts import PROMPT_TAG, taken_for_prompts
+from components._runtime.registry_prompts import HIDDEN, taken_for_prompts
 from defense_core.config import digest, to_mapping
 from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, AccessDenied, RegistryUnavailable
 from defense_core.policy_time import time_text
@@ -293,10 +293,9 @@ def _alias_findings(
 
 def _hidden_findings(connection: MlflowConnection, scope: Scope) -> Iterator[Finding]:
     """Models that this sweep should look at and that MLflow does not show."""
-    why = f"MLflow takes it for a prompt and lists none of its versions: take away the tag {PROMPT_TAG}."
     for name in taken_for_prompts(connection):
         if scope.demand(name) is not None or scope.is_output(name):
-            yield Finding("unknown", name, "", why)
+            yield Finding("unknown", name, "", HIDDEN)
 
 
 def _mark(scope: Scope, settings: SweepSettings, guarded: Guarded, version: Any) -> str:

@@ -14,6 +14,7 @@ from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.evidence import DECISION, FAILED
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
 from components._runtime.registered_decisions import UNREADABLE, registered_decision
+from components._runtime.registry_prompts import HIDDEN, taken_for_prompts
 from components._runtime.store import open_store
 from defense_core.errors import AccessDenied, EvidenceMissing
 from defense_core.report import Report, build_report
@@ -83,21 +84,26 @@ def registry_versions(connection: MlflowConnection, names: Sequence[str] = ()) -
     """One row for every version of every registered model, or of those called ``names``.
 
     Only the evidence of a version is downloaded; its decision is made again from it, and the
-    version's tags are compared with it.
+    version's tags are compared with it. A model that MLflow takes for a prompt is one row that says so.
 
     Raises:
         RegistryUnavailable, AccessDenied: MLflow does not answer.
         SourceNotFound: there is no model of such a name.
     """
     with mlflow_errors("list the registered models", connection.settings):
+        hidden = [name for name in taken_for_prompts(connection) if not names or name in names]
         models = (
-            [connection.client.get_registered_model(name) for name in names] if names else list(_models(connection))
+            [connection.client.get_registered_model(name) for name in names if name not in hidden]
+            if names
+            else list(_models(connection))
         )
-        return [
+        rows = [
             _registered_version(connection, version, dict(model.aliases))
             for model in models
+            if model.name not in hidden
             for version in _versions(connection, model.name)
         ]
+    return [*rows, *(_hidden(name) for name in hidden)]
 
 
 # -- folders ---------------------------------------------------------------------------
@@ -181,6 +187,11 @@ def _models(connection: MlflowConnection) -> Iterator[Any]:
         token = page.token
         if not token:
             return
+
+
+def _hidden(name: str) -> FleetVersion:
+    row = version_without_evidence(name, "", aliases=(), problem=HIDDEN)
+    return replace(row, problems=(HIDDEN,))  # its aliases cannot be read either
 
 
 def _versions(connection: MlflowConnection, name: str) -> Iterator[ModelVersion]:

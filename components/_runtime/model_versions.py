@@ -15,6 +15,7 @@ from components._runtime.decision_files import stated_circumstances
 from components._runtime.evidence import DECISION, read_evidence
 from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.registered_files import MAX_EVIDENCE_BYTES, Manifest, download_version
+from components._runtime.registry_prompts import require_versions_shown
 from components._runtime.release import EVIDENCE_FOLDER, Identity, Release, evidence_digest
 from components._runtime.run_election import TrackedRun
 from defense_core.config import digest
@@ -89,6 +90,7 @@ def _scan(release: Release) -> str:
 def find_or_create(connection: MlflowConnection, order: Order) -> tuple[ModelVersion, bool]:
     """The version of this work, and whether it was there; created (steps 2 and 3) if it was not."""
     _ensure_model(connection, order.name)
+    require_versions_shown(connection, order.name)
     found = _find(connection, order)
     if found is not None:
         return found, True

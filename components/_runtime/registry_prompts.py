@@ -12,10 +12,13 @@ from typing import Any
 
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
 from components._runtime.registered_decisions import read_version
+from defense_core.errors import RegistryConflict
 
 PROMPT_TAG = "mlflow.prompt.is_prompt"
 PROMPT_SOURCE = "prompt-template"
 """What MLflow registers in place of an address of files."""
+HIDDEN = f"MLflow takes it for a prompt and lists none of its versions: take away the tag {PROMPT_TAG}."
+"""What to say of a model that :func:`taken_for_prompts` names."""
 _PROMPTS = f"tags.`{PROMPT_TAG}` = 'true'"
 _PAGE = 200
 
@@ -37,6 +40,22 @@ def taken_for_prompts(connection: MlflowConnection) -> list[str]:
         or any(source != PROMPT_SOURCE for source in tagged[name].values())
         or any(_is_there(connection, name, number) for number in _untagged(models[name], tagged[name]))
     )
+
+
+def require_versions_shown(connection: MlflowConnection, name: str) -> None:
+    """Refuse a model whose versions MLflow's searches leave out, because one of them is tagged as a prompt.
+
+    Raises:
+        RegistryConflict: what was decided about this work before could not be found.
+    """
+    tagged = connection.client.search_model_versions(f"name = '{name}' and {_PROMPTS}", max_results=1)
+    if tagged:
+        raise RegistryConflict(
+            f"the versions of models:/{name} cannot be searched",
+            expected=f"no version with the tag {PROMPT_TAG}",
+            got=f"version {tagged[0].version}, which has it, so that MLflow takes the model for a prompt",
+            hint="Find out who set the tag, take it away and run again",
+        )
 
 
 def _untagged(model: Any, tagged: dict[int, str]) -> Iterator[int]:

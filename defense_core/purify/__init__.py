@@ -17,13 +17,13 @@ from defense_core.errors import ConfigError, MethodDiverged
 from defense_core.layers import is_finite
 from defense_core.loop import seeded
 from defense_core.progress import Progress, resumable
-from defense_core.purify import anp, clp, distil, fast_fip, fine_pruning, fine_tuning, fip, ft_sam, nft, ngf, tsbd
+from defense_core.purify import anp, clp, distil, fast_fip, fine_pruning, fine_tuning, fip, ft_sam, nft, ngf, soup, tsbd
 from defense_core.purify.base import Method, Purified
 from defense_core.task import Task
 
 METHODS: dict[str, Method] = {
     row.METHOD.name: row.METHOD
-    for row in (fine_tuning, tsbd, distil, fip, fast_fip, nft, ngf, ft_sam, fine_pruning, anp, clp)
+    for row in (fine_tuning, tsbd, distil, fip, fast_fip, nft, ngf, soup, ft_sam, fine_pruning, anp, clp)
 }
 """Every method by the name that ``--method`` takes."""
 

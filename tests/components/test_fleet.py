@@ -20,6 +20,7 @@ from components._runtime.fleet import folder_versions, registry_versions, report
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.model_card import MAX_CHARACTERS, model_card
 from components._runtime.promotion import promote
+from components._runtime.registry_prompts import PROMPT_TAG
 from components._runtime.release import EVIDENCE_FOLDER, Identity, Parts, Release, stage
 from components._runtime.tracking import open_run
 from components.gate_promotion.step import gate_promotion
@@ -247,6 +248,23 @@ def test_a_version_whose_evidence_was_changed_or_removed_covers_nothing(
         file.unlink()
     (drift,) = build_fleet(registry_versions(connection, ["tampered"])).drift
     assert "champion" in drift.why
+
+
+@pytest.mark.parametrize("tagged", ["model", "version"])
+def test_a_model_that_a_tag_hides_is_a_row_that_says_so(tagged: str, connection: MlflowConnection) -> None:
+    name = f"hidden-by-its-{tagged}"
+    connection.client.create_registered_model(name)
+    made = connection.client.create_model_version(name, source="s3://elsewhere/model")
+    connection.client.set_registered_model_alias(name, "production", made.version)
+    if tagged == "version":
+        connection.client.set_model_version_tag(name, made.version, PROMPT_TAG, "true")
+    else:
+        connection.client.set_registered_model_tag(name, PROMPT_TAG, "true")
+    for asked in ([], [name]):
+        (row,) = [each for each in registry_versions(connection, asked) if each.model == name]
+        assert row.outcome == "no evidence"
+        (drift,) = build_fleet([row]).drift
+        assert PROMPT_TAG in drift.why
 
 
 def test_all_models_are_listed_without_names(connection: MlflowConnection, tmp_path: Path) -> None:

@@ -58,8 +58,10 @@ def fields_of(name: str) -> set[str]:
 
 
 def cheap(name: str, **changes: Any) -> Any:
-    """The method's config at cheap settings, with ``changes`` where it has such fields."""
+    """The method's config at cheap settings, with ``changes`` where it, or its members, have such fields."""
     wanted = {**CHEAP, **CHEAP_BY_METHOD.get(name, {}), **changes}
+    if name == "soup" and wanted.get("members") != ():
+        wanted["configs"] = {each: to_mapping(cheap(each, **changes)) for each in METHODS["soup"].config().members}
     return METHODS[name].config(**{key: value for key, value in wanted.items() if key in fields_of(name)})
 
 
@@ -437,6 +439,8 @@ def other_values(hint: Any, value: Any) -> Iterator[Any]:
         yield from (item for item in (value * 0.75, value * 1.25, value + 0.125) if item != value)
     elif isinstance(value, tuple):
         yield from (value[:-1], value * 2)
+    elif isinstance(value, Mapping):
+        yield {"tsbd": {"unlearn_epochs": 3}}
     elif dataclasses.is_dataclass(value):
         yield from changed(value)
 

@@ -15,6 +15,7 @@ from components._runtime.mlflow_connection import MlflowConnection, MlflowSettin
 from components._runtime.promotion import Promotion, promote
 from components._runtime.registered_files import resolve_model_uri
 from components._runtime.registered_sources import require_allowed_source
+from components._runtime.registry_prompts import PROMPT_TAG
 from components._runtime.release import Release
 from components._runtime.tracking import open_run
 from defense_core.errors import (
@@ -151,6 +152,19 @@ def test_same_identity_gives_the_same_version(
         first.decision,
         first.evidence_digest,
     )
+    assert versions_of(mlflow_sqlite) == ["1"]
+
+
+def test_a_tag_that_hides_what_was_decided_does_not_get_it_decided_again(
+    mlflow_sqlite: MlflowConnection, tmp_path: Path
+) -> None:
+    release = make_release(tmp_path / "release")
+    promoted(mlflow_sqlite, release, Verdict.FAIL)
+    mlflow_sqlite.client.set_model_version_tag(NAME, "1", PROMPT_TAG, "true")
+    with pytest.raises(RegistryConflict, match="version 1"):
+        promoted(mlflow_sqlite, release)
+    assert alias_of(mlflow_sqlite) is None
+    mlflow_sqlite.client.delete_model_version_tag(NAME, "1", PROMPT_TAG)
     assert versions_of(mlflow_sqlite) == ["1"]
 
 
