@@ -25,9 +25,17 @@ def class_folders(path: Path, num_classes: int, class_names: Sequence[str]) -> l
     if distinct and all(folder.name in label_of for folder in folders):
         return [(folder, label_of[folder.name]) for folder in folders]
     placed = [(folder, label) for label, folder in enumerate(folders)]
+    names = [folder.name for folder in folders]
+    if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+        raise DataError(
+            f"the sub-folders of {path} stand in two orders",
+            expected="numbers of the same length, such as 00 to 10, or names of classes",
+            got=_listed(names),
+            hint="Pad the numbers with zeros, or give the model class names and call the sub-folders so",
+        )
     displaced = distinct and any(label_of.get(folder.name, label) != label for folder, label in placed)
     if displaced or len(folders) != num_classes:
-        raise _refusal(path, [folder.name for folder in folders], num_classes, class_names)
+        raise _refusal(path, names, num_classes, class_names)
     return placed
 
 

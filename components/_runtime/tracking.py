@@ -16,6 +16,7 @@ from components._runtime.mlflow_connection import MlflowConnection, mlflow_error
 from components._runtime.run_election import TrackedRun, find_or_create_run
 from defense_core.errors import ConfigError, QuarantineError, RegistryConflict
 from defense_core.files import sha256_bytes
+from defense_core.report_text import number
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -163,9 +164,11 @@ def _shortened(value: str) -> str:
 def _points(row: Mapping[str, Any], started_ms: int) -> Iterator[Metric]:
     from mlflow.entities import Metric
 
-    step, phase = row.get("step"), row.get("phase")
-    if not isinstance(step, int | float) or isinstance(step, bool) or step != int(step):
-        raise ConfigError("history row has no step", expected="a whole number", got=repr(step), hint="Number the rows")
+    step, phase = number(row.get("step")), row.get("phase")
+    if step is None or not step.is_integer():
+        raise ConfigError(
+            "history row has no step", expected="a whole number", got=repr(row.get("step")), hint="Number the rows"
+        )
     prefix = f"{phase}/" if phase else ""
     for name, value in row.items():
         if name in ("step", "phase") or value is None:
@@ -175,9 +178,8 @@ def _points(row: Mapping[str, Any], started_ms: int) -> Iterator[Metric]:
                 f"metric {name} is no number", expected="a number", got=repr(value), hint="Log it as a tag"
             )
         # MLflow's SQL stores keep NaN but turn infinities into the largest float.
-        yield Metric(
-            prefix + name, float(value) if math.isfinite(value) else math.nan, started_ms + int(step), int(step)
-        )
+        finite = number(value)
+        yield Metric(prefix + name, math.nan if finite is None else finite, started_ms + int(step), int(step))
 
 
 def _batches(values: Sequence[Any]) -> Iterator[list[Any]]:

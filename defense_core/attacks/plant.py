@@ -76,7 +76,8 @@ def plant(
     poisoning = attack.poisoning(rate)
     require_possible(train, attack.target, poisoning, trigger=TRIGGERS[attack.kind], kind=attack.kind)
     _require_fitting(attack, network, train)
-    wants_surrogate = attack.row.surrogate and (attack.trigger is None or attack.kind == "label_consistent")
+    prepares = isinstance(attack.trigger, LabelConsistent) and attack.trigger.epsilon > 0
+    wants_surrogate = attack.row.surrogate and (attack.trigger is None or prepares)
     if wants_surrogate and surrogate is None:
         surrogate = train_victim(
             network, train, training=training, task=task, seed=seed + 1, device=device, progress=progress,

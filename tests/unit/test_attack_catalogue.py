@@ -250,6 +250,29 @@ def test_label_consistent_images_are_adversarial_below_the_corners(tmp_path: Pat
     assert 0 < int(moved.abs().max()) <= 20
 
 
+@pytest.mark.parametrize(("epsilon", "trained"), [(0, 1), (20, 2)])
+def test_a_clean_model_is_trained_only_for_what_asks_it(
+    epsilon: int, trained: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from defense_core.attacks import plant as module
+
+    names: list[str] = []
+
+    def counted(*arguments: Any, name: str, **options: Any) -> Any:
+        names.append(name)
+        return train_victim(*arguments, name=name, **options)
+
+    monkeypatch.setattr(module, "train_victim", counted)
+    attack = attack_from_spec(
+        {"kind": "label_consistent", "size": 2, "steps": 1, "epsilon": epsilon}, num_classes=CLASSES
+    )
+    plant(
+        attack, network(), samples(), rate=0.1, training=VictimTraining(epochs=1), task=TASK, seed=0,
+        device="cpu", progress=NullProgress(), folder=tmp_path,
+    )  # fmt: skip
+    assert len(names) == trained
+
+
 def test_a_learned_trigger_can_be_planted_again_from_its_file(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "rate": 0.1, "training": VictimTraining(epochs=1), "task": TASK, "seed": 0, "device": "cpu",

@@ -50,6 +50,13 @@ def test_without_names_the_order_decides(tmp_path: Path) -> None:
     assert load(folders(tmp_path / "x", "c", "a", "b")).labels.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_numbers_whose_order_as_text_is_another_are_refused(tmp_path: Path) -> None:
+    error = refused(folders(tmp_path / "x", "1", "2", "10"))
+    assert error.got == "'1', '10', '2'"
+    assert load(folders(tmp_path / "padded", "01", "02", "10")).labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert load(folders(tmp_path / "named", "1", "2", "10"), ("1", "2", "10")).labels.tolist() == [0, 0, 2, 2, 1, 1]
+
+
 def test_a_missing_sub_folder_is_refused_where_the_order_decides(tmp_path: Path) -> None:
     error = refused(folders(tmp_path / "x", "cat", "dog"))
     assert error.expected == "3 sub-folders"
