@@ -51,6 +51,18 @@ def by_set(rows: Rows) -> Table:
     return ("chosen among", *MEANS), lines
 
 
+def on_same_runs(rows: Rows, names: Sequence[str] = (*CANDIDATES, "soup")) -> Table:
+    """Means of each of ``names``, and of what is chosen among the first of them and among all, over the same runs."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    whole = [found for each in groups.values() if len(found := comparable(each, names)) == len(names)]
+    rows = [row for members in whole for row in members]
+    parts = {f"{SELECTED} of {len(some)}": selected(completed(rows, some), some) for some in (names[:-1], names)}
+    parts |= {name: [row for row in rows if row["method"] == name] for name in names}
+    return ("method", *MEANS), [[name, *means(members)] for name, members in parts.items() if members]
+
+
 def selected(rows: Rows, candidates: Sequence[str] = CANDIDATES) -> list[Row]:
     """The rows that were chosen, each with the seconds of all that it was chosen among: what such a run costs.
 

@@ -77,6 +77,7 @@ def _purification_gpu(drawn: Callable[[Rows], purification_tables.Table]) -> Cal
 SECTIONS: dict[str, Callable[[], str]] = {
     "purification-cpu": _purification_cpu(purification_tables.by_method),
     "purification-cpu-sets": _purification_cpu(purification_tables.by_set),
+    "purification-cpu-soup": _purification_cpu(purification_tables.on_same_runs),
     "purification-cpu-attacks": _purification_cpu(purification_tables.by_attack),
     "purification-cpu-victims": _purification_cpu(_victims),
     "purification-cpu-one-percent": _purification_cpu(purification_tables.by_method, 0.01),

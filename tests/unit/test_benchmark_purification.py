@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks.presets import ATTACKS, ONE_PER_CLASS, PRESETS, tiny
 from benchmarks.purification import ASKED, CANDIDATES, completed, jobs, run
-from benchmarks.purification_tables import SETS, selected
+from benchmarks.purification_tables import SETS, on_same_runs, selected
 from components._runtime.plan import DEFAULT_METHODS
 from defense_core.purify import METHODS
 
@@ -118,6 +118,30 @@ def test_candidates_of_another_victim_are_not_chosen_among() -> None:
         for method, (before, after) in asked.items()
     ]
     assert [row["method"] for row in completed(rows) if row["selected"]] == ["fip"]
+
+
+def test_methods_are_compared_on_the_runs_that_all_of_them_have() -> None:
+    key = {"seed": 0, "clean_fraction": 0.05, "architecture": "x", "acc_before": 0.9, "acc_after": 0.9, "ra_after": 0.5}
+    left = [("a", "tsbd", 0.2), ("a", "fip", 0.4), ("a", "soup", 0.1), ("b", "tsbd", 0.9), ("b", "fip", 0.9)]
+    rows = [
+        {
+            **key,
+            "attack": a,
+            "method": m,
+            "asr_after": asr,
+            "der": 1.0,
+            "seconds": 1.0,
+            "select": signals(before=0.9, after=asr),
+        }
+        for a, m, asr in left
+    ]
+    columns, lines = on_same_runs(rows, ("tsbd", "fip", "soup"))
+    column = columns.index("ASR")
+    assert {line[0]: line[column] for line in lines} == {
+        "**selected** of 2": "0.200", "**selected** of 3": "0.100", "tsbd": "0.200", "fip": "0.400", "soup": "0.100"
+    }  # fmt: skip
+    assert {line[1] for line in lines} == {"1"}
+    assert on_same_runs(rows[3:], ("tsbd", "fip", "soup"))[1] == []
 
 
 def test_the_selected_costs_what_all_that_it_was_chosen_among_cost() -> None:
