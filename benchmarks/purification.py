@@ -141,10 +141,11 @@ def figures(
     subject, clean, before, device, progress = case.subject, case.clean, case.before, case.device, case.progress
     parsed = config.from_mapping(METHODS[method].config, settings)
     reset_peak(device)
+    started = time.perf_counter()
     try:
         result, seconds = purified(case, method, parsed, seed=seed)
     except MethodDiverged as error:
-        return {"diverged": str(error)}
+        return {"diverged": str(error), "seconds": round(time.perf_counter() - started, 1)}
     peak = peak_mb(device)
     if not settings:
         case.made[method] = result, seconds
