@@ -16,7 +16,6 @@ from components._runtime.mlflow_connection import MlflowConnection, mlflow_error
 from components._runtime.run_election import TrackedRun, find_or_create_run
 from defense_core.errors import ConfigError, QuarantineError, RegistryConflict
 from defense_core.files import sha256_bytes
-from defense_core.report_text import number
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -164,8 +163,8 @@ def _shortened(value: str) -> str:
 def _points(row: Mapping[str, Any], started_ms: int) -> Iterator[Metric]:
     from mlflow.entities import Metric
 
-    step, phase = number(row.get("step")), row.get("phase")
-    if step is None or not step.is_integer():
+    step, phase = _finite(row.get("step")), row.get("phase")
+    if not step.is_integer():
         raise ConfigError(
             "history row has no step", expected="a whole number", got=repr(row.get("step")), hint="Number the rows"
         )
@@ -177,9 +176,18 @@ def _points(row: Mapping[str, Any], started_ms: int) -> Iterator[Metric]:
             raise ConfigError(
                 f"metric {name} is no number", expected="a number", got=repr(value), hint="Log it as a tag"
             )
-        # MLflow's SQL stores keep NaN but turn infinities into the largest float.
-        finite = number(value)
-        yield Metric(prefix + name, math.nan if finite is None else finite, started_ms + int(step), int(step))
+        yield Metric(prefix + name, _finite(value), started_ms + int(step), int(step))
+
+
+def _finite(value: Any) -> float:
+    """``value``, or NaN where it is no finite number: MLflow's SQL stores keep NaN but turn infinities into the largest
+    float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:  # a whole number that no float can hold
+        return math.nan
 
 
 def _batches(values: Sequence[Any]) -> Iterator[list[Any]]:
