@@ -143,10 +143,10 @@ def figures(
     reset_peak(device)
     started = time.perf_counter()
     try:
-        result, seconds = purified(case, method, parsed, seed=seed)
+        result, spent = purified(case, method, parsed, seed=seed)
     except MethodDiverged as error:
         return {"diverged": str(error), "seconds": round(time.perf_counter() - started, 1)}
-    peak = peak_mb(device)
+    seconds, peak = time.perf_counter() - started + spent, peak_mb(device)
     if not settings:
         case.made[method] = result, seconds
     row = {}
@@ -169,24 +169,18 @@ def figures(
 
 
 def purified(case: Case, method: str, settings: Any, *, seed: int) -> tuple[Purified, float]:
-    """What ``method`` makes of the victim, and the seconds of that.
+    """What ``method`` makes of the victim, and the seconds that went into it before.
 
-    A soup is mixed from what its members made here already, where they all did; it counts their seconds as its own.
+    A soup is mixed from what its members made here already, where they all did: their seconds are its own.
     """
     shared: dict[str, Any] = {
         "task": case.subject.task, "seed": seed, "device": case.device, "progress": case.progress
     }  # fmt: skip
-    started = time.perf_counter()
     if isinstance(settings, SoupConfig) and set(settings.members) <= case.made.keys() and not settings.configs:
-        made = {name: case.made[name] for name in settings.members}
-        result = mixed(
-            case.subject.model, {name: each for name, (each, _) in made.items()}, case.clean,
-            max_drop=settings.max_drop, **shared,
-        )  # fmt: skip
-        started -= sum(seconds for _, seconds in made.values())
-    else:
-        result = purify(case.subject.model, case.clean, settings, method=method, **shared)
-    return result, time.perf_counter() - started
+        made = {name: case.made[name][0] for name in settings.members}
+        result = mixed(case.subject.model, made, case.clean, max_drop=settings.max_drop, **shared)
+        return result, sum(case.made[name][1] for name in made)
+    return purify(case.subject.model, case.clean, settings, method=method, **shared), 0.0
 
 
 def completed(rows: Sequence[Mapping[str, Any]], candidates: Sequence[str] = CANDIDATES) -> list[dict[str, Any]]:
@@ -195,9 +189,7 @@ def completed(rows: Sequence[Mapping[str, Any]], candidates: Sequence[str] = CAN
     Args:
         candidates: methods that are chosen among, in order of preference.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
+    groups = grouped(rows)
     done = []
     for row in rows:
         members = groups[group_of(row)]
@@ -220,6 +212,14 @@ def comparable(members: Sequence[Mapping[str, Any]], candidates: Sequence[str]) 
         if row["method"] in candidates and "select" in row:
             asked.setdefault(config.digest(list(row["select"]["reached_before"])), []).append(row)
     return max(asked.values(), key=len, default=[])
+
+
+def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of the same model and clean images together, by :func:`group_of`."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return groups
 
 
 def group_of(row: Mapping[str, Any]) -> str:

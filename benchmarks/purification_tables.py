@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.purification import CANDIDATES, comparable, completed, group_of
+from benchmarks.purification import CANDIDATES, comparable, completed, group_of, grouped
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -53,11 +53,7 @@ def by_set(rows: Rows) -> Table:
 
 def on_same_runs(rows: Rows, names: Sequence[str] = (*CANDIDATES, "soup")) -> Table:
     """Means of each of ``names``, and of what is chosen among the first of them and among all, over the same runs."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
-    whole = [found for each in groups.values() if len(found := comparable(each, names)) == len(names)]
-    rows = [row for members in whole for row in members]
+    rows = [row for members in _whole(rows, names).values() for row in members]
     parts = {f"{SELECTED} of {len(some)}": selected(completed(rows, some), some) for some in (names[:-1], names)}
     parts |= {name: [row for row in rows if row["method"] == name] for name in names}
     return ("method", *MEANS), [[name, *means(members)] for name, members in parts.items() if members]
@@ -69,15 +65,10 @@ def selected(rows: Rows, candidates: Sequence[str] = CANDIDATES) -> list[Row]:
     Only where all of them ended with a model and were asked about the same perturbations: a choice among fewer is
     another one.
     """
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
-    whole = {
-        name: sum(float(row["seconds"]) for row in members if row["method"] in candidates)
-        for name, members in groups.items()
-        if len(comparable(members, candidates)) == len(candidates)
+    seconds = {
+        group: sum(float(row["seconds"]) for row in members) for group, members in _whole(rows, candidates).items()
     }
-    return [{**row, "seconds": whole[group_of(row)]} for row in rows if row["selected"] and group_of(row) in whole]
+    return [{**row, "seconds": seconds[group_of(row)]} for row in rows if row["selected"] and group_of(row) in seconds]
 
 
 def by_attack(rows: Rows) -> Table:
@@ -125,6 +116,12 @@ def part(rows: Rows, *, clean_fraction: float, architecture: str) -> list[Row]:
         for row in rows
         if row["clean_fraction"] == clean_fraction and row["architecture"] == architecture and "diverged" not in row
     ]
+
+
+def _whole(rows: Rows, names: Sequence[str]) -> dict[str, list[Row]]:
+    """The rows of ``names`` by group, where all of them were asked about the same perturbations."""
+    found = {group: comparable(members, names) for group, members in grouped(rows).items()}
+    return {group: members for group, members in found.items() if len(members) == len(names)}
 
 
 def _methods(rows: Rows) -> Iterator[tuple[str, list[Row]]]:

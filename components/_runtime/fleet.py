@@ -100,7 +100,6 @@ def registry_versions(connection: MlflowConnection, names: Sequence[str] = ()) -
         rows = [
             _registered_version(connection, version, dict(model.aliases))
             for model in models
-            if model.name not in hidden
             for version in _versions(connection, model.name)
         ]
     return [*rows, *(_hidden(name) for name in hidden)]

@@ -163,8 +163,11 @@ def _shortened(value: str) -> str:
 def _points(row: Mapping[str, Any], started_ms: int) -> Iterator[Metric]:
     from mlflow.entities import Metric
 
-    step, phase = _finite(row.get("step")), row.get("phase")
-    if not step.is_integer():
+    # Reports bring torch along; the steps that only open or find a run do without.
+    from defense_core.report_text import number
+
+    step, phase = number(row.get("step")), row.get("phase")
+    if step is None or not step.is_integer():
         raise ConfigError(
             "history row has no step", expected="a whole number", got=repr(row.get("step")), hint="Number the rows"
         )
@@ -176,18 +179,9 @@ def _points(row: Mapping[str, Any], started_ms: int) -> Iterator[Metric]:
             raise ConfigError(
                 f"metric {name} is no number", expected="a number", got=repr(value), hint="Log it as a tag"
             )
-        yield Metric(prefix + name, _finite(value), started_ms + int(step), int(step))
-
-
-def _finite(value: Any) -> float:
-    """``value``, or NaN where it is no finite number: MLflow's SQL stores keep NaN but turn infinities into the largest
-    float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:  # a whole number that no float can hold
-        return math.nan
+        # MLflow's SQL stores keep NaN but turn infinities into the largest float.
+        finite = number(value)
+        yield Metric(prefix + name, math.nan if finite is None else finite, started_ms + int(step), int(step))
 
 
 def _batches(values: Sequence[Any]) -> Iterator[list[Any]]:

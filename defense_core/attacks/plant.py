@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,7 @@ def plant(
     poisoning = attack.poisoning(rate)
     require_possible(train, attack.target, poisoning, trigger=TRIGGERS[attack.kind], kind=attack.kind)
     _require_fitting(attack, network, train)
-    prepares = isinstance(attack.trigger, LabelConsistent) and attack.trigger.epsilon > 0
-    wants_surrogate = attack.row.surrogate and (attack.trigger is None or prepares)
+    wants_surrogate = attack.row.surrogate and (attack.trigger is None or _moves_images(attack.trigger))
     if wants_surrogate and surrogate is None:
         surrogate = train_victim(
             network, train, training=training, task=task, seed=seed + 1, device=device, progress=progress,
@@ -140,10 +139,15 @@ def _learned(
     return trigger
 
 
+def _moves_images(trigger: Trigger) -> TypeGuard[LabelConsistent]:
+    """Whether poisoned images are made adversarial before the trigger is applied."""
+    return isinstance(trigger, LabelConsistent) and trigger.epsilon > 0
+
+
 def _adversarially(
     trigger: Trigger, surrogate: nn.Module, *, task: ImageClassification, seed: int, device: torch.device | str
 ) -> Prepare | None:
-    if not isinstance(trigger, LabelConsistent) or trigger.epsilon == 0:
+    if not _moves_images(trigger):
         return None
 
     def prepare(images: Tensor, labels: Tensor) -> Tensor:
