@@ -179,8 +179,8 @@ def _points(row: Mapping[str, Any], started_ms: int) -> Iterator[Metric]:
             raise ConfigError(
                 f"metric {name} is no number", expected="a number", got=repr(value), hint="Log it as a tag"
             )
-        # MLflow's SQL stores keep NaN but turn infinities into the largest float.
-        finite = number(value)
+        # MLflow's SQL stores keep NaN but turn infinities into the largest float. A truth value is 0 or 1.
+        finite = number(+value)
         yield Metric(prefix + name, math.nan if finite is None else finite, started_ms + int(step), int(step))
 
 

@@ -164,11 +164,12 @@ def test_history_is_readable_by_phase_and_step(mlflow_sqlite: MlflowConnection) 
 
 def test_single_metrics_and_values_that_are_not_finite(mlflow_sqlite: MlflowConnection) -> None:
     run = open_run(mlflow_sqlite, "pipeline-1", name="pipeline")
-    log_metrics(mlflow_sqlite, run, {"asr": 0.5, "odd": math.inf, "huge": 10**400}, step=3)
+    log_metrics(mlflow_sqlite, run, {"asr": 0.5, "odd": math.inf, "huge": 10**400, "held": True}, step=3)
     metrics = mlflow_sqlite.client.get_run(run.run_id).data.metrics
     assert metrics["asr"] == 0.5
     assert math.isnan(metrics["odd"])
     assert math.isnan(metrics["huge"])
+    assert metrics["held"] == 1.0
 
 
 @pytest.mark.parametrize(
