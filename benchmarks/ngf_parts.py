@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.markdown import Rows
 from benchmarks.presets import PRESETS, Setting, recipe_of
-from benchmarks.purification import Case, clean_splits, completed, figures, group_of, jobs, key_of
+from benchmarks.purification import CANDIDATES, Case, clean_splits, completed, figures, group_of, jobs, key_of
 from benchmarks.purification_tables import MEANS, Table, means, selected
 from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import load_cifar10, victim
@@ -24,8 +24,10 @@ from defense_core import config
 from defense_core.data import CleanSet
 from defense_core.progress import NullProgress
 from defense_core.purify import METHODS
+from defense_core.purify.soup import side_by_side
 
 NAME = "ngf-parts"
+APART = tuple(side_by_side(CANDIDATES))
 SETTINGS: Mapping[str, Any] = {"part": "masked"}
 SHARE = 0.05
 """Clean images of the runs that are compared, as a share of the training set."""
@@ -48,7 +50,8 @@ def measure(job: Mapping[str, Any], setting: Setting, train: CleanSet, test: Cle
 
 
 def comparison(masked: Rows, others: Rows) -> Table:
-    """Means over the runs that both have: the default part and ``masked``, and what the choice would hand over."""
+    """Means over the runs that both have: the default part and ``masked``, and what the choice would hand over among
+    those that stand side by side: their mean was not made with ``masked``."""
     fast = [row for row in masked if row["clean_fraction"] == SHARE]
     groups = {group_of(row) for row in fast}
     usual = [row for row in others if group_of(row) in groups]
@@ -56,8 +59,8 @@ def comparison(masked: Rows, others: Rows) -> Table:
     compared: dict[str, Rows] = {
         "`masked_block`, the default": [row for row in usual if row["method"] == "ngf"],
         "`masked`": fast,
-        "selected, with the default": selected(completed(usual)),
-        "selected, with `masked`": selected(completed(swapped)),
+        "selected, with the default": selected(completed(usual, APART), APART),
+        "selected, with `masked`": selected(completed(swapped, APART), APART),
     }
     return ("what", *MEANS), [[what, *means(rows)] for what, rows in compared.items() if rows]
 

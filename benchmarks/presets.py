@@ -67,7 +67,7 @@ VIT_TRAINING = VictimTraining(epochs=30, batch_size=128, lr=0.05, weight_decay=1
 WIDE = {"width": 64, "num_classes": 10}
 WIDE_TRAINING = VictimTraining(epochs=40, batch_size=128, lr=0.1, weight_decay=5e-4)
 WIDE_ATTACKS = ("blended", "wanet")
-WIDE_METHODS = ("tsbd", "fip", "fast_fip", "nft", "ngf", "fine_tuning", "ft_sam")
+WIDE_METHODS = ("tsbd", "fip", "fast_fip", "nft", "ngf", "soup", "fine_tuning", "ft_sam")
 """The network of the papers on a CPU: sixteen times the arithmetic of the narrow one, so two victims and no more."""
 SMALL_DATA = ("badnets", "blended", "wanet", "low_frequency")
 ONE_PER_CLASS = 10 / 20_000

@@ -41,9 +41,9 @@ from defense_core.universal import Perturbations, select_signals, universal_pert
 KEY = ("attack", "method", "seed", "clean_fraction", "architecture", "config_digest")
 """Fields that identify a row."""
 
-CANDIDATES = ("tsbd", "fip", "nft", "ngf")
+CANDIDATES = ("tsbd", "fip", "nft", "ngf", "soup")
 """Methods that ``selected`` is chosen among, in order of preference, as a run with its defaults does."""
-ASKED = (*CANDIDATES, "fast_fip", "soup", "distil")
+ASKED = (*CANDIDATES, "fast_fip", "distil")
 """Methods whose models are asked for what a choice needs: all but the control and those of others."""
 
 CHOSEN = ("n", "lr", "ratio", "sparsity", "averaged")

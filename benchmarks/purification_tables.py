@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.purification import CANDIDATES, comparable, completed, group_of, grouped
+from defense_core.purify.soup import METHOD, SoupConfig
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -15,7 +16,7 @@ Table = tuple[tuple[str, ...], list[list[str]]]
 SELECTED = "**selected**"
 SETS = (
     CANDIDATES,
-    (*CANDIDATES, "soup"),
+    CANDIDATES[:-1],
     ("tsbd", "fip", "fast_fip", "nft", "ngf"),
     ("tsbd", "nft", "ngf"),
     ("fast_fip", "nft", "ngf"),
@@ -51,7 +52,7 @@ def by_set(rows: Rows) -> Table:
     return ("chosen among", *MEANS), lines
 
 
-def on_same_runs(rows: Rows, names: Sequence[str] = (*CANDIDATES, "soup")) -> Table:
+def on_same_runs(rows: Rows, names: Sequence[str] = CANDIDATES) -> Table:
     """Means of each of ``names``, and of what is chosen among the first of them and among all, over the same runs."""
     rows = [row for members in _whole(rows, names).values() for row in members]
     parts = {f"{SELECTED} of {len(some)}": selected(completed(rows, some), some) for some in (names[:-1], names)}
@@ -65,10 +66,17 @@ def selected(rows: Rows, candidates: Sequence[str] = CANDIDATES) -> list[Row]:
     Only where all of them ended with a model and were asked about the same perturbations: a choice among fewer is
     another one.
     """
-    seconds = {
-        group: sum(float(row["seconds"]) for row in members) for group, members in _whole(rows, candidates).items()
-    }
+    seconds = {group: _cost(members) for group, members in _whole(rows, candidates).items()}
     return [{**row, "seconds": seconds[group_of(row)]} for row in rows if row["selected"] and group_of(row) in seconds]
+
+
+def _cost(members: Rows) -> float:
+    """Seconds of a run with the methods of ``members``, which mixes a soup of what the others made."""
+    seconds = {row["method"]: float(row["seconds"]) for row in members}
+    averaged = SoupConfig().members
+    if METHOD.name in seconds and set(averaged) <= set(seconds):
+        seconds[METHOD.name] = max(0.0, seconds[METHOD.name] - sum(seconds[name] for name in averaged))
+    return sum(seconds.values())
 
 
 def by_attack(rows: Rows) -> Table:

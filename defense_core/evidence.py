@@ -47,6 +47,13 @@ class Evidence:
         """The digest of what came out (``model``, ``onnx``); ``None`` where none is named."""
         return _digest(self.outputs, key, self.name, "outputs")
 
+    def member_digests(self) -> Mapping[str, str]:
+        """Digests of the models that were averaged, by the purifier that made each; empty where none were."""
+        members = self.inputs.get("members", {})
+        if not isinstance(members, Mapping):
+            raise _damaged(self.name, "inputs.members as digests by name", repr(members))
+        return {str(name): str(_digest(members, name, self.name, "inputs.members")) for name in members}
+
 
 def parse_evidence(files: Mapping[str, Any]) -> dict[str, Evidence]:
     """Check evidence mappings by name; those of steps after the decision are left out.
@@ -106,6 +113,7 @@ def _parse(name: object, mapping: Any) -> Evidence:
         evidence.input_digest(key)
     for key in ("model", "onnx"):
         evidence.output_digest(key)
+    evidence.member_digests()
     return evidence
 
 

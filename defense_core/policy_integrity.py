@@ -94,7 +94,24 @@ def _lineage(evidence: Mapping[str, Evidence], method: str | None) -> Finding:
     after = evidence.get(f"evaluate.{method}")
     if after and "reference" in after.inputs:
         claims.append((after.name, after.input_digest("reference")))
-    return _same("integrity.lineage", "What was purified and compared with must be the fetched model", claims)
+    lineage = _same("integrity.lineage", "What was purified and compared with must be the fetched model", claims)
+    findings = [lineage, *_members(evidence, method)]
+    worst = combine(each.verdict for each in findings)
+    return next(each for each in findings if each.verdict is worst)
+
+
+def _members(evidence: Mapping[str, Evidence], method: str | None) -> list[Finding]:
+    """One finding a member, where the chosen model is the mean of several."""
+    purified = evidence.get(f"purify.{method}")
+    members = purified.member_digests() if purified else {}
+    return [
+        _same(
+            "integrity.lineage",
+            "What was averaged must be what the purifiers of this run left",
+            [(f"purify.{method}", digest), (f"purify.{name}", _outgoing(evidence, f"purify.{name}", "model"))],
+        )
+        for name, digest in members.items()
+    ]
 
 
 def _onnx(evidence: Mapping[str, Evidence]) -> Finding:

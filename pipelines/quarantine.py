@@ -1,9 +1,9 @@
 # mypy: disable-error-code="untyped-decorator"
 """The pipeline, one definition for a laptop and a cluster.
 
-Fetch → scan, evaluate before → for each method: purify, evaluate → select → rescan, export → gate → sign → promote →
-attest; report always. After a scan without findings the fetched model takes the methods' place, unless the policy
-forces them.
+Fetch → scan, evaluate before → for each method: purify, evaluate → mix what they made, evaluate → select → rescan,
+export → gate → sign → promote → attest; report always. After a scan without findings the fetched model takes the
+methods' place, unless the policy forces them, and nothing is mixed.
 
 Parameters are strings, JSON strings, one int and one list:
 see :meth:`components._runtime.plan.Plan.arguments`.
@@ -13,7 +13,7 @@ from typing import Any
 
 from kfp import dsl
 
-from components._runtime.plan import DEFAULT_METHODS
+from components._runtime.plan import DEFAULT_METHODS, SOUP
 from components.control_model.component import control_model
 from components.evaluate_model.component import evaluate_model
 from components.export_onnx.component import export_onnx
@@ -127,8 +127,32 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
                 ),
                 "evaluate_model",
             )
+        mixed = set_up(
+            purify_model(
+                bundle=bundle,
+                data=data,
+                method=SOUP,
+                configs=configs,
+                device=device,
+                made=dsl.Collected(purified.outputs["purified"]),
+                methods=methods,
+                **shared,
+            ),
+            "purify_model",
+        )
+        mixed_evaluated = set_up(
+            evaluate_model(
+                bundle=mixed.outputs["purified"], data=data, name=SOUP, reference=bundle, device=device, **shared
+            ),
+            "evaluate_model",
+        )
         selected = set_up(
-            select_model(candidates=dsl.Collected(purified.outputs["purified"]), methods=methods, **records),
+            select_model(
+                candidates=dsl.Collected(purified.outputs["purified"]),
+                mixed=mixed.outputs["purified"],
+                methods=methods,
+                **records,
+            ),
             "select_model",
         )
         chosen = selected.outputs["selected"]
@@ -157,6 +181,8 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
                 control=control.outputs["evidence"],
                 purified=dsl.Collected(purified.outputs["evidence"]),
                 evaluated=dsl.Collected(evaluated.outputs["evidence"]),
+                mixed=mixed.outputs["evidence"],
+                mixed_evaluated=mixed_evaluated.outputs["evidence"],
                 selected=selected.outputs["evidence"],
                 exported=exported.outputs["evidence"],
                 policy=policy,

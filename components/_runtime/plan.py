@@ -21,8 +21,11 @@ MAX_SEED = 2**63 - 1
 """Largest seed that torch takes."""
 UNTOUCHED = UNPURIFIED
 """In place of a purifier's name: the scan found no evidence, and the fetched model goes on as it is."""
-DEFAULT_METHODS = ("tsbd", "fip", "nft", "ngf", "fine_tuning")
-"""Purifiers that remove a backdoor in different ways, so that one finds what another leaves, and the control."""
+SOUP = "soup"
+"""The purifier that averages what the others leave: where there are others, it comes after them."""
+DEFAULT_METHODS = ("tsbd", "fip", "nft", "ngf", SOUP, "fine_tuning")
+"""Purifiers that remove a backdoor in different ways, so that one finds what another leaves, their mean, and the
+control."""
 REPORT_SHARE = 0.2
 """Share of the clean set that figures are quoted on where there is no test set."""
 _PLAIN = ("model", "clean", "test", "pool", "licence", "device", "seed", "methods")

@@ -86,8 +86,14 @@ class Scope:
     progress: NullProgress
     store: EvidenceStore
 
-    def finish(self, evidence: Mapping[str, Any], path: str | Path) -> None:
-        """Put the step's evidence into the store and write it to ``path``, the component's output."""
+    def finish(self, evidence: Mapping[str, Any] | None, path: str | Path) -> None:
+        """Put the step's evidence into the store and write it to ``path``, the component's output.
+
+        ``None`` where nothing was asked of the step: it leaves no record, and an empty file, for an output must be one.
+        """
+        if evidence is None:
+            Path(path).write_bytes(b"")
+            return
         self.store.put(evidence)
         write_evidence(Path(path), evidence)
         logger.info("%s: %s", self.name, evidence["verdict"])

@@ -31,7 +31,7 @@ def evaluate_model(
         device: auto, cpu or cuda.
         run: JSON, where records go and what is promoted.
         execution: Name of the execution where run names none.
-        evidence: The figures.
+        evidence: The figures; an empty file where there is no candidate to measure.
         reference: The unpurified model, to compare with image by image.
     """
     from pathlib import Path

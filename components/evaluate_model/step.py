@@ -102,10 +102,13 @@ def evaluate_model(
     )
 
 
-def evaluate_candidate(model: Path, *, name: str, **options: Any) -> dict[str, Any]:
-    """:func:`evaluate_model` for what :func:`purify_candidate` left, which may be no model at all."""
+def evaluate_candidate(model: Path, *, name: str, **options: Any) -> dict[str, Any] | None:
+    """:func:`evaluate_model` for what purification left, which may be no model at all; ``None`` where nothing was
+    asked for, and an empty file stands in the evidence's place."""
     result = Path(model) / RESULT
     if result.is_file():
+        if not result.stat().st_size:
+            return None
         purification = read_evidence(result)
         if purification["verdict"] != Verdict.PASS.value:
             return _nothing_to_measure(name, purification)

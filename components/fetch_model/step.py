@@ -26,6 +26,7 @@ from defense_core.files import atomic_directory
 from defense_core.policy import Policy, parse_policy
 from defense_core.progress import NullProgress, Progress
 from defense_core.purify import method_named
+from defense_core.purify.soup import SoupConfig, joined
 from defense_core.scan.judgement import ScanConfig
 from defense_core.scan.pool import MAX_POOL_BYTES, Pool, save_pool
 
@@ -92,11 +93,14 @@ def check_plan(plan: Plan) -> Policy:
     """Parse everything in ``plan`` that can be parsed without the model; the parsed policy.
 
     Raises:
-        ConfigError: an unknown method, or a configuration of one or of the scan with an unknown key or a bad value.
+        ConfigError: an unknown method, or a configuration of one or of the scan with an unknown key or a bad value, or
+            of a soup with other settings for a member than it runs with.
         PolicyError: a malformed policy.
     """
     for name in plan.methods:
-        from_mapping(method_named(name).config, plan.configs.get(name, {}), where=name)
+        config = from_mapping(method_named(name).config, plan.configs.get(name, {}), where=name)
+        if isinstance(config, SoupConfig):
+            joined(config, {each: plan.configs.get(each, {}) for each in plan.methods if each != name})
     from_mapping(ScanConfig, plan.scan, where="scan")
     return parse_policy(plan.policy)
 

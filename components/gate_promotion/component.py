@@ -20,6 +20,8 @@ def gate_promotion(
     control: dsl.Input[dsl.Artifact] = None,
     purified: dsl.Input[list[dsl.Artifact]] = None,
     evaluated: dsl.Input[list[dsl.Artifact]] = None,
+    mixed: dsl.Input[dsl.Artifact] = None,
+    mixed_evaluated: dsl.Input[dsl.Artifact] = None,
     selected: dsl.Input[dsl.Artifact] = None,
     exported: dsl.Input[dsl.Artifact] = None,
     policy: str = "",
@@ -43,6 +45,8 @@ def gate_promotion(
         control: Evidence of the positive control; an empty file where the policy asks for none.
         purified: Evidence of the purifiers.
         evaluated: Evidence of the evaluations of their models.
+        mixed: Evidence of their mean; an empty file where none was asked for.
+        mixed_evaluated: Evidence of the evaluation of the mean; an empty file where there is none.
         selected: Evidence of the choice.
         exported: Evidence of the export.
         policy: JSON, the policy.
@@ -58,7 +62,7 @@ def gate_promotion(
         from components._runtime import approval_texts
         from components.gate_promotion import step
 
-        single = [fetched, before, scanned, rescanned, control, selected, exported]
+        single = [fetched, before, scanned, rescanned, control, mixed, mixed_evaluated, selected, exported]
         given = [each for each in (*single, *(purified or ()), *(evaluated or ())) if each is not None]
         done = step.decide_given(
             [Path(each.path) for each in given],

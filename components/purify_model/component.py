@@ -20,6 +20,8 @@ def purify_model(
     execution: str,
     purified: dsl.Output[dsl.Model],
     evidence: dsl.Output[dsl.Artifact],
+    made: dsl.Input[list[dsl.Model]] = None,
+    methods: list[str] = [],  # noqa: B006 - KFP reads the default, nothing changes it
 ) -> None:
     """Purify the model with one method, on clean images only.
 
@@ -37,7 +39,9 @@ def purify_model(
         run: JSON, where records go and what is promoted.
         execution: Name of the execution where run names none.
         purified: The purified model, with result.json.
-        evidence: The method's configuration, facts and history.
+        evidence: The method's configuration, facts and history; an empty file where there is nothing to mix.
+        made: What the purifiers of the run left, for a method that averages them; left out, it runs by itself.
+        methods: With made: names of the purifiers that were asked for.
     """
     from pathlib import Path
 
@@ -62,7 +66,9 @@ def purify_model(
             device=device,
             progress=scope.progress,
             checkpoints=checkpoints.of_work,
+            made=[Path(each.path) for each in made or ()],
+            methods=methods,
         )
-        purified.metadata["digest"] = str(done["outputs"].get("model"))
+        purified.metadata["digest"] = step.digest_of(done)
         scope.finish(done, evidence.path)
         checkpoints.clear()

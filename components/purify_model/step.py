@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from components._runtime.bundle_files import copy_bundle
 from components._runtime.evidence import Clock, compose, write_evidence
 from components._runtime.loading import open_model, open_splits, resolve_device, source_digest
 from components._runtime.plan import REPORT_SHARE, UNTOUCHED, Loading
+from components.purify_model.members import RESULT, is_asked_for, mix_members
 from defense_core.bundle import Bundle, bundle_of, save_bundle
 from defense_core.checkpoints import NO_CHECKPOINTS, Checkpoints
 from defense_core.config import digest, from_mapping, to_mapping
@@ -21,8 +22,6 @@ from defense_core.purify.base import Method
 from defense_core.stored_checkpoints import work_key
 from defense_core.universal import select_signals
 from defense_core.verdict import Finding, Verdict
-
-RESULT = "result.json"
 
 
 def purify_model(
@@ -39,6 +38,7 @@ def purify_model(
     loading: Loading = Loading(),
     progress: Progress = NullProgress(),
     checkpoints: Callable[[str], Checkpoints] = lambda key: NO_CHECKPOINTS,
+    made: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Purify ``model`` with ``method`` on the *fit* split of ``clean``.
 
@@ -50,12 +50,14 @@ def purify_model(
         report: share of the clean set to leave for quoting; 0 where there is a test set.
         checkpoints: from the work's key, which names all that its bytes depend on, to where its loops save how far
             they have come.
+        made: what other purifiers of the same run left; a soup averages its members among them and runs none again.
 
     Returns:
         Evidence ``purify.<method>``.
 
     Raises:
-        ConfigError: unknown method, unknown key, value out of range.
+        ConfigError: unknown method, unknown key, value out of range, or other settings for a member than it ran with.
+        EvidenceMismatch: a member was made of something else.
         MethodNotApplicable: the method has nothing to work on in this network; nothing is left.
         MethodDiverged: a loss or weight became NaN or Inf; nothing is left.
         ArtifactError, DataError, Cancelled, StorageError: nothing is left.
@@ -68,18 +70,14 @@ def purify_model(
         bundle = open_model(model, spec, loading)
         splits = open_splits(clean, bundle, seed=seed, report=report)
         task = bundle.spec.task_object()
-        work = {"model": bundle.digest, "clean": splits.digest, "method": method, "config": parsed, "seed": seed}
-        purified = purify(
-            bundle.model,
-            splits,
-            parsed,
-            method=method,
-            task=task,
-            seed=seed,
-            device=where,
-            progress=progress,
-            checkpoints=checkpoints(work_key(**work, device=where)),
-        )
+        shared: dict[str, Any] = {"task": task, "seed": seed, "device": where, "progress": progress}
+        mixture = mix_members(parsed, made, bundle, splits, loading=loading, **shared)
+        if mixture is not None:
+            parsed, purified = mixture.config, mixture.purified
+        else:
+            work = {"model": bundle.digest, "clean": splits.digest, "method": method, "config": parsed, "seed": seed}
+            kept = checkpoints(work_key(**work, device=where))
+            purified = purify(bundle.model, splits, parsed, method=method, checkpoints=kept, **shared)
         outcome = save_bundle(bundle_of(purified.model, bundle.spec, bundle.origin), folder)
         results = {
             **_described(row, parsed),
@@ -94,7 +92,10 @@ def purify_model(
         evidence = compose(
             f"purify.{method}",
             clock,
-            inputs=_inputs(bundle, splits.digest, parsed),
+            inputs={
+                **_inputs(bundle, splits.digest, parsed),
+                **({"members": mixture.digests} if mixture is not None else {}),
+            },
             outputs={"model": outcome},
             results=results,
             device=where,
@@ -104,18 +105,38 @@ def purify_model(
     return evidence
 
 
-def purify_candidate(model: Path, clean: Path, out: Path, *, method: str, **options: Any) -> dict[str, Any]:
-    """:func:`purify_model` for one of several parallel methods: that one gives no model is an outcome, not an end.
+def purify_candidate(
+    model: Path,
+    clean: Path,
+    out: Path,
+    *,
+    method: str,
+    made: Sequence[Path] = (),
+    methods: Sequence[str] = (),
+    **options: Any,
+) -> dict[str, Any] | None:
+    """:func:`purify_model` for one of several methods: that one gives no model is an outcome, not an end.
 
     ``untouched`` in place of a method leaves the model as it is: the scan found no evidence.
     A method that diverges, or has nothing to work on in this network, leaves a folder with ``result.json`` only, whose
     verdict is UNKNOWN; it is never selected, and the other methods go on. Every other error is raised.
+
+    Args:
+        made: what the methods before this one left; empty for one that stands beside the others.
+        methods: with ``made``: those that were asked for.
+
+    Returns:
+        ``None`` where others ran and ``method`` is not to come after them; the ``result.json`` is empty then.
     """
     clock = Clock.start()
+    if made and not is_asked_for(method, methods, made):
+        with atomic_directory(out) as folder:
+            (folder / RESULT).touch()
+        return None
     if method == UNTOUCHED:
         return _untouched(model, clean, out, clock, **options)
     try:
-        return purify_model(model, clean, out, method=method, **options)
+        return purify_model(model, clean, out, method=method, made=made, **options)
     except MethodDiverged as error:
         finding = Finding("purify.diverged", Verdict.UNKNOWN, error.got, "finite losses and weights", str(error))
     except MethodNotApplicable as error:
@@ -138,6 +159,11 @@ def purify_candidate(model: Path, clean: Path, out: Path, *, method: str, **opti
     with atomic_directory(out) as folder:
         write_evidence(folder / RESULT, evidence)
     return evidence
+
+
+def digest_of(evidence: Mapping[str, Any] | None) -> str:
+    """The digest of the model that a candidate's evidence names, or ``None`` as text."""
+    return str(None if evidence is None else evidence["outputs"].get("model"))
 
 
 def _untouched(model: Path, clean: Path, out: Path, clock: Clock, **options: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from defense_core.config import digest, from_mapping, to_mapping
 from defense_core.data import CleanSet
 from defense_core.files import atomic_directory, write_atomic
 from defense_core.progress import NullProgress, Progress
+from defense_core.purify.soup import side_by_side
 from defense_core.scan.base import InvertedTrigger, subject_of
 from defense_core.scan.calibrate import rejects
 from defense_core.scan.judgement import ScanConfig, scan
@@ -121,8 +122,8 @@ def scan_model(
 
 
 def methods_after(evidence: Mapping[str, Any], methods: Sequence[str], policy: str) -> list[str]:
-    """What is to be purified with: ``methods``, or nothing after a PASS where the policy lets an unsuspicious model
-    go on as it is.
+    """What is to be purified with side by side: ``methods``, but for the soup, which is mixed of what they leave; or
+    nothing after a PASS where the policy lets an unsuspicious model go on as it is.
 
     Raises:
         ConfigError, PolicyError: ``policy`` is malformed.
@@ -130,7 +131,7 @@ def methods_after(evidence: Mapping[str, Any], methods: Sequence[str], policy: s
     forced = requirements(policy).purification
     if evidence["verdict"] == Verdict.PASS.value and not forced:
         return [UNTOUCHED]
-    return list(methods)
+    return side_by_side(methods)
 
 
 def _images(bundle: Bundle, clean: Path | None, *, whole: bool, seed: int, report: float) -> CleanSet | None:

@@ -15,6 +15,7 @@ def select_model(
     execution: str,
     selected: dsl.Output[dsl.Model],
     evidence: dsl.Output[dsl.Artifact],
+    mixed: dsl.Input[dsl.Model] = None,
 ) -> None:
     """Choose the best candidate by a declared rule, blind to attacks.
 
@@ -25,6 +26,7 @@ def select_model(
         execution: Name of the execution where run names none.
         selected: The chosen model.
         evidence: The rule and every candidate's numbers.
+        mixed: The mean of what the purifiers left, or an empty result.json where none was asked for.
     """
     from pathlib import Path
 
@@ -33,6 +35,7 @@ def select_model(
     with step_scope("select", run, execution) as scope:
         from components.select_model import step
 
-        chosen = step.select_model([Path(each.path) for each in candidates], Path(selected.path), order=methods)
+        made = [Path(each.path) for each in (*candidates, mixed) if each is not None]
+        chosen = step.select_model(step.with_evidence(made), Path(selected.path), order=methods)
         selected.metadata["digest"] = chosen["outputs"]["model"]
         scope.finish(chosen, evidence.path)

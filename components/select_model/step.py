@@ -108,6 +108,11 @@ def select_model(candidates: Sequence[Path], out: Path, *, order: Sequence[str] 
     )
 
 
+def with_evidence(folders: Sequence[Path]) -> list[Path]:
+    """The folders of purifiers that ran: the others hold an empty ``result.json``."""
+    return [each for each in folders if not (each / RESULT).is_file() or (each / RESULT).stat().st_size]
+
+
 def _copied(chosen: Made, out: Path) -> str:
     """Copy the bundle of ``chosen`` to ``out``; its digest. Raises EvidenceMismatch."""
     with atomic_directory(out) as folder:

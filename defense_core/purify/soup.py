@@ -17,7 +17,7 @@ from torch import nn
 
 from defense_core.config import from_mapping, require
 from defense_core.data import Splits
-from defense_core.errors import MethodDiverged, MethodNotApplicable
+from defense_core.errors import ConfigError, MethodDiverged, MethodNotApplicable
 from defense_core.loop import finished, seeded, working_copy
 from defense_core.progress import Progress
 from defense_core.purify import distil, fast_fip, fip, nft, ngf, tsbd
@@ -129,6 +129,33 @@ def mixed(
     }
     history = tuple({**row, "phase": f"{name}: {row['phase']}"} for name, each in made.items() for row in each.history)
     return Purified(finished(mean, "soup"), history, facts)
+
+
+def side_by_side(methods: Sequence[str]) -> list[str]:
+    """Those of a run's methods that start at once: all but the soup, which averages what the others leave."""
+    return [name for name in methods if name != METHOD.name] or list(methods)
+
+
+def joined(config: SoupConfig, ran: Mapping[str, Mapping[str, Any]]) -> SoupConfig:
+    """``config`` for members that ran by themselves: those of its members, each with the configuration that it had.
+
+    Args:
+        ran: configuration by name of the purifiers that ran; a missing key of one has its default.
+
+    Raises:
+        ConfigError: ``config`` has other settings for one of them.
+    """
+    members = tuple(name for name in config.members if name in ran)
+    for name in members:
+        had = from_mapping(MEMBERS[name].config, ran[name], where=name)
+        if name in config.configs and _config_of(config, name) != had:
+            raise ConfigError(
+                f"soup.configs.{name} is not what {name} runs with",
+                expected="the settings of the method itself, which runs in any case",
+                got=config.configs[name],
+                hint=f"Set {name}.<setting> instead of soup.configs.{name}",
+            )
+    return replace(config, members=members, configs={name: ran[name] for name in members})
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def test_no_step_is_cached_and_each_asks_for_memory(compiled: dict[str, Any]) ->
         for name, task in dag["tasks"].items()
         if not name.startswith(("for-loop", "quarantine-steps", "exit-handler"))
     ]
-    assert len(tasks) == 14
+    assert len(tasks) == 16
     assert all(
         not task.get("cachingOptions")
         for task in tasks
@@ -129,4 +129,18 @@ def test_what_is_purified_with_is_the_scans_answer(compiled: dict[str, Any]) -> 
 def test_purify_is_given_no_probe_and_no_registry(compiled: dict[str, Any]) -> None:
     inputs = compiled["components"]["comp-purify-model"]["inputDefinitions"]
     assert "probes" not in inputs["parameters"]
-    assert set(inputs["artifacts"]) == {"bundle", "data"}
+    assert set(inputs["artifacts"]) == {"bundle", "data", "made"}
+
+
+def test_what_the_purifiers_left_is_mixed_once_and_measured_like_them(compiled: dict[str, Any]) -> None:
+    dags = [part["dag"] for part in compiled["components"].values() if "dag" in part]
+    (tasks,) = [dag["tasks"] for dag in dags if "select-model" in dag["tasks"]]
+    loop = next(name for name in tasks if name.startswith("for-loop"))
+    mixing = tasks["purify-model-2"]
+    assert mixing["inputs"]["artifacts"]["made"]["taskOutputArtifact"]["producerTask"] == loop
+    assert mixing["inputs"]["parameters"]["method"]["runtimeValue"]["constant"] == "soup"
+    readers = {
+        name for name, task in tasks.items() if "purify-model-2" in str(task.get("inputs", {}).get("artifacts", {}))
+    }
+    assert readers == {"evaluate-model-3", "select-model", "gate-promotion"}
+    assert "evaluate-model-3" in str(tasks["gate-promotion"]["inputs"]["artifacts"]["mixed_evaluated"])

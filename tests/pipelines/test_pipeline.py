@@ -31,6 +31,11 @@ from tests.small_pool import RATE, make_pool
 STEPS = {"fetch", "scan", "select", "rescan", "export", "gate", "sign", "promote", "attest"} | {
     f"{step}.{method}" for step in ("purify", "evaluate") for method in ("tsbd", "fine_tuning")
 }
+MIXED = {"purify.nft", "evaluate.nft", "purify.soup", "evaluate.soup"}
+WITH_SOUP: dict[str, Any] = {
+    "methods": ("tsbd", "nft", "soup", "fine_tuning"),
+    "configs": {**PLAN_OPTIONS.configs, "nft": {"epochs": 1}},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +65,7 @@ def registry(ended: LocalRun) -> Any:
 
 def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     said: list[str] = []
-    plan = make_inputs(tmp_path / "inputs")
+    plan = make_inputs(tmp_path / "inputs", **WITH_SOUP)
     keys = generate_key_pair(tmp_path / "keys")
     ended = run_local(
         plan, tmp_path / "work", model_name="digits", name="first", signing_key=keys.private, on_line=said.append
@@ -68,7 +73,14 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("allow", "", EXIT_PASS), (
         ended.log.read_text()[-3000:]
     )
-    assert {path.stem for path in ended.evidence.glob("*.json")} == STEPS | {"evaluate.before", "report", "promotion"}
+    assert {path.stem for path in ended.evidence.glob("*.json")} == STEPS | MIXED | {
+        "evaluate.before",
+        "report",
+        "promotion",
+    }
+    members = {name: read(ended, f"purify.{name}")["outputs"]["model"] for name in ("nft", "tsbd")}
+    assert read(ended, "purify.soup")["inputs"]["members"] == members
+    assert {row["method"] for row in read(ended, "select")["results"]["candidates"]} == set(plan.methods)
     assert ended.report is not None
     assert "allow" in json.loads((ended.evidence / "report.json").read_text())["outcome"]
     assert ended.promotion is not None
@@ -84,7 +96,7 @@ def test_a_run_that_is_allowed(tmp_path: Path) -> None:
     ]
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["quarantine.execution"] == "first"
-    assert ended.signed == {"signed": True, "key_id": keys.key_id, "statements": 12}
+    assert ended.signed == {"signed": True, "key_id": keys.key_id, "statements": 16}
     trusted = TrustedSigner(public_key=keys.public)
     assert ended.release is not None
     assert verify_release(ended.release, trusted).verdict is Verdict.PASS
@@ -161,7 +173,7 @@ def test_a_run_that_is_denied(tmp_path: Path) -> None:
 
 def test_a_model_without_findings_goes_on_as_it_is(tmp_path: Path) -> None:
     keys = generate_key_pair(tmp_path / "keys")
-    plan = make_inputs(tmp_path / "inputs", **found_nothing(tmp_path))
+    plan = make_inputs(tmp_path / "inputs", **WITH_SOUP, **found_nothing(tmp_path))
     ended = run_local(plan, tmp_path / "work", model_name="digits", name="first", signing_key=keys.private)
     assert (ended.outcome.decision, ended.outcome.failed_step, ended.exit_code) == ("allow", "", EXIT_PASS), (
         ended.log.read_text()[-3000:]

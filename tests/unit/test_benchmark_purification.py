@@ -162,6 +162,17 @@ def test_the_selected_costs_what_all_that_it_was_chosen_among_cost() -> None:
     assert [(row["attack"], row["method"], row["seconds"]) for row in found] == [("a", "tsbd", 8.0)]
 
 
+def test_a_mean_of_what_stands_beside_it_costs_its_mixing_only() -> None:
+    key = {"attack": "a", "seed": 0, "clean_fraction": 0.05, "architecture": "x", "selected": True}
+    costs = {"tsbd": 3.0, "fip": 5.0, "nft": 2.0, "ngf": 1.0, "soup": 11.5}
+    rows = [
+        {**key, "method": method, "seconds": seconds, "select": signals(before=0.9, after=0.1)}
+        for method, seconds in costs.items()
+    ]
+    assert {row["seconds"] for row in selected(rows, tuple(costs))} == {11.5}
+    assert {row["seconds"] for row in selected(rows[1:], tuple(costs)[1:])} == {19.5}, "its fourth member ran in it"
+
+
 def test_the_default_of_a_run_is_among_the_sets() -> None:
     assert SETS[0] == tuple(name for name in DEFAULT_METHODS if not METHODS[name].control)
     assert all(set(names) <= set(ASKED) for names in SETS)

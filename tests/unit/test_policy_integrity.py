@@ -72,6 +72,30 @@ def test_evidence_without_source_is_unknown(name, how):
     assert found.why == f"No digest from: {name}. All evidence must speak of the same fetched artifact."
 
 
+def mixed(**members: str) -> dict:
+    """A good run whose chosen model is the mean of ``members``."""
+    files = run()
+    files["purify.tsbd"]["inputs"]["members"] = members
+    return files
+
+
+def test_the_members_of_a_mean_are_what_the_purifiers_left():
+    assert integrity(mixed(fine_tuning=OTHER)) == dict.fromkeys(INTEGRITY, PASS)
+    assert integrity(mixed(fine_tuning=CLEANED)) == only("integrity.lineage", FAIL)
+    assert integrity(mixed(fine_tuning=OTHER, ngf=ONNX)) == only("integrity.lineage", UNKNOWN)
+    assert integrity(mixed(ngf=ONNX, fine_tuning=CLEANED)) == only("integrity.lineage", FAIL)
+    found = finding(decide(policy(), mixed(fine_tuning=CLEANED)), "integrity.lineage")
+    assert "What was averaged must be what the purifiers of this run left" in found.why
+
+
+@pytest.mark.parametrize("members", [["sha256:1"], {"fine_tuning": "sha256:1"}, {"fine_tuning": 3}, "all"])
+def test_members_that_are_no_digests_are_damaged_evidence(members):
+    files = run()
+    files["purify.tsbd"]["inputs"]["members"] = members
+    with pytest.raises(EvidenceMismatch, match="members"):
+        decide(policy(), files)
+
+
 @pytest.mark.parametrize(
     ("name", "direction", "broken"),
     [
