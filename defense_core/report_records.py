@@ -80,13 +80,31 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class MemberRow:
+    """A purifier whose model may stand in a mean.
+
+    Attributes:
+        method: its name.
+        averaged: whether it does.
+        expected_drop: of accuracy, for which it may be left out; ``None`` where it is not known.
+        why: why it left no model; empty where it did.
+    """
+
+    method: str
+    averaged: bool
+    expected_drop: float | None
+    why: str
+
+
+@dataclass(frozen=True)
 class Training:
-    """What a method did and how long it took."""
+    """What a method did and how long it took; ``members`` where it averages what others made."""
 
     method: str
     control: bool
     curves: tuple[Curve, ...]
     seconds: float | None
+    members: tuple[MemberRow, ...] = ()
 
 
 @dataclass(frozen=True)

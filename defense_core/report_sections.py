@@ -20,6 +20,7 @@ from defense_core.report_records import (
     CurvePoint,
     FailedStep,
     LayerChange,
+    MemberRow,
     ParityRow,
     RuleRow,
     Tile,
@@ -202,8 +203,22 @@ def training(evidence: Evidences) -> tuple[Training, ...]:
             )
         control = at(each, "results", "control") is True
         curves = tuple(Curve(name, tuple(rows)) for name, rows in phases.items())
-        found.append(Training(text(method, 60), control, curves, number(at(each, "environment", "seconds"))))
+        seconds = number(at(each, "environment", "seconds"))
+        found.append(Training(text(method, 60), control, curves, seconds, members(at(each, "results", "facts"))))
     return tuple(sorted(found, key=lambda each: each.control))
+
+
+def members(facts: Any) -> tuple[MemberRow, ...]:
+    """Of whose models a mean is; none where ``facts`` are of a purifier that averages nothing."""
+    made, failed, averaged = (at(facts, name) for name in ("members", "failed", "averaged"))
+    if not isinstance(made, Mapping) or not isinstance(averaged, (list, tuple)):
+        return ()
+    lost = [
+        MemberRow(text(name, 60), name in averaged, number(at(made, name, "expected_drop")), "")
+        for name in list(made)[:MAX_ROWS]
+    ]
+    gone = failed if isinstance(failed, Mapping) else {}
+    return (*lost, *(MemberRow(text(name, 60), False, None, text(gone[name], 200)) for name in list(gone)[:MAX_ROWS]))
 
 
 def changed_layers(evidence: Evidences, *, selected: str) -> tuple[LayerChange, ...]:

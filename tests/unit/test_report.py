@@ -176,6 +176,29 @@ def test_a_long_training_is_drawn_to_its_last_epoch() -> None:
     assert _thinned(points[:400]) == points[:400]
 
 
+def averaged(facts: dict[str, Any]) -> Evidences:
+    """A run in which a soup was mixed too."""
+    results = {"method": "soup", "control": False, "history": [], "facts": facts}
+    return {**whole_run(), "purify.soup": record("purify.soup", {"model": MODEL}, {"model": sha("mean")}, results)}
+
+
+def test_a_mean_says_whose_weights_it_is_of() -> None:
+    lost = {"nft": {"expected_drop": 0.012}, "tsbd": {"expected_drop": 0.071}}
+    facts = {"averaged": ["nft"], "members": lost, "failed": {"ngf": "ngf: loss became <NaN>"}}
+    said = rendered(averaged(facts)).text
+    card = said[said.index("Soup: the mean of several") :]
+    rows = ["NFT 1.2 % yes", "TSBD 7.1 % no", "NGF – ngf: loss became <NaN>"]
+    assert [row for row in rows if row in " ".join(card.split())] == rows
+    assert "No training history" not in card
+
+
+@pytest.mark.parametrize("facts", [{}, {"averaged": "nft", "members": {}}, {"averaged": ["nft"], "members": ["nft"]}])
+def test_a_mean_of_nobody_knows_whom_has_no_table(facts: dict[str, Any]) -> None:
+    said = rendered(averaged(facts)).text
+    assert "the mean of several" not in said
+    assert "No training history was recorded." in said
+
+
 def test_a_broken_chain_is_named() -> None:
     report = build_report(forged("chain"))
     assert report.broken == ("export",)
