@@ -228,7 +228,8 @@ def group_of(row: Mapping[str, Any]) -> str:
 
 
 def _candidate(row: Mapping[str, Any]) -> Candidate:
-    return Candidate(row["method"], Signals.from_mapping(row["select"]))
+    averaged = len(row.get("chosen", {}).get("averaged", ()))
+    return Candidate(row["method"], Signals.from_mapping(row["select"]), averaged=averaged)
 
 
 def run(

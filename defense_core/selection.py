@@ -3,7 +3,8 @@
 Clean accuracy alone would choose the gentlest method, which leaves the backdoor. So every candidate is also asked how
 far the universal perturbations that were found on the *given* model still work on it (:mod:`defense_core.universal`).
 The candidates together name the class whose perturbation lost most: where several purifiers agree that a shortcut went
-away, one was there. The candidate on which least is left of it is chosen.
+away, one was there. The candidate on which least is left of it is chosen; of those that leave about as little, the
+mean of several, whose errors are averaged too.
 
 No tensor is touched here: the signals are measured by :func:`defense_core.universal.select_signals`.
 """
@@ -29,8 +30,9 @@ RULE = (
     "Among the methods that ended well, the control left out: those that are expected to lose at most "
     f"{MAX_EXPECTED_DROP:g} of accuracy on the select split, by the given model's calibrated probabilities (all, "
     "where none is). Of these, the least success of the universal perturbation that was found on the given model for "
-    f"the suspected class; within {TIE:g}, the least success of the perturbations for all classes together; then the "
-    "smallest expected drop; then the order in which the methods were given. "
+    f"the suspected class; within {TIE:g}, the mean of several candidates' weights, if it is among them; then the "
+    "least success of the perturbations for all classes together; then the smallest expected drop; then the order in "
+    "which the methods were given. "
     "The suspected class is the one whose perturbation lost most, averaged over the candidates."
 )
 
@@ -84,6 +86,7 @@ class Candidate:
         eligible: whether it can be chosen.
         why: the reason, where it cannot.
         residual: success of the suspected class's perturbation on it, in [0, 1]; filled in by :func:`with_residuals`.
+        averaged: of how many candidates' weights it is the mean; 0 where it is none.
     """
 
     method: str
@@ -91,6 +94,7 @@ class Candidate:
     eligible: bool = True
     why: str = ""
     residual: float | None = None
+    averaged: int = 0
 
 
 def permitted_drop(max_drop: float, images: int) -> float:
@@ -134,7 +138,8 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
         return None
     least = min(_residual(each) for each in accurate)
     tied = [each for each in accurate if _residual(each) <= least + TIE]
-    return min(tied, key=_left)  # the first of equals, which is the one that was given first
+    means = [each for each in tied if each.averaged > 1]
+    return min(means or tied, key=_left)  # the first of equals, which is the one that was given first
 
 
 def _left(candidate: Candidate) -> tuple[float, float]:

@@ -44,6 +44,7 @@ class Made:
             "control": self.control,
             "accuracy": None if signals is None else signals.accuracy,
             "residual": self.candidate.residual,
+            "averaged": self.candidate.averaged,
             "eligible": self.candidate.eligible,
             "why": self.candidate.why,
         }
@@ -175,5 +176,6 @@ def _made(folder: Path, evidence: Mapping[str, Any]) -> Made:
         signals=None if signals is None else Signals.from_mapping(signals),
         eligible=not why,
         why=why,
+        averaged=len(results.get("facts", {}).get("averaged", ())),
     )
     return Made(candidate, folder, evidence["outputs"].get("model"), control)

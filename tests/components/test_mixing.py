@@ -96,6 +96,7 @@ def test_the_mean_is_a_candidate_like_the_others(mix: Mix, left: dict[str, Path]
     assert mixed is not None
     chosen = select_model([*left.values(), tmp_path / "soup"], tmp_path / "chosen", order=ASKED)
     assert [row["method"] for row in chosen["results"]["candidates"]] == ["nft", "tsbd", "soup"]
+    assert [row["averaged"] for row in chosen["results"]["candidates"]] == [0, 0, 2]
     assert chosen["inputs"]["candidates"]["soup"] == mixed["outputs"]["model"]
 
 

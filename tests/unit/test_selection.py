@@ -50,6 +50,20 @@ def test_within_a_tie_all_classes_count_then_accuracy_then_the_order() -> None:
         assert chosen.method == best
 
 
+def test_within_a_tie_the_mean_of_several_comes_first() -> None:
+    strong, accurate = candidate("strong", reached=(0.1, 0.1, 0.1)), candidate("accurate", correct=190)
+    mean = replace(candidate("mean", correct=178, reached=(0.14, 0.9, 0.9)), averaged=2)
+    for changed, best in (
+        (mean, "mean"),
+        (replace(mean, averaged=1), "strong"),  # of one model there is no mean
+        (replace(mean, eligible=False, why="left out"), "strong"),
+        (replace(candidate("mean", reached=(0.16, 0.0, 0.0)), averaged=2), "strong"),  # it leaves more
+    ):
+        chosen = choose([strong, accurate, changed])
+        assert chosen is not None
+        assert chosen.method == best
+
+
 def test_what_costs_too_much_accuracy_is_passed_over_while_anything_holds() -> None:
     costly = candidate("costly", correct=150, cautious_accuracy=0.72, reached=(0.0, 0.0, 0.0))
     chosen = choose([costly, candidate("a")])
