@@ -98,6 +98,11 @@ class MlflowSettings:
         """Whether the tracking store is a server, whose file paths mean nothing here."""
         return urlsplit(self.tracking_uri).scheme in ("http", "https")
 
+    @property
+    def has_remote_registry(self) -> bool:
+        """Whether the model registry is a server, which others write to."""
+        return urlsplit(self.registry_uri or self.tracking_uri).scheme in ("http", "https")
+
 
 @dataclass(frozen=True)
 class MlflowConnection:

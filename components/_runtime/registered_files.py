@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors, without_credentials
-from components._runtime.registered_sources import require_allowed_source
+from components._runtime.registered_sources import require_allowed_source, require_mounted, require_stated_source
 from defense_core.config import digest
 from defense_core.errors import ArtifactTooLarge, ConfigError, RegistryConflict, SourceNotFound, UnsafeArtifact
 from defense_core.files import atomic_directory, sha256_file
@@ -130,7 +130,7 @@ def download_version(
     """
     what = f"models:/{version.name}/{version.version}"
     with mlflow_errors(f"download {what}", connection.settings):
-        uri = _files_address(connection, version)
+        uri = _files_address(connection, version, what)
         return download_files(connection, uri, folder, what, max_bytes=max_bytes, part=part)
 
 
@@ -145,10 +145,12 @@ def download_files(
 
     Raises:
         SourceNotFound, ArtifactTooLarge, UnsafeArtifact, RegistryConflict: as :func:`resolve_model_uri`.
+        RegistryUnavailable: a local store is not mounted.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     require_allowed_source(uri, connection.settings, what)
+    require_mounted(uri, what)
     repository = get_artifact_repository(uri, tracking_uri=connection.settings.tracking_uri)
     sizes = _listing(repository, what, part)
     _require_size(what, sum(sizes.values()), max_bytes)
@@ -191,11 +193,14 @@ def _difference(expected: str | None, got: str | None) -> str:
     return "unexpected" if expected is None else "changed"
 
 
-def _files_address(connection: MlflowConnection, version: ModelVersion) -> str:
+def _files_address(connection: MlflowConnection, version: ModelVersion, what: str) -> str:
     """Where a version's files are in their artifact store.
 
     ``models:/`` and ``runs:/`` are resolved with this client: MLflow's own resolution of them asks
     whatever registry is globally configured.
+
+    Raises:
+        UnsafeArtifact: the registry names a place that must not be read, or a path out of a run's files.
     """
     client = connection.client
     uri = str(client.get_model_version_download_uri(version.name, version.version))
@@ -203,7 +208,10 @@ def _files_address(connection: MlflowConnection, version: ModelVersion) -> str:
         uri = str(client.get_logged_model(uri.removeprefix("models:/")).artifact_location)
     elif uri.startswith("runs:/"):
         run_id, _, path = uri.removeprefix("runs:/").partition("/")
+        _require_safe_path(path, what)
         uri = f"{client.get_run(run_id).info.artifact_uri}/{path}"
+    else:
+        require_stated_source(uri, connection.settings, what)
     return uri
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from components._runtime.mlflow_connection import MlflowSettings, without_credentials
-from defense_core.errors import UnsafeArtifact
+from defense_core.errors import RegistryUnavailable, UnsafeArtifact
 
 REMOTE_SCHEMES = ("mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
 LOCAL_SCHEMES = ("", "file")
+ENCLOSING = 3
+"""Folders around a version's own that belong to its run or model and to its experiment."""
 # Where Microsoft serves Azure storage. MLflow sends its Azure credentials to the host that an abfss address names.
 _AZURE_HOST = re.compile(
     r"[^@]+@(?:[^@.]+\.(?:blob|dfs)\.core\.(?:windows\.net|chinacloudapi\.cn|usgovcloudapi\.net)"
@@ -39,6 +42,48 @@ def require_allowed_source(uri: str, settings: MlflowSettings, what: str) -> Non
         raise _foreign_host(what, f"no host, or {own}", uri)
     if scheme in ("wasbs", "abfss") and not _AZURE_HOST.fullmatch(host):
         raise _foreign_host(what, "a host of Azure storage", uri)
+
+
+def require_stated_source(uri: str, settings: MlflowSettings, what: str) -> None:
+    """:func:`require_allowed_source` for what the registry itself says, before a run or logged model is looked up.
+
+    Runs may be kept on this machine while the registry is a server: what it says must not name our files then either.
+    """
+    if settings.has_remote_registry and _scheme_and_host(uri)[0] in LOCAL_SCHEMES:
+        raise UnsafeArtifact(
+            f"source of {what} may not be read",
+            expected="a run, a logged model or an artifact store",
+            got=without_credentials(uri),
+            hint="The registry is a server, and any of its writers can name a path on this machine",
+        )
+    require_allowed_source(uri, settings, what)
+
+
+def require_mounted(uri: str, what: str) -> None:
+    """Refuse to take a local store that is not there for one whose files were deleted.
+
+    The folder of a version lies in folders of its run or model and of its experiment. Where none of them holds
+    anything, what is missing is the store: a volume that is not mounted, a machine that never had it.
+
+    Args:
+        uri: a path or ``file:`` address; any other is left to its store, which answers or does not.
+
+    Raises:
+        RegistryUnavailable: neither the folder nor one of the ``ENCLOSING`` folders around it holds anything.
+    """
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    if _scheme_and_host(uri)[0] not in LOCAL_SCHEMES:
+        return
+    folder = Path(local_file_uri_to_path(uri))
+    around = (folder, *folder.parents)[: ENCLOSING + 1]
+    if not any(each.is_dir() and any(each.iterdir()) for each in around):
+        raise RegistryUnavailable(
+            f"the artifact store of {what} is not there",
+            expected=f"a folder {folder}, or what remains of the experiment around it",
+            got="nothing, or empty folders",
+            hint="Mount the volume that holds the registry's artifacts, or run where it is mounted",
+        )
 
 
 def _scheme_and_host(uri: str) -> tuple[str, str]:

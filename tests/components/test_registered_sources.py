@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from components._runtime.mlflow_connection import MlflowSettings
-from components._runtime.registered_sources import require_allowed_source
-from defense_core.errors import UnsafeArtifact
+from components._runtime.registered_sources import require_allowed_source, require_mounted, require_stated_source
+from defense_core.errors import RegistryUnavailable, UnsafeArtifact
 
 SERVER = "https://mlflow.example:5000"
 
@@ -69,3 +71,45 @@ def test_a_local_registry_has_no_server_to_name() -> None:
         require_allowed_source(
             "mlflow-artifacts://evil.example/x", MlflowSettings(tracking_uri="sqlite:////tmp/mlflow.db"), "models:/x/1"
         )
+
+
+LOCAL = "sqlite:////tmp/mlflow.db"
+
+
+@pytest.mark.parametrize("source", ["/tmp/mlartifacts/1", "file:///etc", "FILE:///etc", "../etc"])
+def test_a_registry_that_is_a_server_names_no_file_of_ours(source: str) -> None:
+    with pytest.raises(UnsafeArtifact, match="may not be read"):
+        require_stated_source(source, MlflowSettings(tracking_uri=LOCAL, registry_uri=SERVER), "models:/x/1")
+    require_allowed_source(source.lower(), MlflowSettings(tracking_uri=LOCAL, registry_uri=SERVER), "a run's")
+
+
+def test_a_registry_on_this_machine_names_its_files() -> None:
+    require_stated_source("/tmp/mlartifacts/1", MlflowSettings(tracking_uri=LOCAL), "models:/x/1")
+    require_stated_source("s3://bucket/1", MlflowSettings(tracking_uri=LOCAL, registry_uri=SERVER), "models:/x/1")
+    with pytest.raises(UnsafeArtifact, match="may not be read"):
+        require_stated_source("ftp://host/1", MlflowSettings(tracking_uri=LOCAL), "models:/x/1")
+
+
+def artifacts(root: Path) -> Path:
+    """Where MLflow keeps a logged model's files."""
+    return root / "1" / "models" / "m-1" / "artifacts"
+
+
+@pytest.mark.parametrize("mounted", ["not there", "an empty mount point"])
+def test_a_store_that_is_not_mounted_is_not_taken_for_an_empty_one(mounted: str, tmp_path: Path) -> None:
+    if mounted == "an empty mount point":
+        (tmp_path / "store").mkdir()
+    with pytest.raises(RegistryUnavailable, match="Mount the volume"):
+        require_mounted(f"file://{artifacts(tmp_path / 'store')}", "models:/x/1")
+
+
+@pytest.mark.parametrize("left", ["1/models/m-1/artifacts/MLmodel", "1/models/m-1/other", "1/models/m-2/x", "1/run/x"])
+def test_deleted_files_of_a_mounted_store_are_gone(left: str, tmp_path: Path) -> None:
+    path = tmp_path / "store" / left
+    path.parent.mkdir(parents=True)
+    path.touch()
+    require_mounted(str(artifacts(tmp_path / "store")), "models:/x/1")
+
+
+def test_another_store_answers_for_itself() -> None:
+    require_mounted("s3://bucket/models", "models:/x/1")

@@ -487,6 +487,24 @@ def test_a_version_whose_files_are_gone_is_not_found(mlflow_sqlite: MlflowConnec
         resolve_model_uri(mlflow_sqlite, f"models:/{NAME}/1", tmp_path / "out", max_bytes=1 << 20)
 
 
+def test_a_store_that_is_not_mounted_does_not_answer(mlflow_sqlite: MlflowConnection, tmp_path: Path) -> None:
+    promoted(mlflow_sqlite, make_release(tmp_path / "release"))
+    experiment = stored_files(mlflow_sqlite, "1").parents[2]
+    experiment.rename(tmp_path / "unmounted")
+    with pytest.raises(RegistryUnavailable, match="Mount the volume"):
+        resolve_model_uri(mlflow_sqlite, f"models:/{NAME}/1", tmp_path / "out", max_bytes=1 << 20)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_out_of_a_runs_files_is_refused(mlflow_sqlite: MlflowConnection, tmp_path: Path) -> None:
+    client = mlflow_sqlite.client
+    run = client.create_run(client.create_experiment("another"))
+    client.create_registered_model(NAME)
+    client.create_model_version(NAME, source=f"runs:/{run.info.run_id}/../../../../etc", run_id=run.info.run_id)
+    with pytest.raises(UnsafeArtifact):
+        resolve_model_uri(mlflow_sqlite, f"models:/{NAME}/1", tmp_path / "out", max_bytes=1 << 20)
+
+
 @pytest.mark.parametrize("source", ["http://127.0.0.1:9/model", "ftp://127.0.0.1/model", "dbfs:/model"])
 def test_a_source_that_must_not_be_fetched_is_refused(
     mlflow_sqlite: MlflowConnection, tmp_path: Path, source: str

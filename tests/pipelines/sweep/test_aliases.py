@@ -130,6 +130,22 @@ def test_credentials_that_cannot_read_evidence_decide_nothing(
     assert aliases(connection)["champion"] == drifted["second"]
 
 
+def test_a_store_that_is_not_mounted_takes_no_alias_away(
+    connection: MlflowConnection, memory: SweepMemory, drifted: dict[str, str], tmp_path: Path
+) -> None:
+    connection.client.set_registered_model_alias("clean", "champion", drifted["second"])
+    journal, store = Journal(tmp_path / "journal.jsonl"), tmp_path / "mlflow" / "mlartifacts"
+    store.rename(tmp_path / "elsewhere")
+    store.mkdir()  # the mount point
+    report = swept(connection, memory, journal=journal)
+    assert (report.exit_code, report.found["unknown"], report.moves) == (2, 1, ())
+    assert "Mount the volume" in " ".join(each.why for each in report.findings)
+    assert aliases(connection)["champion"] == drifted["second"]
+    store.rmdir()
+    (tmp_path / "elsewhere").rename(store)
+    assert swept(connection, memory, journal=journal).found["unknown"] == 0
+
+
 def test_a_renewed_decision_is_a_version_of_its_own_and_settles_the_finding(
     connection: MlflowConnection, memory: SweepMemory, tmp_path: Path
 ) -> None:
