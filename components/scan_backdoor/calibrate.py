@@ -14,7 +14,7 @@ from components._runtime.trust import trusted_modules
 from defense_core import __version__, architectures
 from defense_core.bundle import untrained_bundle
 from defense_core.config import canonical_json, digest, from_mapping, require
-from defense_core.data import CleanSet, load_clean_set
+from defense_core.data import CleanSet, load_clean_set, require_apart
 from defense_core.errors import ConfigError
 from defense_core.files import write_atomic
 from defense_core.progress import NullProgress, Progress
@@ -48,7 +48,9 @@ def calibrate_pool(
 
     Raises:
         ConfigError: neither training images nor references, or both; no reference to train; a bad setting.
-        ArtifactError, SourceError, DataError, MethodDiverged, Cancelled: of the kind that fits.
+        DataError: among others, a clean image that references would be trained on: their statistics on it are not
+            those of a scan.
+        ArtifactError, SourceError, MethodDiverged, Cancelled: of the kind that fits.
     """
     if bool(train) == bool(given):
         raise ConfigError(
@@ -102,6 +104,7 @@ def calibrate_pool(
 
     if train is not None:
         data = load_clean_set(train, **shape)
+        require_apart(data, images, fitted_name="training", quoted_name="clean")
         references = tuple(trained(data))
     else:
         references = tuple(taken())

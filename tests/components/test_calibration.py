@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from components.scan_backdoor import calibrate
-from defense_core.errors import Cancelled
+from defense_core.errors import Cancelled, DataError
 from defense_core.loop import Tuning
 from defense_core.scan import references
 from defense_core.scan.observe import Observed
@@ -37,7 +37,7 @@ def made(folder: Path) -> Pool:
     return calibrate.calibrate_pool(
         folder / "pool.json",
         clean=folder / "clean.npz",
-        train=folder / "clean.npz",
+        train=folder / "test.npz",
         count=3,
         specs=[PLAN_OPTIONS.spec],
         training={"epochs": 1, "batch_size": 32, "lr": 0.01},
@@ -69,6 +69,15 @@ def test_a_pool_of_references_that_were_trained(tmp_path: Path, trained: list[in
     assert load_pool(tmp_path / "pool.json") == pool
     assert [reference.recipe["seed"] for reference in pool.references] == [0, 1, 2]
     assert len({str(reference.readings) for reference in pool.references}) == 3
+
+
+def test_references_are_not_read_on_images_that_they_were_trained_on(tmp_path: Path, trained: list[int]) -> None:
+    make_inputs(tmp_path)
+    (tmp_path / "test.npz").write_bytes((tmp_path / "clean.npz").read_bytes())
+    with pytest.raises(DataError, match=r"clean set holds images of the training set.*80 of 80"):
+        made(tmp_path)
+    assert trained == []
+    assert not (tmp_path / "pool.json").exists()
 
 
 def test_a_second_start_trains_what_the_first_had_not_read(

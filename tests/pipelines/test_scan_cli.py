@@ -250,7 +250,7 @@ def test_calibrate_trains_a_network_of_the_user_s_own(
     name = f"calibrated_{trusts}"
     network = own_network(tmp_path, name, monkeypatch)
     quick = ("--clean", inputs / "clean.npz", "--config", inputs / "quick.yaml", "--device", "cpu")
-    trained = ("--train", inputs / "clean.npz", "--references", "2", "--set", "epochs=1", "--set", "lr=0.01")
+    trained = ("--train", inputs / "test.npz", "--references", "2", "--set", "epochs=1", "--set", "lr=0.01")
     words = ["calibrate", *network, *quick, *trained, "--out", tmp_path / "pool.json"]
     refused = quarantine(*words)
     assert refused.code == 3
