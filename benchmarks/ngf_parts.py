@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.markdown import Rows
 from benchmarks.presets import PRESETS, Setting, recipe_of
-from benchmarks.purification import CANDIDATES, Case, clean_splits, completed, figures, group_of, jobs, key_of
+from benchmarks.purification import APART, Case, clean_splits, completed, figures, group_of, jobs, key_of
 from benchmarks.purification_tables import MEANS, Table, means, selected
 from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import load_cifar10, victim
@@ -24,10 +24,8 @@ from defense_core import config
 from defense_core.data import CleanSet
 from defense_core.progress import NullProgress
 from defense_core.purify import METHODS
-from defense_core.purify.soup import side_by_side
 
 NAME = "ngf-parts"
-APART = tuple(side_by_side(CANDIDATES))
 SETTINGS: Mapping[str, Any] = {"part": "masked"}
 SHARE = 0.05
 """Clean images of the runs that are compared, as a share of the training set."""

@@ -34,7 +34,7 @@ from defense_core.evaluate import evaluate
 from defense_core.evaluate.metrics import der
 from defense_core.progress import Progress, default_progress
 from defense_core.purify import METHODS, Purified, purify
-from defense_core.purify.soup import SoupConfig, mixed
+from defense_core.purify.soup import SoupConfig, mixed, side_by_side
 from defense_core.selection import Candidate, Signals, choose
 from defense_core.universal import Perturbations, select_signals, universal_perturbations
 
@@ -43,6 +43,8 @@ KEY = ("attack", "method", "seed", "clean_fraction", "architecture", "config_dig
 
 CANDIDATES = ("tsbd", "fip", "nft", "ngf", "soup")
 """Methods that ``selected`` is chosen among, in order of preference, as a run with its defaults does."""
+APART = tuple(side_by_side(CANDIDATES))
+"""Those of them that run by themselves."""
 ASKED = (*CANDIDATES, "fast_fip", "distil")
 """Methods whose models are asked for what a choice needs: all but the control and those of others."""
 

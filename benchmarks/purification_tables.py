@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.purification import CANDIDATES, comparable, completed, group_of, grouped
+from benchmarks.purification import APART, CANDIDATES, comparable, completed, group_of, grouped
 from defense_core.purify.soup import METHOD, SoupConfig
 
 Row = Mapping[str, Any]
@@ -16,7 +16,7 @@ Table = tuple[tuple[str, ...], list[list[str]]]
 SELECTED = "**selected**"
 SETS = (
     CANDIDATES,
-    CANDIDATES[:-1],
+    APART,
     ("tsbd", "fip", "fast_fip", "nft", "ngf"),
     ("tsbd", "nft", "ngf"),
     ("fast_fip", "nft", "ngf"),

@@ -152,6 +152,16 @@ def read_folder(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def is_absent(path: Path) -> bool:
+    """Whether ``path`` is empty: what a step leaves in the place of evidence where nothing was asked of it."""
+    return path.is_file() and not path.stat().st_size
+
+
+def why_of(evidence: Mapping[str, Any]) -> str:
+    """What the findings of ``evidence`` say, in one line; empty where it has none."""
+    return "; ".join(str(finding["why"]) for finding in evidence["findings"])
+
+
 def source_of(evidence: Mapping[str, Any]) -> str:
     """The digest of the fetched artifact that ``evidence`` speaks of."""
     return str(evidence["inputs"]["source"])

@@ -96,12 +96,16 @@ class MlflowSettings:
     @property
     def is_remote(self) -> bool:
         """Whether the tracking store is a server, whose file paths mean nothing here."""
-        return urlsplit(self.tracking_uri).scheme in ("http", "https")
+        return _is_server(self.tracking_uri)
 
     @property
     def has_remote_registry(self) -> bool:
         """Whether the model registry is a server, which others write to."""
-        return urlsplit(self.registry_uri or self.tracking_uri).scheme in ("http", "https")
+        return _is_server(self.registry_uri or self.tracking_uri)
+
+
+def _is_server(uri: str) -> bool:
+    return urlsplit(uri).scheme in ("http", "https")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from components._runtime.mlflow_connection import MlflowSettings, without_credentials
-from defense_core.errors import RegistryUnavailable, UnsafeArtifact
+from defense_core.errors import AccessDenied, RegistryUnavailable, UnsafeArtifact
+from defense_core.files import reading
 
 REMOTE_SCHEMES = ("mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
 LOCAL_SCHEMES = ("", "file")
@@ -69,15 +70,18 @@ def require_mounted(uri: str, what: str) -> None:
         uri: a path or ``file:`` address; any other is left to its store, which answers or does not.
 
     Raises:
+        AccessDenied: this account may not look there.
         RegistryUnavailable: neither the folder nor one of the ``ENCLOSING`` folders around it holds anything.
     """
-    from mlflow.utils.file_utils import local_file_uri_to_path
-
     if _scheme_and_host(uri)[0] not in LOCAL_SCHEMES:
         return
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
     folder = Path(local_file_uri_to_path(uri))
     around = (folder, *folder.parents)[: ENCLOSING + 1]
-    if not any(each.is_dir() and any(each.iterdir()) for each in around):
+    with reading(folder, RegistryUnavailable, "a readable folder", denied=AccessDenied):
+        holds_something = any(each.is_dir() and any(each.iterdir()) for each in around)
+    if not holds_something:
         raise RegistryUnavailable(
             f"the artifact store of {what} is not there",
             expected=f"a folder {folder}, or what remains of the experiment around it",

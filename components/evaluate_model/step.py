@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components._runtime.evidence import Clock, compose, read_evidence, source_of
+from components._runtime.evidence import Clock, compose, is_absent, read_evidence, source_of, why_of
 from components._runtime.loading import (
     open_model,
     quoted_images,
@@ -106,9 +106,9 @@ def evaluate_candidate(model: Path, *, name: str, **options: Any) -> dict[str, A
     """:func:`evaluate_model` for what purification left, which may be no model at all; ``None`` where nothing was
     asked for, and an empty file stands in the evidence's place."""
     result = Path(model) / RESULT
+    if is_absent(result):
+        return None
     if result.is_file():
-        if not result.stat().st_size:
-            return None
         purification = read_evidence(result)
         if purification["verdict"] != Verdict.PASS.value:
             return _nothing_to_measure(name, purification)
@@ -116,12 +116,15 @@ def evaluate_candidate(model: Path, *, name: str, **options: Any) -> dict[str, A
 
 
 def _nothing_to_measure(name: str, purification: Mapping[str, Any]) -> dict[str, Any]:
-    why = "; ".join(str(finding["why"]) for finding in purification["findings"])
     return compose(
         f"evaluate.{name}",
         Clock.start(),
         inputs={"source": source_of(purification), "model": None},
         results={},
         verdict=Verdict.UNKNOWN,
-        findings=[Finding("evaluate.measured", Verdict.UNKNOWN, None, "a model", f"{name} gave no model: {why}")],
+        findings=[
+            Finding(
+                "evaluate.measured", Verdict.UNKNOWN, None, "a model", f"{name} gave no model: {why_of(purification)}"
+            )
+        ],
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from components._runtime.approvals import SignedApproval
 from components._runtime.decision_files import decision_bytes, replay_decision, write_decision
-from components._runtime.evidence import POLICY, Clock, compose, read_evidence, read_folder
+from components._runtime.evidence import POLICY, Clock, compose, is_absent, read_evidence, read_folder
 from components._runtime.plan import parse_json
 from defense_core.config import to_mapping
 from defense_core.errors import ConfigError, EvidenceMismatch
@@ -42,7 +42,7 @@ def decide_given(
     if former is not None:
         stated = parse_json((former / POLICY).read_text("utf-8"), POLICY)
         return gate_promotion(read_folder(former), stated, out, approvals=approvals, supersedes=former, earlier=earlier)
-    found = [read_evidence(path) for path in paths if path.stat().st_size]
+    found = [read_evidence(path) for path in paths if not is_absent(path)]
     evidence = {str(each["name"]): each for each in found}
     return gate_promotion(evidence, parse_json(policy, "policy"), out, approvals=approvals, earlier=earlier)
 

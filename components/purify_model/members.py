@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components._runtime.evidence import read_evidence
+from components._runtime.evidence import read_evidence, why_of
 from components._runtime.loading import open_model, source_digest
 from components._runtime.plan import UNTOUCHED, Loading
 from defense_core.bundle import Bundle
@@ -41,11 +41,6 @@ class Left:
     def ended_well(self) -> bool:
         """Whether there is a model."""
         return bool(self.evidence["verdict"] == Verdict.PASS.value)
-
-    @property
-    def why(self) -> str:
-        """What its findings say."""
-        return "; ".join(str(finding["why"]) for finding in self.evidence["findings"])
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def mix_members(
         stated = members[name].evidence["outputs"].get("model")
         if model.digest != stated:
             raise EvidenceMismatch(f"{name} is not the model of its evidence", expected=stated, got=model.digest)
-    failed = {name: each.why for name, each in members.items() if not each.ended_well}
+    failed = {name: why_of(each.evidence) for name, each in members.items() if not each.ended_well}
     if not opened:
         raise MethodDiverged("no member of the soup left a model", got="; ".join(failed.values()))
     made = {

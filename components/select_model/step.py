@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from components._runtime.bundle_files import bundle_digest, copy_bundle
-from components._runtime.evidence import Clock, compose, read_evidence, source_of
+from components._runtime.evidence import Clock, compose, is_absent, read_evidence, source_of, why_of
 from components._runtime.plan import UNTOUCHED
 from defense_core.config import require, to_mapping
 from defense_core.errors import EvidenceMismatch, EvidenceMissing
@@ -111,7 +111,7 @@ def select_model(candidates: Sequence[Path], out: Path, *, order: Sequence[str] 
 
 def with_evidence(folders: Sequence[Path]) -> list[Path]:
     """The folders of purifiers that ran: the others hold an empty ``result.json``."""
-    return [each for each in folders if not (each / RESULT).is_file() or (each / RESULT).stat().st_size]
+    return [each for each in folders if not is_absent(each / RESULT)]
 
 
 def _copied(chosen: Made, out: Path) -> str:
@@ -165,10 +165,7 @@ def _made(folder: Path, evidence: Mapping[str, Any]) -> Made:
     control = bool(results["control"])
     why = ""
     if evidence["verdict"] != Verdict.PASS.value:
-        why = (
-            "; ".join(str(finding["why"]) for finding in evidence["findings"])
-            or f"its verdict is {evidence['verdict']}"
-        )
+        why = why_of(evidence) or f"its verdict is {evidence['verdict']}"
     elif control:
         why = "the control is shown for comparison only"
     candidate = Candidate(
