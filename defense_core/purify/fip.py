@@ -47,6 +47,7 @@ class FIPConfig(FisherGuidedConfig):
 
     fisher: Kind = "empirical"
     trace_draws: int = 1
+    n_factors: tuple[float, ...] = (1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0)
     max_drop: float = 0.045
 
     def __post_init__(self) -> None:

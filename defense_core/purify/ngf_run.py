@@ -68,12 +68,12 @@ class NGFConfig:
     ratio: float | None = None
     ratio_grid: tuple[float, ...] = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
     start_keep: float = 0.92
-    factors: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    factors: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.1, 2.5, 3.0, 3.6)
     unlearn_lr: float = 2e-3
     unlearn_epochs: int = 2
     layers: int | None = None
     layers_grid: tuple[int, ...] = (1, 2)
-    max_drop: float = 0.035
+    max_drop: float = 0.045
     fisher: Literal["empirical", "true"] = "empirical"
     eta: float = 1.0
     damping: float = 0.1

@@ -22,12 +22,18 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.gradient_steps import gradient_norm_step
+from defense_core.layers import has_batch_norm
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.choice import chooser, expected_drop, require_factors, strongest_expected
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
+
+GENTLER = (0.25, 0.5)
+"""Further factors of the neuron ratio in networks without BatchNorm, whose layers bear less."""
+WITHOUT_NORM = 0.2
+"""Share of the repair's rates that they are repaired at: no statistics bound a step there."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,9 @@ class TSBDConfig(StageOneConfig):
         n: neuron ratio; ``None``: the first stage's, times the largest of ``n_factors`` after whose repair at the
             smallest rate the accuracy holds (:func:`~defense_core.purify.choice.expected_drop` on the *select* split,
             ``max_drop``).
-        n_factors: candidates, 1 or more.
+        n_factors: candidates, 1 or more; in networks without BatchNorm a quarter and a half too.
         lr: repair rate; ``None``: the largest of ``lr_grid`` by the same bound.
-        lr_grid: candidates.
+        lr_grid: candidates; in networks without BatchNorm a fifth of them.
         max_drop: permitted drop, in [0, 1]; that of the test accuracy is about half a point to two less, because the
             estimate credits no mistake that labels mend.
         n_grid, stage1_keep, m, variant, scope, unlearn_lr, unlearn_depth, unlearn_epochs: as in
@@ -56,10 +62,10 @@ class TSBDConfig(StageOneConfig):
         batch_size, precision: see :class:`defense_core.loop.Tuning`.
     """
 
-    n_factors: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0)
+    n_factors: tuple[float, ...] = (1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0)
     lr: float | None = None
     lr_grid: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-    max_drop: float = 0.04
+    max_drop: float = 0.05
     epochs: int = 10
     min_steps: int = 70
     weight_decay: float = 5e-4
@@ -103,7 +109,9 @@ def purify(
     """
     shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
     first = stage_one(model, clean, config, **shared)
-    weakest, *stronger = sorted(config.lr_grid) if config.lr is None else (config.lr,)
+    gentle = not has_batch_norm(model)
+    rates = [lr * (WITHOUT_NORM if gentle else 1.0) for lr in config.lr_grid] if config.lr is None else [config.lr]
+    weakest, *stronger = sorted(rates)
 
     def repaired(ratio: float, lr: float) -> tuple[float, _Repaired]:
         network, masks = first.zeroed(ratio)
@@ -113,6 +121,8 @@ def purify(
 
     within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
     factors = config.n_factors if config.n is None and config.epochs else (1.0,)
+    if gentle and len(factors) > 1:
+        factors = (*GENTLER, *factors)
     factor, begun, factor_trials = within(factors, lambda factor: repaired(min(first.n * factor, 1.0), weakest))
     ratio = min(first.n * factor, 1.0)
     # Without steps every rate gives the same model.

@@ -27,7 +27,9 @@ class Rule:
     monkeypatch: pytest.MonkeyPatch
     rates: list[float] = field(default_factory=list)
 
-    def facts(self, drops: list[float], *, select: int = 100, **settings: Any) -> dict[str, Any]:
+    def facts(
+        self, drops: list[float], *, select: int = 100, given: nn.Module | None = None, **settings: Any
+    ) -> dict[str, Any]:
         remaining = iter(drops)
         self.monkeypatch.setattr(tsbd, "expected_drop", lambda *_, **__: next(remaining))
         self.monkeypatch.setattr(tsbd, "repair", lambda *_, lr, **__: self.rates.append(lr) or [])
@@ -37,9 +39,9 @@ class Rule:
         parts = (data.subset(torch.arange(*ends)) for ends in ((0, 100), (100, 100 + select), (0, 0)))
         few = {"n_grid": (0.1,), "n_factors": (1.0, 1.5, 2.0), "lr_grid": (0.02, 0.01, 0.05), "max_drop": 0.03}
         torch.manual_seed(0)
-        given: nn.Module = build("small_cnn", {"width": 4, "num_classes": 2}).eval()
+        given = given or build("small_cnn", {"width": 4, "num_classes": 2})
         made = tsbd.purify(
-            given, Splits(*parts), TSBDConfig(**(few | settings)),
+            given.eval(), Splits(*parts), TSBDConfig(**(few | settings)),
             task=TASK, seed=0, device="cpu", progress=NullProgress(),
         )  # fmt: skip
         assert next(remaining, None) is None, "every candidate was asked for"
@@ -90,6 +92,21 @@ def test_without_a_select_split_the_weakest_is_taken(rule: Rule) -> None:
     """Every candidate looks harmless on the images that it was repaired on."""
     facts = rule.facts([0.0], select=0)
     assert (facts["n"], facts["lr"], rule.rates) == (0.1, 0.01, [0.01])
+
+
+def test_a_network_without_batch_norm_is_tried_with_less(rule: Rule) -> None:
+    transformer = build("vit_tiny", {"image_size": 8, "dim": 8, "depth": 1, "heads": 1, "in_channels": 1})
+    facts = rule.facts([0.0, 0.01, 0.04, 0.02, 0.04], given=transformer, n_grid=(0.4,))
+    assert [trial["strength"] for trial in facts["factor_trials"]] == [0.25, 0.5, 1.0]
+    assert facts["n"] == pytest.approx(0.2)
+    assert rule.rates == pytest.approx([0.002, 0.002, 0.002, 0.004, 0.01])
+    assert facts["lr"] == pytest.approx(0.004)
+
+
+def test_what_is_given_is_taken_without_batch_norm_too(rule: Rule) -> None:
+    transformer = build("vit_tiny", {"image_size": 8, "dim": 8, "depth": 1, "heads": 1, "in_channels": 1})
+    facts = rule.facts([0.5], given=transformer, n=0.2, lr=0.3)
+    assert (facts["n"], facts["lr"], rule.rates) == (0.2, 0.3, [0.3])
 
 
 @pytest.mark.parametrize("factors", [(), (0.5, 1.0)])
