@@ -52,7 +52,11 @@ class Evidence:
         members = self.inputs.get("members", {})
         if not isinstance(members, Mapping):
             raise _damaged(self.name, "inputs.members as digests by name", repr(members))
-        return {str(name): str(_digest(members, name, self.name, "inputs.members")) for name in members}
+        digests = {str(name): _digest(members, name, self.name, "inputs.members") for name in members}
+        named = {name: found for name, found in digests.items() if found is not None}
+        if len(named) < len(digests):
+            raise _damaged(self.name, "inputs.members as digests by name", repr(members))
+        return named
 
 
 def parse_evidence(files: Mapping[str, Any]) -> dict[str, Evidence]:

@@ -101,17 +101,35 @@ def _lineage(evidence: Mapping[str, Evidence], method: str | None) -> Finding:
 
 
 def _members(evidence: Mapping[str, Evidence], method: str | None) -> list[Finding]:
-    """One finding a member, where the chosen model is the mean of several."""
-    purified = evidence.get(f"purify.{method}")
-    members = purified.member_digests() if purified else {}
-    return [
-        _same(
-            "integrity.lineage",
-            "What was averaged must be what the purifiers of this run left",
-            [(f"purify.{method}", digest), (f"purify.{name}", _outgoing(evidence, f"purify.{name}", "model"))],
+    """Findings of each member, where the chosen model is the mean of several."""
+    rule, findings = "integrity.lineage", []
+    for name, digest in _averaged(evidence, method).items():
+        member, made = f"purify.{name}", "What was averaged must be what the purifiers of this run left"
+        if name == method:
+            findings.append(Finding(rule, Verdict.FAIL, digest, "one digest", f"{member} names itself. {made}."))
+            continue
+        findings.append(
+            _same(rule, made, [(f"purify.{method}", digest), (member, _outgoing(evidence, member, "model"))])
         )
-        for name, digest in members.items()
-    ]
+        origin = [("fetch", _outgoing(evidence, "fetch", "model")), (member, _incoming(evidence, member, "model"))]
+        findings.append(_same(rule, "What was averaged must have been made of the fetched model", origin))
+    return findings
+
+
+def _averaged(evidence: Mapping[str, Evidence], method: str | None) -> dict[str, str | None]:
+    """Digests of the models whose mean the chosen one is, by the purifier that made each; empty where it is none.
+
+    ``None``: of a purifier of this run, which the mean says that it averages but does not name by digest.
+    """
+    purified = evidence.get(f"purify.{method}")
+    if purified is None:
+        return {}
+    facts = purified.results.get("facts")
+    stated = facts.get("averaged") if isinstance(facts, Mapping) else None
+    names = [name for name in stated if isinstance(name, str)] if isinstance(stated, (list, tuple)) else []
+    # A soup that ran its members by itself averages what no step of the run left.
+    silent = dict.fromkeys(name for name in names if f"purify.{name}" in evidence)
+    return {**silent, **purified.member_digests()}
 
 
 def _onnx(evidence: Mapping[str, Evidence]) -> Finding:
@@ -127,6 +145,7 @@ def _chain_passed(evidence: Mapping[str, Evidence], method: str | None) -> Findi
     chain = ["fetch", "select", f"evaluate.{method or 'selected'}", "export"]
     if method != UNTOUCHED:
         chain.append(f"purify.{method or 'selected'}")
+    chain += [f"purify.{name}" for name in _averaged(evidence, method) if name != method]
     if method in (UNPURIFIED, UNTOUCHED):
         # Nothing but a scan that found no evidence spares a model its purification.
         chain.append("scan")

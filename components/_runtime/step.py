@@ -92,6 +92,7 @@ class Scope:
         ``None`` where nothing was asked of the step: it leaves no record, and an empty file, for an output must be one.
         """
         if evidence is None:
+            self.store.settle(self.name)
             Path(path).write_bytes(b"")
             return
         self.store.put(evidence)

@@ -18,6 +18,9 @@ from defense_core.config import canonical_json
 from defense_core.errors import AccessDenied, EvidenceMismatch, SourceNotFound, StorageError
 from defense_core.files import reading, write_atomic
 
+SETTLED = "settled"
+"""In a failure record: a later attempt ended well and left no evidence, since nothing was asked of it."""
+
 
 class Shelf(Protocol):
     """Small files by name."""
@@ -52,7 +55,8 @@ class Records:
     Attributes:
         evidence: evidence mappings by name.
         failures: by name, steps that failed and did not succeed in a later attempt:
-            ``{"name", "step", "error", "what", "expected", "got", "hint", "exit_code", "message"}``.
+            ``{"name", "step", "error", "what", "expected", "got", "hint", "exit_code", "message"}``. One of which a
+            later attempt found that nothing was asked (:meth:`EvidenceStore.settle`) is not among them.
         damaged: names of files that could not be read, with the reason.
     """
 
@@ -104,6 +108,18 @@ class EvidenceStore:
         """Record why the step ``name`` failed; the latest attempt counts."""
         self.shelf.put(f"{name}{FAILED}", canonical_json(failure) + b"\n")
 
+    def settle(self, name: str) -> None:
+        """Say that the step ``name``, of which an earlier attempt may have failed, ended well without evidence."""
+        file = f"{name}{FAILED}"
+        try:
+            failure = _parse_failure(self.shelf.get(file), file)
+        except (FileNotFoundError, SourceNotFound):
+            return
+        except (AccessDenied, EvidenceMismatch):
+            # S3 denies what is not there to accounts that may not list. What was damaged is of a failed attempt too.
+            failure = {"name": name, "message": "an earlier attempt may have failed"}
+        self.put_failure(name, {**failure, SETTLED: True})
+
     def records(self) -> Records:
         """Everything that is there; a file that cannot be read is named, not hidden."""
         evidence: dict[str, dict[str, Any]] = {}
@@ -120,7 +136,11 @@ class EvidenceStore:
                     evidence[file.removesuffix(".json")] = parse_evidence(data, file)
             except EvidenceMismatch as error:
                 damaged[file] = str(error)
-        open_failures = {name: failure for name, failure in failures.items() if name not in evidence}
+        open_failures = {
+            name: failure
+            for name, failure in failures.items()
+            if name not in evidence and failure.get(SETTLED) is not True
+        }
         return Records(evidence, open_failures, damaged)
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 MAX_STATEMENT_BYTES = 16 << 20
 CHAINED = ("model", "reference", "onnx")
-"""Inputs that must have come out of an earlier step; each of ``candidates`` too."""
+"""Inputs that must have come out of an earlier step; each of ``candidates`` too. ``members`` came out of
+their purifiers, whose names may come later in the order."""
 
 OWN_OF_A_REPEATED_SCAN = ("repeats", "residuals", "suspected_residuals", "residual_max")
 """What a re-scan says for itself where it repeats the scan's results."""
@@ -130,6 +131,9 @@ def _chain(evidence: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
         for key, value in inputs.items():
             if (key in CHAINED or key.startswith("candidates.")) and value not in outputs:
                 yield _problem(file, key, "an earlier output", value, "what an earlier step gave")
+            member = key.removeprefix("members.")
+            if member != key and value != (made := _value(evidence, f"purify.{member}", "outputs", "model")):
+                yield _problem(file, key, str(made), value, f"what purify.{member} gave")
         outputs.update(flat_inputs(evidence[name]["outputs"]).values())
 
 

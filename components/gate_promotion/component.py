@@ -62,12 +62,12 @@ def gate_promotion(
         from components._runtime import approval_texts
         from components.gate_promotion import step
 
-        single = [fetched, before, scanned, rescanned, control, mixed, mixed_evaluated, selected, exported]
-        given = [each for each in (*single, *(purified or ()), *(evaluated or ())) if each is not None]
+        single = [fetched, before, scanned, rescanned, selected, exported, *(purified or ()), *(evaluated or ())]
         done = step.decide_given(
-            [Path(each.path) for each in given],
+            [Path(each.path) for each in single if each is not None],
             policy,
             Path(decision.path),
+            optional=[Path(each.path) for each in (control, mixed, mixed_evaluated) if each is not None],
             former=Path(former.path) if former is not None else None,
             approvals=approval_texts.parse_approvals(approvals, approvers).signed(),
             earlier=scope.store.earlier(scope.name),

@@ -23,13 +23,15 @@ def decide_given(
     out: Path,
     *,
     former: Path | None,
+    optional: Sequence[Path] = (),
     approvals: Sequence[SignedApproval],
     earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Decide on what a component was given: evidence files and a policy, or the folder of a former decision.
 
     Args:
-        paths: evidence files; an empty one is of a step that the policy did not ask for.
+        paths: evidence files.
+        optional: evidence files of steps of which nothing may have been asked: an empty one is left out.
         policy: JSON.
         out: folder that becomes the decision.
         former: a decision that the new one takes the place of, on the same evidence and by the same policy.
@@ -37,13 +39,21 @@ def decide_given(
 
     Raises:
         ConfigError: ``policy`` is no JSON.
+        EvidenceMismatch: two files hold evidence of the same name.
         as :func:`gate_promotion`.
     """
     if former is not None:
         stated = parse_json((former / POLICY).read_text("utf-8"), POLICY)
         return gate_promotion(read_folder(former), stated, out, approvals=approvals, supersedes=former, earlier=earlier)
-    found = [read_evidence(path) for path in paths if not is_absent(path)]
-    evidence = {str(each["name"]): each for each in found}
+    evidence: dict[str, Mapping[str, Any]] = {}
+    for path in (*paths, *(path for path in optional if not is_absent(path))):
+        found = read_evidence(path)
+        name = str(found["name"])
+        if name in evidence:
+            raise EvidenceMismatch(
+                f"there are two files of evidence {name}", expected="one a step", got=path, hint="Give those of one run"
+            )
+        evidence[name] = found
     return gate_promotion(evidence, parse_json(policy, "policy"), out, approvals=approvals, earlier=earlier)
 
 

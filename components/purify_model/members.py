@@ -12,12 +12,15 @@ from components._runtime.loading import open_model, source_digest
 from components._runtime.plan import UNTOUCHED, Loading
 from defense_core.bundle import Bundle
 from defense_core.data import Splits
-from defense_core.errors import EvidenceMismatch, MethodDiverged
+from defense_core.errors import EvidenceMismatch, MethodDiverged, MethodNotApplicable
+from defense_core.evidence import parse_evidence
 from defense_core.purify.base import Purified
 from defense_core.purify.soup import SoupConfig, joined, mixed
 from defense_core.verdict import Verdict
 
 RESULT = "result.json"
+NOT_APPLICABLE = "purify.not_applicable"
+"""The rule of the finding that a method has nothing to work on."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Left:
     def ended_well(self) -> bool:
         """Whether there is a model."""
         return bool(self.evidence["verdict"] == Verdict.PASS.value)
+
+    @property
+    def found_nothing(self) -> bool:
+        """Whether the method has nothing to work on in this network."""
+        return any(finding.get("rule") == NOT_APPLICABLE for finding in self.evidence["findings"])
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ def mix_members(
     Raises:
         ConfigError: ``config`` has other settings for a member than it ran with.
         EvidenceMismatch: a member was made of something else, or its files are not those of its evidence.
-        MethodDiverged: no member that ran left a model.
+        MethodNotApplicable: no member that ran found anything to work on.
+        MethodDiverged: no member that ran left a model, and one of them diverged.
     """
     if not isinstance(config, SoupConfig):
         return None
@@ -104,7 +113,9 @@ def mix_members(
             raise EvidenceMismatch(f"{name} is not the model of its evidence", expected=stated, got=model.digest)
     failed = {name: why_of(each.evidence) for name, each in members.items() if not each.ended_well}
     if not opened:
-        raise MethodDiverged("no member of the soup left a model", got="; ".join(failed.values()))
+        idle = all(each.found_nothing for each in members.values())
+        refused = MethodNotApplicable if idle else MethodDiverged
+        raise refused("no member of the soup left a model", got="; ".join(failed.values()))
     made = {
         name: Purified(model.model, (), members[name].evidence["results"]["facts"]) for name, model in opened.items()
     }
@@ -114,7 +125,22 @@ def mix_members(
 
 
 def _left(folders: Sequence[Path]) -> list[Left]:
-    return [Left(Path(folder), read_evidence(Path(folder) / RESULT)) for folder in folders]
+    left: dict[str, Left] = {}
+    for folder in folders:
+        path = Path(folder) / RESULT
+        evidence = read_evidence(path)
+        name = str(evidence["name"])
+        parsed = parse_evidence({name: evidence}).get(name)
+        method = parsed.results.get("method") if parsed is not None else None
+        if not isinstance(method, str) or name != f"purify.{method}" or name in left:
+            raise EvidenceMismatch(
+                f"{path} is not what another purifier left",
+                expected="evidence of a purifier, and one of each",
+                got=name,
+                hint="Mix models of one run",
+            )
+        left[name] = Left(Path(folder), evidence)
+    return list(left.values())
 
 
 def _require_same_work(name: str, left: Left, work: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from components._runtime.bundle_files import copy_bundle
 from components._runtime.evidence import Clock, compose, write_evidence
 from components._runtime.loading import open_model, open_splits, resolve_device, source_digest
 from components._runtime.plan import REPORT_SHARE, UNTOUCHED, Loading
-from components.purify_model.members import RESULT, is_asked_for, mix_members
+from components.purify_model.members import NOT_APPLICABLE, RESULT, is_asked_for, mix_members
 from defense_core.bundle import Bundle, bundle_of, save_bundle
 from defense_core.checkpoints import NO_CHECKPOINTS, Checkpoints
 from defense_core.config import digest, from_mapping, to_mapping
@@ -140,7 +140,7 @@ def purify_candidate(
     except MethodDiverged as error:
         finding = Finding("purify.diverged", Verdict.UNKNOWN, error.got, "finite losses and weights", str(error))
     except MethodNotApplicable as error:
-        finding = Finding("purify.not_applicable", Verdict.UNKNOWN, error.got, error.expected or "", str(error))
+        finding = Finding(NOT_APPLICABLE, Verdict.UNKNOWN, error.got, error.expected or "", str(error))
     bundle = open_model(model, options.get("spec"), options.get("loading", Loading()))
     seed = options.get("seed", 0)
     row = method_named(method)

@@ -35,7 +35,8 @@ def select_model(
     with step_scope("select", run, execution) as scope:
         from components.select_model import step
 
-        made = [Path(each.path) for each in (*candidates, mixed) if each is not None]
-        chosen = step.select_model(step.with_evidence(made), Path(selected.path), order=methods)
+        made = [Path(each.path) for each in candidates]
+        made += step.with_evidence([Path(mixed.path)] if mixed is not None else [])
+        chosen = step.select_model(made, Path(selected.path), order=methods)
         selected.metadata["digest"] = chosen["outputs"]["model"]
         scope.finish(chosen, evidence.path)

@@ -119,6 +119,7 @@ def test_an_untouched_model_is_not_mixed(mix: Mix, finished: Chain, tmp_path: Pa
 
 def test_a_soup_that_ran_is_not_mixed_again(mix: Mix, tmp_path: Path, left: dict[str, Path]) -> None:
     ran = changed(left, tmp_path / "ran", results={"method": "soup"})
+    (ran[0] / "result.json").write_text(json.dumps({**evidence_of(ran[0]), "name": "purify.soup"}))
     assert mix(made=ran[:1]) is None
 
 
@@ -147,6 +148,29 @@ def test_a_member_of_other_work_is_refused(
     assert not (tmp_path / "soup").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "purify.fip"},
+        {"name": "evaluate.nft", "step": "evaluate"},
+        {"name": "gate", "step": "gate"},
+        {"results": {}},
+    ],
+)
+def test_what_no_purifier_left_is_refused(
+    change: dict[str, Any], mix: Mix, left: dict[str, Path], tmp_path: Path
+) -> None:
+    folders = changed(left, tmp_path / "other")
+    (folders[0] / "result.json").write_text(json.dumps({**evidence_of(folders[0]), **change}))
+    with pytest.raises(EvidenceMismatch, match="what another purifier left"):
+        mix(made=folders)
+
+
+def test_a_member_comes_once(mix: Mix, left: dict[str, Path]) -> None:
+    with pytest.raises(EvidenceMismatch, match="what another purifier left"):
+        mix(made=[*left.values(), left["nft"]])
+
+
 UNKNOWN = {"verdict": "UNKNOWN", "findings": [{"why": "nft: loss became NaN"}]}
 
 
@@ -167,6 +191,17 @@ def test_of_no_model_there_is_no_mean(mix: Mix, left: dict[str, Path], tmp_path:
     assert mixed is not None
     assert (mixed["verdict"], mixed["outputs"]) == ("UNKNOWN", {})
     assert "no member of the soup left a model" in mixed["findings"][0]["why"]
+    assert mixed["findings"][0]["rule"] == "purify.diverged"
+
+
+def test_where_no_member_finds_anything_none_diverged(mix: Mix, left: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed(left, tmp_path / "other")
+    idle = {"verdict": "UNKNOWN", "findings": [{"rule": "purify.not_applicable", "why": "nft: there is no mask"}]}
+    (folder[0] / "result.json").write_text(json.dumps({**evidence_of(folder[0]), **idle}))
+    mixed = mix(made=folder[:1])
+    assert mixed is not None
+    assert (mixed["verdict"], mixed["findings"][0]["rule"]) == ("UNKNOWN", "purify.not_applicable")
+    assert "there is no mask" in mixed["findings"][0]["why"]
 
 
 def test_a_plan_gives_a_member_one_configuration(plan: Plan) -> None:

@@ -12,9 +12,11 @@ import pytest
 
 from components._runtime.evidence import Clock, compose
 from components._runtime.outcome import outcome_of
-from components._runtime.step import failure_record, redacted
+from components._runtime.plan import RunSettings
+from components._runtime.step import Scope, failure_record, redacted
 from components._runtime.store import Records, open_store
 from defense_core import errors
+from defense_core.progress import NullProgress
 from tests.finished_chain import Chain
 
 SOURCE = "sha256:" + "1" * 64
@@ -73,6 +75,25 @@ def test_a_failure_is_forgotten_once_the_step_succeeds(tmp_path: Path) -> None:
     assert outcome_of(store.records()).exit_code == errors.EXIT_UNKNOWN
     store.put(fetch_evidence())
     assert store.records().failures == {}
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_failure_is_forgotten_once_nothing_is_asked_of_the_step(damaged: bool, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), "run")
+    store.put_failure("purify.soup", failure_record("purify.soup", errors.Cancelled("stopped by SIGTERM")))
+    if damaged:
+        (tmp_path / "run" / "purify.soup.failed.json").write_text("{")
+    settings = RunSettings(str(tmp_path), "run")
+    Scope("purify.soup", settings, NullProgress(), store).finish(None, tmp_path / "evidence")
+    assert (store.records().failures, store.records().damaged) == ({}, {})
+    assert (tmp_path / "evidence").read_bytes() == b""
+    store.put_failure("purify.soup", failure_record("purify.soup", errors.Cancelled("stopped by SIGINT")))
+    assert list(store.records().failures) == ["purify.soup"], "what fails after that is a failure"
+
+
+def test_a_step_that_never_failed_leaves_no_record_where_nothing_is_asked(tmp_path: Path) -> None:
+    open_store(str(tmp_path), "run").settle("control")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_record_is_named_not_hidden(tmp_path: Path) -> None:

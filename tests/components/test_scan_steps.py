@@ -450,3 +450,15 @@ def test_images_of_one_class_are_refused_by_fetch(plan: Plan, tmp_path: Path) ->
     numpy.savez(tmp_path / "one.npz", images=pixels[labels == 0], labels=labels[labels == 0])
     with pytest.raises(errors.DataError):
         fetch_model(replace(plan, clean=str(tmp_path / "one.npz")), tmp_path / "bundle", tmp_path / "data")
+
+
+def test_a_mean_is_of_what_its_purifiers_left(unpurified: Chain) -> None:
+    def problems(members: dict[str, str]) -> list[str]:
+        made = {**unpurified.evidence["purify.untouched"], "inputs": {**whole["inputs"], "members": members}}
+        found = chain_problems({**unpurified.evidence, "purify.mean": {**made, "name": "purify.mean"}}, "")
+        return [each.sentence for each in found if each.file == "evidence/purify.mean.json"]
+
+    whole = unpurified.evidence["purify.untouched"]
+    assert problems({"untouched": whole["outputs"]["model"]}) == []
+    assert "members.untouched" in problems({"untouched": "sha256:" + "0" * 64})[0]
+    assert "what purify.nobody gave" in problems({"nobody": whole["outputs"]["model"]})[0]

@@ -82,13 +82,56 @@ def mixed(**members: str) -> dict:
 def test_the_members_of_a_mean_are_what_the_purifiers_left():
     assert integrity(mixed(fine_tuning=OTHER)) == dict.fromkeys(INTEGRITY, PASS)
     assert integrity(mixed(fine_tuning=CLEANED)) == only("integrity.lineage", FAIL)
-    assert integrity(mixed(fine_tuning=OTHER, ngf=ONNX)) == only("integrity.lineage", UNKNOWN)
-    assert integrity(mixed(ngf=ONNX, fine_tuning=CLEANED)) == only("integrity.lineage", FAIL)
+    not_there = {"integrity.lineage": UNKNOWN, "integrity.steps": UNKNOWN}
+    assert integrity(mixed(fine_tuning=OTHER, ngf=ONNX)) == dict.fromkeys(INTEGRITY, PASS) | not_there
+    both = {"integrity.lineage": FAIL, "integrity.steps": UNKNOWN}
+    assert integrity(mixed(ngf=ONNX, fine_tuning=CLEANED)) == dict.fromkeys(INTEGRITY, PASS) | both
     found = finding(decide(policy(), mixed(fine_tuning=CLEANED)), "integrity.lineage")
     assert "What was averaged must be what the purifiers of this run left" in found.why
 
 
-@pytest.mark.parametrize("members", [["sha256:1"], {"fine_tuning": "sha256:1"}, {"fine_tuning": 3}, "all"])
+@pytest.mark.parametrize("verdict", ["FAIL", "UNKNOWN"])
+def test_a_member_that_did_not_end_well_does_not_count_as_a_step_that_did(verdict):
+    files = mixed(fine_tuning=OTHER)
+    files["purify.fine_tuning"]["verdict"] = verdict
+    assert integrity(files) == only("integrity.steps", Verdict(verdict))
+    assert "purify.fine_tuning" in finding(decide(policy(), files), "integrity.steps").why
+
+
+def test_a_member_was_made_of_the_fetched_model():
+    files = mixed(fine_tuning=OTHER)
+    files["purify.fine_tuning"]["inputs"]["model"] = ONNX
+    assert integrity(files) == only("integrity.lineage", FAIL)
+    assert "made of the fetched model" in finding(decide(policy(), files), "integrity.lineage").why
+    del files["purify.fine_tuning"]["inputs"]["model"]
+    assert integrity(files) == only("integrity.lineage", UNKNOWN)
+
+
+def test_a_mean_is_not_its_own_member():
+    assert integrity(mixed(tsbd=CLEANED, fine_tuning=OTHER)) == only("integrity.lineage", FAIL)
+
+
+def test_a_mean_names_whom_it_averages():
+    """But for purifiers that a soup ran by itself: no step of the run left their models."""
+    files = mixed()
+    files["purify.tsbd"]["results"]["facts"] = {"averaged": ["fine_tuning", "nft"]}
+    assert integrity(files) == only("integrity.lineage", UNKNOWN)
+    files["purify.tsbd"]["inputs"]["members"] = {"fine_tuning": OTHER}
+    assert integrity(files) == dict.fromkeys(INTEGRITY, PASS)
+    del files["purify.fine_tuning"], files["purify.tsbd"]["inputs"]["members"]
+    assert integrity(files) == dict.fromkeys(INTEGRITY, PASS)
+
+
+@pytest.mark.parametrize("facts", [None, 3, {"averaged": "fine_tuning"}, {"averaged": [3, None]}, ["averaged"]])
+def test_facts_of_another_shape_name_nobody(facts):
+    files = run()
+    files["purify.tsbd"]["results"]["facts"] = facts
+    assert integrity(files) == dict.fromkeys(INTEGRITY, PASS)
+
+
+@pytest.mark.parametrize(
+    "members", [["sha256:1"], {"fine_tuning": "sha256:1"}, {"fine_tuning": 3}, {"fine_tuning": None}, "all"]
+)
 def test_members_that_are_no_digests_are_damaged_evidence(members):
     files = run()
     files["purify.tsbd"]["inputs"]["members"] = members

@@ -183,13 +183,16 @@ def averaged(facts: dict[str, Any]) -> Evidences:
 
 
 def test_a_mean_says_whose_weights_it_is_of() -> None:
-    lost = {"nft": {"expected_drop": 0.012}, "tsbd": {"expected_drop": 0.071}}
-    facts = {"averaged": ["nft"], "members": lost, "failed": {"ngf": "ngf: loss became <NaN>"}}
+    lost = {"nft": {"expected_drop": 0.012}, "tsbd": {"expected_drop": 0.071}, "fip": {"expected_drop": 0.02}}
+    facts = {"averaged": ["nft", "fip"], "members": lost, "failed": {"ngf": "ngf: loss became <NaN>"}}
     said = rendered(averaged(facts)).text
     card = said[said.index("Soup: the mean of several") :]
-    rows = ["NFT 1.2 % yes", "TSBD 7.1 % no", "NGF – ngf: loss became <NaN>"]
+    rows = ["NFT 1.2 % yes", "TSBD 7.1 % no", "FIP 2.0 % yes", "NGF – ngf: loss became <NaN>"]
     assert [row for row in rows if row in " ".join(card.split())] == rows
     assert "No training history" not in card
+    said = rendered(averaged({**facts, "averaged": ["nft"]})).text
+    assert "Soup: one of several" in said
+    assert "One of these models is handed over as it is" in said
 
 
 @pytest.mark.parametrize("facts", [{}, {"averaged": "nft", "members": {}}, {"averaged": ["nft"], "members": ["nft"]}])
