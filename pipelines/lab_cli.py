@@ -78,6 +78,8 @@ def plant(
 def list_attacks(as_json: o.AsJson = False) -> None:
     """List the attacks, their label mode and their settings."""
     from defense_core.attacks.catalogue import ATTACKS, default_settings
+    from defense_core.config import canonical_json
+    from pipelines.console import out as console
     from pipelines.console import print_json, table
 
     rows: dict[str, dict[str, Any]] = {
@@ -94,8 +96,15 @@ def list_attacks(as_json: o.AsJson = False) -> None:
         print_json(rows)
         return
     for kind, facts in rows.items():
-        shared = [(key, facts[key]) for key in ("labels", "cover_share", "learned")]
-        table(f"{kind}: {facts['summary']}", ("setting", "default"), [*shared, *facts["settings"].items()])
+        cover = (
+            f"cover samples: {facts['cover_share']:g} times the poisoned ones" if facts["cover_share"] else "no cover"
+        )
+        trigger = "learnt trigger" if facts["learned"] else "fixed trigger"
+        console.print(f"\n{kind}: {facts['summary']}", style="bold", markup=False)
+        console.print(f"labels: {facts['labels']} (the first by default); {cover}; {trigger}", markup=False)
+        settings = [(key, canonical_json(value).decode()) for key, value in facts["settings"].items()]
+        table("", ("setting", "default"), settings)
+    console.print("\nEvery attack also takes name, target, clean_label and cover_rate (a share of the training set).")
 
 
 def _figures(evidence: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -66,7 +66,7 @@ def fleet(
     if evidence:
         found = [row for row in folder_versions(Path(evidence)) if not model or row.model in model]
     else:
-        found = registry_versions(connect(MlflowSettings(tracking_uri)), model)
+        found = registry_versions(connect(MlflowSettings(tracking_uri), create=False), model)
     made = build_fleet(found)
     _finish(out, render_fleet(made), made.to_mapping(), made.headline, as_json=as_json)
     raise typer.Exit(Verdict.FAIL.exit_code if made.drift else Verdict.PASS.exit_code)

@@ -116,7 +116,7 @@ class SweepReport:
     @property
     def exit_code(self) -> int:
         """0: nothing found; 1: findings; 2: of some aliases or models it could not be found out."""
-        if self.found["unknown"]:
+        if self.found["unknown"] or any(move.state == "undecided" for move in self.moves):
             return EXIT_UNKNOWN
         return EXIT_FAIL if any(self.found.values()) else EXIT_PASS
 

@@ -135,7 +135,8 @@ def sweep(
         trusted=trusted,
         approvers=o.approvers(approver_key),
     )
-    connection = connect(MlflowSettings(tracking_uri) if tracking_uri else MlflowSettings.from_environment())
+    mlflow = MlflowSettings(tracking_uri) if tracking_uri else MlflowSettings.from_environment()
+    connection = connect(mlflow, create=False)
     with ExitStack() as stack:
         known = sweeping.open_memory(connection, memory)
         stack.callback(known.close)

@@ -22,6 +22,8 @@ from defense_core.errors import ConfigError, StorageError
 from defense_core.policy_time import parse_time
 from pipelines.triggers.keys import WorkKey, source_digest
 
+SQLITE = b"SQLite format 3\0"
+"""How every SQLite file begins."""
 LAYOUT = "1"
 """Changes with the tables; a file of another layout is made anew."""
 
@@ -235,6 +237,10 @@ def _existing(path: Path, registry: str) -> sqlite3.Connection | None:
     """The memory at ``path``; ``None``: there is none that is of use, and its file is gone."""
     if not path.exists():
         return None
+    with path.open("rb") as file:
+        begins = file.read(len(SQLITE))
+    if begins not in (b"", SQLITE):
+        raise _something_else(path, "a file that is no database")
     database = sqlite3.connect(path, isolation_level=None, timeout=10)
     try:
         facts = dict(database.execute("SELECT name, value FROM facts WHERE name IN ('layout', 'registry')"))
@@ -251,15 +257,19 @@ def _existing(path: Path, registry: str) -> sqlite3.Connection | None:
     foreign = _tables(database) - _OWN
     database.close()
     if foreign:
-        raise ConfigError(
-            f"{path} is the database of something else",
-            expected="a file of its own for the sweep's memory, which is made anew where it is of no use",
-            got="tables " + ", ".join(sorted(foreign)[:3]),
-            hint="Name another file by --memory",
-        )
+        raise _something_else(path, "tables " + ", ".join(sorted(foreign)[:3]))
     log.warning("the memory at %s is made anew: %s", path, why)
     path.unlink()
     return None
+
+
+def _something_else(path: Path, got: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is no memory of a sweep",
+        expected="a file of its own for the sweep's memory, which is made anew where it is of no use",
+        got=got,
+        hint="Name another file by --memory; remove this one if it is a memory that was damaged",
+    )
 
 
 def _tables(database: sqlite3.Connection) -> set[str]:

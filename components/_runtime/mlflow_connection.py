@@ -39,6 +39,7 @@ _CONFLICT = {"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS", "RESOURCE_CONFLICT", "
 _REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 # HTTP takes passwords with "@", SQLAlchemy such with "/": what follows a colon is one unless it is a port.
 _CREDENTIALS = re.compile(r"//(?:[^/@]*@(?:[^/@\s]*@)*|[^/@:\s]*:(?![0-9]{1,5}/)[^@\s]*@)")
+_SECRETS = re.compile(r"(?i)([?&][^=&#\s]*(?:pass|pwd|secret|token|key|sig)[^=&#\s]*=)[^&#\s]+")
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,11 @@ class MlflowConnection:
     client: MlflowClient
 
 
-def connect(settings: MlflowSettings) -> MlflowConnection:
+def connect(settings: MlflowSettings, *, create: bool = True) -> MlflowConnection:
     """A client on a store that answers.
 
-    An SQL store is created on first use. A server that refuses connections is reported after about
+    An SQL store is created on first use, unless ``create`` is false: who only reads takes an SQLite file that is not
+    there for a volume that is not mounted. A server that refuses connections is reported after about
     2 s, one that does not answer after about 20 s; later calls are bounded by
     ``timeout_s * (max_retries + 1)`` each.
 
@@ -134,7 +136,7 @@ def connect(settings: MlflowSettings) -> MlflowConnection:
         from mlflow import MlflowClient
 
         for uri in sorted({settings.tracking_uri, registry_uri}):
-            _reach(uri)
+            _reach(uri, create=create)
         try:
             client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=registry_uri)
         except ValueError:  # SQLAlchemy's, of a port; its text may hold the rest of a password
@@ -167,8 +169,8 @@ def mlflow_errors(action: str, settings: MlflowSettings) -> Iterator[None]:
 
 
 def without_credentials(uri: str) -> str:
-    """``uri`` without the ``user:password@`` part."""
-    return _CREDENTIALS.sub("//", uri)
+    """``uri``, or a text with addresses, without ``user:password@`` and without the values of secret parameters."""
+    return _SECRETS.sub(r"\1…", _CREDENTIALS.sub("//", uri))
 
 
 def _prepare_environment(settings: MlflowSettings) -> None:
@@ -182,13 +184,13 @@ def _prepare_environment(settings: MlflowSettings) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
-def _reach(uri: str) -> None:
+def _reach(uri: str, *, create: bool) -> None:
     """Fail early and cheaply: MLflow itself would retry a broken SQL store for 100 s."""
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
         _reach_server(uri)
     elif parts.scheme == "sqlite":
-        _reach_sqlite(uri)
+        _reach_sqlite(uri, create=create)
 
 
 def _reach_server(uri: str) -> None:
@@ -209,8 +211,15 @@ def _reach_server(uri: str) -> None:
         augmented_raise_for_status(response)
 
 
-def _reach_sqlite(uri: str) -> None:
+def _reach_sqlite(uri: str, *, create: bool) -> None:
     path = Path(uri.removeprefix("sqlite:///").split("?")[0])
+    if not create and not path.is_file():
+        raise RegistryUnavailable(
+            f"there is no registry at {path}",
+            expected="an SQLite file",
+            got="nothing",
+            hint="Mount the volume that holds it, or correct the address",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path, timeout=REACH_TIMEOUT_S)) as database:
         database.execute("PRAGMA schema_version").fetchone()

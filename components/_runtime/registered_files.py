@@ -14,10 +14,23 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors, without_credentials
-from components._runtime.registered_sources import require_allowed_source, require_mounted, require_stated_source
+from components._runtime.registered_sources import (
+    require_allowed_source,
+    require_mounted,
+    require_stated_source,
+    require_store,
+)
 from defense_core.config import digest
-from defense_core.errors import ArtifactTooLarge, ConfigError, RegistryConflict, SourceNotFound, UnsafeArtifact
-from defense_core.files import atomic_directory, sha256_file
+from defense_core.errors import (
+    AccessDenied,
+    ArtifactTooLarge,
+    ConfigError,
+    RegistryConflict,
+    RegistryUnavailable,
+    SourceNotFound,
+    UnsafeArtifact,
+)
+from defense_core.files import atomic_directory, reading, sha256_file
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -145,14 +158,24 @@ def download_files(
 
     Raises:
         SourceNotFound, ArtifactTooLarge, UnsafeArtifact, RegistryConflict: as :func:`resolve_model_uri`.
-        RegistryUnavailable: a local store is not mounted.
+        RegistryUnavailable: the store is not there, or cannot be read.
+        AccessDenied: this account may not read it.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     require_allowed_source(uri, connection.settings, what)
     require_mounted(uri, what)
     repository = get_artifact_repository(uri, tracking_uri=connection.settings.tracking_uri)
-    sizes = _listing(repository, what, part)
+    with reading(without_credentials(uri), RegistryUnavailable, "a readable folder", denied=AccessDenied):
+        sizes = _listing(repository, what, part)
+    if not sizes:
+        require_store(uri, what, lambda address: _names_below(connection, address))
+        raise SourceNotFound(
+            f"{what} holds no files",
+            expected="a folder with a model",
+            got="nothing",
+            hint="Its artifacts were deleted, or never uploaded",
+        )
     _require_size(what, sum(sizes.values()), max_bytes)
     for path in sorted(sizes):
         _download(repository, path, folder, what)
@@ -209,6 +232,9 @@ def _files_address(connection: MlflowConnection, version: ModelVersion, what: st
     elif uri.startswith("runs:/"):
         run_id, _, path = uri.removeprefix("runs:/").partition("/")
         _require_safe_path(path, what)
+        if any(character in path for character in "%?#"):
+            # MLflow reads what stands behind an artifact store as an address: "%2e%2e" would be "..".
+            raise _outside(path, what)
         uri = f"{client.get_run(run_id).info.artifact_uri}/{path}"
     else:
         require_stated_source(uri, connection.settings, what)
@@ -216,7 +242,7 @@ def _files_address(connection: MlflowConnection, version: ModelVersion, what: st
 
 
 def _listing(repository: Any, what: str, part: str = "") -> dict[str, int]:
-    """Every file's size in bytes, 0 where the store does not say."""
+    """Every file's size in bytes, 0 where the store does not say; empty where there are none."""
     sizes: dict[str, int] = {}
     folders: list[str | None] = [part or None]
     while folders:
@@ -230,26 +256,31 @@ def _listing(repository: Any, what: str, part: str = "") -> dict[str, int]:
             raise ArtifactTooLarge(
                 f"{what} holds too many files", expected=f"at most {MAX_FILES}", got="more", hint="Pack it differently"
             )
-    if not sizes:
-        raise SourceNotFound(
-            f"{what} holds no files",
-            expected="a folder with a model",
-            got="nothing",
-            hint="Its artifacts were deleted, or never uploaded",
-        )
     return sizes
+
+
+def _names_below(connection: MlflowConnection, address: str) -> list[str]:
+    """What an artifact store lists at ``address``."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository = get_artifact_repository(address, tracking_uri=connection.settings.tracking_uri)
+    return [str(item.path) for item in repository.list_artifacts()]
 
 
 def _require_safe_path(path: str, what: str) -> None:
     pure = PurePosixPath(path)
     hidden = any(ord(character) < 32 or character == "\\" for character in path)
     if pure.is_absolute() or ".." in pure.parts or hidden or len(pure.parts) > MAX_DEPTH:
-        raise UnsafeArtifact(
-            f"{what} names a file outside its folder",
-            expected="plain relative paths",
-            got=repr(path),
-            hint="Do not use this version; tell the owner of the registry",
-        )
+        raise _outside(path, what)
+
+
+def _outside(path: str, what: str) -> UnsafeArtifact:
+    return UnsafeArtifact(
+        f"{what} names a file outside its folder",
+        expected="plain relative paths",
+        got=repr(path),
+        hint="Do not use this version; tell the owner of the registry",
+    )
 
 
 def _download(repository: Any, path: str, folder: Path, what: str) -> None:

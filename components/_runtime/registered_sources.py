@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from urllib.parse import urlsplit
+from collections.abc import Callable, Collection
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit, urlunsplit
 
 from components._runtime.mlflow_connection import MlflowSettings, without_credentials
-from defense_core.errors import AccessDenied, RegistryUnavailable, UnsafeArtifact
+from defense_core.errors import AccessDenied, RegistryUnavailable, SourceNotFound, UnsafeArtifact
 from defense_core.files import reading
 
 REMOTE_SCHEMES = ("mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
@@ -82,12 +83,42 @@ def require_mounted(uri: str, what: str) -> None:
     with reading(folder, RegistryUnavailable, "a readable folder", denied=AccessDenied):
         holds_something = any(each.is_dir() and any(each.iterdir()) for each in around)
     if not holds_something:
-        raise RegistryUnavailable(
-            f"the artifact store of {what} is not there",
-            expected=f"a folder {folder}, or what remains of the experiment around it",
-            got="nothing, or empty folders",
-            hint="Mount the volume that holds the registry's artifacts, or run where it is mounted",
-        )
+        raise _not_there(what, folder)
+
+
+def require_store(uri: str, what: str, listed: Callable[[str], Collection[str]]) -> None:
+    """:func:`require_mounted` for a store that is no folder of this machine, and that lists nothing at ``uri``.
+
+    A server or bucket whose volume is missing answers like an empty one.
+
+    Args:
+        listed: what the store lists at an address.
+
+    Raises:
+        RegistryUnavailable: it lists nothing at ``uri`` or at one of the ``ENCLOSING`` addresses around it either, or
+            says of one that there is none.
+        as ``listed``.
+    """
+    if _scheme_and_host(uri)[0] in LOCAL_SCHEMES:
+        return
+    parts = urlsplit(uri)
+    path = PurePosixPath(parts.path)
+    around = [urlunsplit(parts._replace(path=str(each))) for each in (path, *path.parents)[: ENCLOSING + 1]]
+    try:
+        holds_something = any(listed(address) for address in around)
+    except SourceNotFound as error:
+        raise _not_there(what, without_credentials(uri)) from error
+    if not holds_something:
+        raise _not_there(what, without_credentials(uri))
+
+
+def _not_there(what: str, folder: object) -> RegistryUnavailable:
+    return RegistryUnavailable(
+        f"the artifact store of {what} is not there",
+        expected=f"a folder {folder}, or what remains of the experiment around it",
+        got="nothing, or empty folders",
+        hint="Mount the volume that holds the registry's artifacts, or run where it is mounted",
+    )
 
 
 def _scheme_and_host(uri: str) -> tuple[str, str]:

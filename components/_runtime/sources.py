@@ -98,7 +98,7 @@ def _from_registry(uri: str, folder: Path, max_bytes: int) -> Acquired:
     from components._runtime.registered_files import resolve_model_uri
 
     version = resolve_model_uri(
-        connect(MlflowSettings.from_environment()), uri, folder / "version", max_bytes=max_bytes
+        connect(MlflowSettings.from_environment(), create=False), uri, folder / "version", max_bytes=max_bytes
     )
     found = _described(_model_within(version.path, uri), version.uri, version.version)
     return replace(found, companions=_companions(version.path))

@@ -61,8 +61,20 @@ def test_credentials_are_never_shown() -> None:
     assert without_credentials("postgresql://u:p@db:5432/x") == "postgresql://db:5432/x"
     assert without_credentials("http://user:p@ss@host:5000/x") == "http://host:5000/x"
     assert without_credentials("postgresql://u:p/w:o@db:5432/x") == "postgresql://db:5432/x"
-    for plain in ("sqlite:////tmp/a@b.db", "s3://bucket/a:b@c", "http://host:5000/a@b"):
+    shown = "postgresql://db:5432/x?user=ml&password=…&sslpassword=…&connect_timeout=5"
+    assert without_credentials(shown.replace("…", "canary")) == shown
+    assert without_credentials("cannot reach s3://b/k?X-Amz-Signature=canary now") == (
+        "cannot reach s3://b/k?X-Amz-Signature=… now"
+    )
+    for plain in ("sqlite:////tmp/a@b.db", "s3://bucket/a:b@c", "http://host:5000/a@b", "http://host/x?user=a&page=2"):
         assert without_credentials(plain) == plain
+
+
+def test_who_only_reads_makes_no_registry(tmp_path: Path) -> None:
+    """An empty mount point is not a registry without models."""
+    with pytest.raises(RegistryUnavailable, match="Mount the volume"):
+        connect(MlflowSettings(f"sqlite:///{tmp_path}/registry/mlflow.db"), create=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_port_that_is_no_number_is_a_typed_error_without_the_password() -> None:

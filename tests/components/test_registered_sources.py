@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from components._runtime.mlflow_connection import MlflowSettings
-from components._runtime.registered_sources import require_allowed_source, require_mounted, require_stated_source
-from defense_core.errors import RegistryUnavailable, UnsafeArtifact
+from components._runtime.registered_sources import (
+    require_allowed_source,
+    require_mounted,
+    require_stated_source,
+    require_store,
+)
+from defense_core.errors import RegistryUnavailable, SourceNotFound, UnsafeArtifact
 
 SERVER = "https://mlflow.example:5000"
 
@@ -113,3 +118,39 @@ def test_deleted_files_of_a_mounted_store_are_gone(left: str, tmp_path: Path) ->
 
 def test_another_store_answers_for_itself() -> None:
     require_mounted("s3://bucket/models", "models:/x/1")
+    require_store("/tmp/models", "models:/x/1", lambda _: pytest.fail("a folder of this machine was asked for"))
+
+
+PROXIED = "mlflow-artifacts:/1/models/m-1/artifacts"
+
+
+@pytest.mark.parametrize(
+    ("uri", "around"),
+    [
+        (PROXIED, ["mlflow-artifacts:/1/models/m-1", "mlflow-artifacts:/1/models", "mlflow-artifacts:/1"]),
+        ("s3://bucket/a/b", ["s3://bucket/a", "s3://bucket/"]),
+    ],
+)
+def test_a_store_of_another_machine_that_lists_nothing_at_all_is_not_there(uri: str, around: list[str]) -> None:
+    asked: list[str] = []
+
+    def listed(address: str) -> list[str]:
+        asked.append(address)
+        return []
+
+    with pytest.raises(RegistryUnavailable, match="Mount the volume"):
+        require_store(uri, "models:/x/1", listed)
+    assert asked == [uri, *around]
+
+
+@pytest.mark.parametrize("held", [PROXIED, "mlflow-artifacts:/1/models/m-1", "mlflow-artifacts:/1"])
+def test_files_that_were_deleted_from_a_store_that_holds_others_are_gone(held: str) -> None:
+    require_store(PROXIED, "models:/x/1", lambda address: ["other"] if address == held else [])
+
+
+def test_a_listing_that_is_not_found_is_a_store_that_is_not_there() -> None:
+    def listed(address: str) -> list[str]:
+        raise SourceNotFound(address)
+
+    with pytest.raises(RegistryUnavailable, match="Mount the volume"):
+        require_store(PROXIED, "models:/x/1", listed)

@@ -496,11 +496,15 @@ def test_a_store_that_is_not_mounted_does_not_answer(mlflow_sqlite: MlflowConnec
     assert not (tmp_path / "out").exists()
 
 
-def test_a_path_out_of_a_runs_files_is_refused(mlflow_sqlite: MlflowConnection, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "path",
+    ["../../../../etc", "%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc", "..%2f..%2f..%2f..%2fetc", "%252e%252e/etc", "a#b", "a?b"],
+)
+def test_a_path_out_of_a_runs_files_is_refused(path: str, mlflow_sqlite: MlflowConnection, tmp_path: Path) -> None:
     client = mlflow_sqlite.client
     run = client.create_run(client.create_experiment("another"))
     client.create_registered_model(NAME)
-    client.create_model_version(NAME, source=f"runs:/{run.info.run_id}/../../../../etc", run_id=run.info.run_id)
+    client.create_model_version(NAME, source=f"runs:/{run.info.run_id}/{path}", run_id=run.info.run_id)
     with pytest.raises(UnsafeArtifact):
         resolve_model_uri(mlflow_sqlite, f"models:/{NAME}/1", tmp_path / "out", max_bytes=1 << 20)
 

@@ -222,4 +222,8 @@ def test_the_list_names_every_attack_with_its_settings() -> None:
     assert set(rows) == set(ATTACKS)
     assert rows["wanet"]["settings"] == {"strength": 0.5, "cells": 4, "seed": 0}
     assert rows["sig"]["labels"].startswith("clean_label")
-    assert "wanet" in CliRunner().invoke(app, ["lab", "list"]).stdout
+    shown = CliRunner().invoke(app, ["lab", "list"]).stdout
+    wanet = shown[shown.index("wanet:") : shown.index("└", shown.index("wanet:"))]
+    assert "all_to_one, all_to_all, clean_label (the first by default); cover samples: 2 times the poisoned" in wanet
+    assert [line.split()[1] for line in wanet.splitlines() if line.startswith("│")] == ["strength", "cells", "seed"]
+    assert "cover_rate" in shown.splitlines()[-1]

@@ -146,6 +146,17 @@ def test_a_store_that_is_not_mounted_takes_no_alias_away(
     assert swept(connection, memory, journal=journal).found["unknown"] == 0
 
 
+def test_an_alias_whose_place_cannot_be_found_out_stays_and_the_sweep_says_so(
+    connection: MlflowConnection, memory: SweepMemory, drifted: dict[str, str], tmp_path: Path
+) -> None:
+    store = tmp_path / "mlflow" / "mlartifacts"
+    store.rename(tmp_path / "elsewhere")
+    report = swept(connection, memory, journal=Journal(tmp_path / "journal.jsonl"))
+    assert (report.found["drift"], report.found["unknown"], report.exit_code) == (1, 0, 2)
+    assert [each.state for each in report.moves] == ["undecided"]
+    assert aliases(connection)["champion"] == drifted["stranger"]
+
+
 def test_a_renewed_decision_is_a_version_of_its_own_and_settles_the_finding(
     connection: MlflowConnection, memory: SweepMemory, tmp_path: Path
 ) -> None:

@@ -58,7 +58,7 @@ def test_a_model_that_changed_just_now_is_listed_again(connection: MlflowConnect
     assert swept(connection, memory, now_s=now_s + 1).listed == 1
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "another registry"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "a damaged page", "another registry"])
 def test_a_memory_that_is_of_no_use_is_made_anew(connection: MlflowConnection, tmp_path: Path, damage: str) -> None:
     incoming(connection, "vision", 2)
     path = tmp_path / "memory.db"
@@ -67,8 +67,10 @@ def test_a_memory_that_is_of_no_use_is_made_anew(connection: MlflowConnection, t
     first.close()
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:5000])
-    elif damage == "garbage":
-        path.write_bytes(b"no database" * 1000)
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    elif damage == "a damaged page":
+        path.write_bytes(path.read_bytes()[:100] + b"no database" * 1000)
     else:
         SweepMemory.open(path, "http://127.0.0.1:1").close()
     again = open_memory(connection, path)
@@ -78,9 +80,17 @@ def test_a_memory_that_is_of_no_use_is_made_anew(connection: MlflowConnection, t
 
 
 def test_another_database_is_not_taken_for_a_memory_and_deleted(connection: MlflowConnection, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="database of something else"):
+    with pytest.raises(ConfigError, match="no memory of a sweep"):
         open_memory(connection, tmp_path / "mlflow" / "mlflow.db")
     assert connection.client.search_registered_models() == []
+
+
+def test_a_file_of_the_users_is_not_taken_for_a_damaged_memory(connection: MlflowConnection, tmp_path: Path) -> None:
+    watch = tmp_path / "watch.yaml"
+    watch.write_text("models: [vision]\n")
+    with pytest.raises(ConfigError, match="a file that is no database"):
+        open_memory(connection, watch)
+    assert watch.read_text() == "models: [vision]\n"
 
 
 def test_two_sweeps_on_one_memory_do_not_mix(connection: MlflowConnection, memory: SweepMemory, tmp_path: Path) -> None:
