@@ -65,9 +65,17 @@ def jobs(settings: Sequence[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]
                     "seed": seed,
                     "clean_fraction": setting.clean_fraction,
                     "architecture": described(setting),
-                    "config_digest": config.digest(METHODS[method].config()),
+                    "config_digest": config_digest(method),
                 },
             )
+
+
+def config_digest(method: str) -> str:
+    """Of the defaults of ``method``; of a soup with those of its members, which decide what it averages."""
+    own = METHODS[method].config()
+    if isinstance(own, SoupConfig):
+        return config.digest({"soup": own, "members": {name: METHODS[name].config() for name in own.members}})
+    return config.digest(own)
 
 
 def key_of(row: Mapping[str, Any]) -> str:

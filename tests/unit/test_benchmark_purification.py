@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from benchmarks import purification
 from benchmarks.presets import ATTACKS, ONE_PER_CLASS, PRESETS, tiny
 from benchmarks.purification import ASKED, CANDIDATES, completed, jobs, run
 from benchmarks.purification_tables import SETS, on_same_runs, selected
 from components._runtime.plan import DEFAULT_METHODS
 from defense_core.purify import METHODS
+from defense_core.purify.nft_masks import NFTConfig
 
 
 def signals(*, before: float, after: float) -> dict[str, Any]:
@@ -88,6 +91,18 @@ def test_presets_hold_what_is_promised() -> None:
     assert len({row["attack"] for row in rows if row["architecture"].startswith("vit")}) == 2
     full = {row["method"] for row in rows if row["architecture"] == "preact_resnet18(width=64)"}
     assert full >= {*CANDIDATES, "fine_tuning"}
+
+
+def test_a_soup_of_other_members_is_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Other(NFTConfig):
+        epochs: int = 3
+
+    before = {name: purification.config_digest(name) for name in ("soup", "nft", "ngf")}
+    changed = {**METHODS, "nft": replace(METHODS["nft"], config=Other)}
+    monkeypatch.setattr(purification, "METHODS", changed)
+    after = {name: purification.config_digest(name) for name in before}
+    assert [name for name in before if before[name] != after[name]] == ["soup", "nft"]
 
 
 def test_the_choice_sees_no_attack_figure() -> None:
