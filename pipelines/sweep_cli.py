@@ -181,6 +181,13 @@ def _journal(given: Path | None, memory: Path | None) -> Path:
             got="neither",
             hint="Name a file that outlives the sweep",
         )
+    if given is not None and memory is not None and given.absolute() == memory.absolute():
+        raise ConfigError(
+            "--journal and --memory are one file",
+            expected="two files",
+            got=given,
+            hint="The journal is kept for good, and the memory is made anew where it is of no use",
+        )
     return given if given is not None else Path(f"{memory}.journal.jsonl")
 
 

@@ -247,6 +247,7 @@ def test_exit_codes_and_json(connection: MlflowConnection, tmp_path: Path, drift
         (["--policy", "standard", "--public-key", "a.pub", "--certificate-chain", "a.pem"], "got both"),
         (["--policy", "standard", "--certificate-chain", "missing.pem"], "missing.pem"),
         (["--policy", "standard", "--enforce"], "--journal FILE or --memory FILE"),
+        (["--policy", "standard", "--enforce", "--journal", "a.db", "--memory", "./a.db"], "two files"),
         (["--policy", "standard", "--queue", "mysql://host/db"], "queue's address is not usable"),
         (["--policy", "standard", "--queue", "postgresql+psycopg://u:p@ss:word@host/db"], "got ValueError"),
         (["--policy", "missing.yaml"], "missing.yaml"),
