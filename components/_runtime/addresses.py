@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from defense_core.errors import ConfigError
+
+# Of databases and of presigned addresses; what signs one is masked wherever it stands in a text.
+_SECRETS = re.compile(
+    r"(?i)((?:[?&][^=&#\s]*(?:pass|pwd|secret|token|key|sig)[^=&#\s]*"
+    r"|signature|x-amz-[a-z-]*|awsaccesskeyid|token|secret)=)[^&\s]+"
+)
 
 
 def split_address(address: str) -> SplitResult:
@@ -20,6 +27,11 @@ def split_address(address: str) -> SplitResult:
         raise ConfigError(
             "address is malformed", expected="s3://, models:/, file:///… or a path", got=f"{address[:120]!r}: {error}"
         ) from error
+
+
+def without_secret_parameters(text: str) -> str:
+    """``text``, an address or one with addresses in it, without the values of parameters that are secrets."""
+    return _SECRETS.sub(r"\1…", text)
 
 
 def local_path(address: str) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from components._runtime.addresses import without_secret_parameters
 from defense_core.errors import (
     AccessDenied,
     ConfigError,
@@ -39,7 +40,6 @@ _CONFLICT = {"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS", "RESOURCE_CONFLICT", "
 _REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 # HTTP takes passwords with "@", SQLAlchemy such with "/": what follows a colon is one unless it is a port.
 _CREDENTIALS = re.compile(r"//(?:[^/@]*@(?:[^/@\s]*@)*|[^/@:\s]*:(?![0-9]{1,5}/)[^@\s]*@)")
-_SECRETS = re.compile(r"(?i)([?&][^=&#\s]*(?:pass|pwd|secret|token|key|sig)[^=&#\s]*=)[^&#\s]+")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def mlflow_errors(action: str, settings: MlflowSettings) -> Iterator[None]:
 
 def without_credentials(uri: str) -> str:
     """``uri``, or a text with addresses, without ``user:password@`` and without the values of secret parameters."""
-    return _SECRETS.sub(r"\1…", _CREDENTIALS.sub("//", uri))
+    return without_secret_parameters(_CREDENTIALS.sub("//", uri))
 
 
 def _prepare_environment(settings: MlflowSettings) -> None:

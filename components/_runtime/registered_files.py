@@ -161,15 +161,13 @@ def download_files(
         RegistryUnavailable: the store is not there, or cannot be read.
         AccessDenied: this account may not read it.
     """
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
     require_allowed_source(uri, connection.settings, what)
     require_mounted(uri, what)
-    repository = get_artifact_repository(uri, tracking_uri=connection.settings.tracking_uri)
+    repository = _repository(connection, uri)
     with reading(without_credentials(uri), RegistryUnavailable, "a readable folder", denied=AccessDenied):
         sizes = _listing(repository, what, part)
     if not sizes:
-        require_store(uri, what, lambda address: _names_below(connection, address))
+        require_store(uri, what, lambda address: _repository(connection, address).list_artifacts())
         raise SourceNotFound(
             f"{what} holds no files",
             expected="a folder with a model",
@@ -259,12 +257,11 @@ def _listing(repository: Any, what: str, part: str = "") -> dict[str, int]:
     return sizes
 
 
-def _names_below(connection: MlflowConnection, address: str) -> list[str]:
-    """What an artifact store lists at ``address``."""
+def _repository(connection: MlflowConnection, uri: str) -> Any:
+    """MLflow's access to the artifact store at ``uri``."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    repository = get_artifact_repository(address, tracking_uri=connection.settings.tracking_uri)
-    return [str(item.path) for item in repository.list_artifacts()]
+    return get_artifact_repository(uri, tracking_uri=connection.settings.tracking_uri)
 
 
 def _require_safe_path(path: str, what: str) -> None:

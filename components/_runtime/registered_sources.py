@@ -86,7 +86,7 @@ def require_mounted(uri: str, what: str) -> None:
         raise _not_there(what, folder)
 
 
-def require_store(uri: str, what: str, listed: Callable[[str], Collection[str]]) -> None:
+def require_store(uri: str, what: str, listed: Callable[[str], Collection[object]]) -> None:
     """:func:`require_mounted` for a store that is no folder of this machine, and that lists nothing at ``uri``.
 
     A server or bucket whose volume is missing answers like an empty one.

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from components._runtime.addresses import without_secret_parameters
 from components._runtime.evidence import write_evidence
 from components._runtime.plan import RunSettings, run_settings
 from components._runtime.pod import check_identity
@@ -151,9 +152,9 @@ def failure_record(name: str, error: BaseException) -> dict[str, Any]:
 
 
 def redacted(text: str) -> str:
-    """``text`` without the ``user:password@`` of addresses and without signatures of presigned ones."""
+    """``text`` without the ``user:password@`` of addresses and without parameters that are secrets."""
     text = re.sub(r"://(?:[^/\s]*@|[^/@:\s]*:(?![0-9]{1,5}/)[^@\s]*@)", "://", text)
-    return re.sub(r"(?i)((?:signature|x-amz-[a-z-]*|awsaccesskeyid|token|secret)=)[^&\s]+", r"\1…", text)
+    return without_secret_parameters(text)
 
 
 def configure_logging() -> None:

@@ -28,6 +28,7 @@ from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.fisher_guided import FisherGuidedConfig, Objective, measured_samples, minimise
 from defense_core.purify.fisher_terms import TraceTerm
+from defense_core.purify.zeroing import CLOSE_FACTORS
 from defense_core.task import Task
 
 
@@ -47,7 +48,7 @@ class FIPConfig(FisherGuidedConfig):
 
     fisher: Kind = "empirical"
     trace_draws: int = 1
-    n_factors: tuple[float, ...] = (1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0)
+    n_factors: tuple[float, ...] = CLOSE_FACTORS
     max_drop: float = 0.045
 
     def __post_init__(self) -> None:

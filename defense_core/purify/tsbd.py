@@ -28,6 +28,7 @@ from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.choice import chooser, expected_drop, require_factors, strongest_expected
 from defense_core.purify.stage_one import StageOneConfig, stage_one
+from defense_core.purify.zeroing import CLOSE_FACTORS
 from defense_core.task import Task
 
 GENTLER = (0.25, 0.5)
@@ -44,7 +45,8 @@ class TSBDConfig(StageOneConfig):
         n: neuron ratio; ``None``: the first stage's, times the largest of ``n_factors`` after whose repair at the
             smallest rate the accuracy holds (:func:`~defense_core.purify.choice.expected_drop` on the *select* split,
             ``max_drop``).
-        n_factors: candidates, 1 or more; in networks without BatchNorm a quarter and a half too.
+        n_factors: candidates, 1 or more; where they are several, a quarter and a half too in networks without
+            BatchNorm.
         lr: repair rate; ``None``: the largest of ``lr_grid`` by the same bound.
         lr_grid: candidates; in networks without BatchNorm a fifth of them.
         max_drop: permitted drop, in [0, 1]; that of the test accuracy is about half a point to two less, because the
@@ -62,7 +64,7 @@ class TSBDConfig(StageOneConfig):
         batch_size, precision: see :class:`defense_core.loop.Tuning`.
     """
 
-    n_factors: tuple[float, ...] = (1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0)
+    n_factors: tuple[float, ...] = CLOSE_FACTORS
     lr: float | None = None
     lr_grid: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
     max_drop: float = 0.05

@@ -13,6 +13,8 @@ from torch import Tensor
 from defense_core.layers import UnitLayer
 
 Variant = Literal["v1", "v2", "v3"]
+CLOSE_FACTORS = (1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0)
+"""By which a neuron ratio is multiplied: wider steps leave accuracy that is permitted unspent (``docs/methods.md``)."""
 
 
 def weight_changes(layers: list[UnitLayer], moved: Mapping[str, Tensor]) -> list[Tensor]:
