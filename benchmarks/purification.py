@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.memory import peak_mb, reset_peak
+from benchmarks.memory import device_name, peak_mb, reset_peak
 from benchmarks.presets import PRESETS, Setting, described, recipe_of, tiny
 from benchmarks.results import FOLDER, read_rows, write_results
 from benchmarks.zoo import Victim, load_cifar10, victim
@@ -172,7 +172,7 @@ def figures(
         "der": der(before["acc"] - after["acc"], before["asr"] - after["asr"]),
         "seconds": round(seconds, 2),
         "peak_mb": round(peak),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": device_name(device),
         "chosen": {name: result.facts[name] for name in CHOSEN if name in result.facts},
         **row,
     }

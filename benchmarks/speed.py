@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.memory import device_name
 from benchmarks.presets import NARROW, Setting, recipe_of
 from benchmarks.purification import clean_splits
 from benchmarks.results import read_rows, write_results
@@ -88,7 +89,7 @@ def ratios(
             "baseline_seconds": round(min(seconds[baseline]), 2),
             "der": der[method],
             "baseline_der": der[baseline],
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "device": device_name(device),
         }
 
 

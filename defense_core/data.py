@@ -63,6 +63,11 @@ class CleanSet:
         """For each image the number of the first one with the same pixels; its own where no earlier one has them."""
         return torch.from_numpy(_first_copies(self.images.cpu().numpy()))
 
+    def without_copies(self) -> CleanSet:
+        """The first of all samples with the same pixels; itself where there are no copies."""
+        first = self.first_copies == torch.arange(len(self))
+        return self if bool(first.all()) else self.subset(torch.nonzero(first).flatten())
+
     @cached_property
     def class_counts(self) -> tuple[int, ...]:
         """Images per class, K numbers."""
@@ -99,10 +104,21 @@ class Splits:
     report: CleanSet
 
     @property
+    def unfitted(self) -> CleanSet:
+        """*select* and *report* together: what no method trains on."""
+        return joined(self.select, self.report)
+
+    @property
     def digest(self) -> str:
         """One digest over the three parts."""
         joined = "\n".join((self.fit.digest, self.select.digest, self.report.digest))
         return "sha256:" + hashlib.sha256(joined.encode()).hexdigest()
+
+
+def joined(first: CleanSet, second: CleanSet) -> CleanSet:
+    """The samples of both, in order."""
+    images, labels = (torch.cat(parts) for parts in ((first.images, second.images), (first.labels, second.labels)))
+    return CleanSet(images, labels, first.num_classes)
 
 
 def split_clean_set(clean: CleanSet, *, seed: int, select: float = 0.2, report: float = 0.2) -> Splits:

@@ -16,13 +16,14 @@ from torch import nn
 
 from defense_core.attacks import Probe, poison, probe_from_spec
 from defense_core.config import require
-from defense_core.data import CleanSet, Splits
+from defense_core.data import CleanSet, Splits, joined
 from defense_core.errors import DataError
 from defense_core.evaluate import evaluate
 from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify import method_named, purify
 from defense_core.scan.calibrate import rejects
+from defense_core.scan.detectors import regime_of
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.pool import Pool
 from defense_core.scan.report import ScanReport
@@ -140,7 +141,8 @@ def positive_control(
 
     Args:
         model: left as it is.
-        clean: *fit* is planted with, scanned with and purified with, as a user would; *select* is measured on.
+        clean: *fit* is planted and purified with; *select* is measured on. The copy is scanned with what it was not
+            planted with, *select* and *report*, where these allow the same detectors as all images; otherwise with all.
 
     Raises:
         DataError: *select* is empty.
@@ -166,7 +168,7 @@ def positive_control(
         return float(evaluate(network, clean.select, task=task, device=device).to_results()["acc"]["value"])
 
     planted = success(copy)
-    report = scan(copy, clean.fit, scan_config, pool=pool, task=task, device=device, progress=progress)
+    report = scan(copy, _to_scan_with(clean), scan_config, pool=pool, task=task, device=device, progress=progress)
     after = None
     if config.method:
         purified = purify(
@@ -187,6 +189,12 @@ def positive_control(
         asr_after=after,
         accuracy_lost=accuracy(model) - accuracy(copy),
     )
+
+
+def _to_scan_with(clean: Splits) -> CleanSet:
+    """A copy knows the images that it was planted with, trigger included."""
+    whole = joined(clean.fit, clean.unfitted)
+    return clean.unfitted if regime_of(clean.unfitted) == regime_of(whole) else whole
 
 
 def _side(config: ControlConfig, task: ImageClassification) -> int:

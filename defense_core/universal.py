@@ -153,10 +153,10 @@ def select_signals(
         perturbations: those of ``given`` and ``clean.fit`` where they are known already.
     """
     asked = chooser(clean)
-    right = [correct(model, asked, task=task, device=device, precision="auto") for model in (given, purified)]
+    source, candidate = (working_copy(model, device).eval() for model in (given, purified))
+    right = [correct(model, asked, task=task, device=device, precision="auto") for model in (source, candidate)]
     if perturbations is None:
         perturbations = universal_perturbations(given, clean.fit, task=task, device=device, progress=progress)
-    source, candidate = (working_copy(model, device).eval() for model in (given, purified))
     drop = expected_drop(
         source,
         candidate,

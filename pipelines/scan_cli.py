@@ -48,7 +48,6 @@ def scan(
             Path(model),
             out,
             clean=o.optional_path(clean),
-            whole=True,
             spec=spec,
             config={
                 "fpr": fpr,

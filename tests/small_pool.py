@@ -28,7 +28,7 @@ def make_pool(path: Path, *, shift: float) -> Pool:
     task = ImageClassification((1, 8, 8), PLAN_OPTIONS.classes, mean=(0.5,), std=(0.5,))
     settings = from_mapping(Settings, PLAN_OPTIONS.scan["settings"])
     seen = observe(PLAN_OPTIONS.network(), clean, "few", settings, task=task, device="cpu", progress=NullProgress())
-    own = {name: reading_of(each) for name, each in seen.observations.items()}
+    own = {name: reading_of(each) for name, each in seen.observations.items() if each.measured}
 
     def shifted(number: int, regime: str) -> dict[str, Reading]:
         return {

@@ -47,7 +47,6 @@ def scan_model(
     *,
     name: str = "scan",
     clean: Path | None = None,
-    whole: bool = False,
     report: float = REPORT_SHARE,
     spec: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
@@ -65,12 +64,15 @@ def scan_model(
         model: a bundle folder, or a model file that ``spec`` describes.
         out: folder for ``scan.json`` (the evidence), the inverted triggers and the pictures.
         name: ``scan``, or ``rescan`` after purification.
-        clean: clean set; its *fit* part is searched with, or all of it where ``whole``.
+        clean: clean set. A model that was purified is scanned with what its purifier was not fitted to: the *select*
+            and *report* parts; references have not seen the images that they were read on either. Any other model is
+            scanned with all of it.
         report: share of the clean set that is left for quoting figures.
         config: of :class:`defense_core.scan.judgement.ScanConfig`.
         pool: a calibration pool; otherwise the shipped one that covers the model.
         earlier: folder of the scan of the model before purification, whose triggers are tried again.
         reference: the model before purification; needed with ``earlier``.
+        seed: of the splits of the clean set.
 
     Returns:
         Evidence ``scan`` or ``rescan``.
@@ -84,7 +86,11 @@ def scan_model(
     where = resolve_device(device)
     with atomic_directory(out) as folder:
         bundle = open_model(model, spec, loading)
-        images = _images(bundle, clean, whole=whole, seed=seed, report=report)
+        before = None if reference is None else open_model(reference, spec, loading)
+        if before is not None:
+            require_same_interface(bundle, before)
+        purified = before is not None and before.digest != bundle.digest
+        images = _images(bundle, clean, purified=purified, seed=seed, report=report)
         chosen = pool_of_bundle(bundle, pool, digest(parsed.settings))
         inputs = {
             "source": source_digest(bundle),
@@ -102,11 +108,9 @@ def scan_model(
             outcome = _searched(bundle, images, parsed, chosen, folder, name, **used)
         left: tuple[Residual, ...] = ()
         suspected: tuple[int, ...] = ()
-        if earlier is not None and reference is not None and images is not None:
-            before = open_model(reference, spec, loading)
-            require_same_interface(bundle, before)
-            given, purified = (subject_of(each.model, None, **used) for each in (before, bundle))
-            left, suspected = residuals(given, purified, images, load_triggers(earlier)), _suspected(earlier)
+        if earlier is not None and before is not None and images is not None:
+            pair = (subject_of(each.model, None, **used) for each in (before, bundle))
+            left, suspected = residuals(*pair, images, load_triggers(earlier)), _suspected(earlier)
         evidence = compose(
             name,
             clock,
@@ -134,12 +138,13 @@ def methods_after(evidence: Mapping[str, Any], methods: Sequence[str], policy: s
     return side_by_side(methods)
 
 
-def _images(bundle: Bundle, clean: Path | None, *, whole: bool, seed: int, report: float) -> CleanSet | None:
+def _images(bundle: Bundle, clean: Path | None, *, purified: bool, seed: int, report: float) -> CleanSet | None:
     if clean is None:
         return None
-    if whole:
-        return open_images(clean, bundle, require_all_classes=False)
-    return open_splits(clean, bundle, seed=seed, report=report).fit
+    if purified:
+        left = open_splits(clean, bundle, seed=seed, report=report).unfitted
+        return left if len(left) else None
+    return open_images(clean, bundle, require_all_classes=False)
 
 
 def _searched(  # noqa: PLR0917

@@ -111,6 +111,11 @@ def standing(
     return Standing(conformal(value, null.tolist()), (value - centre) / reach, targets[best], len(others))
 
 
+def readers(pool: Pool, regimes: Sequence[str], detector: str) -> int:
+    """How many references ``detector`` has read in one of ``regimes``."""
+    return sum(detector in _read(reference, regimes) for reference in pool.references)
+
+
 def _read(reference: Reference, regimes: Sequence[str]) -> dict[str, Reading]:
     """What was read of a reference in ``regimes``, by detector; the first regime counts."""
     return {name: each for regime in reversed(regimes) for name, each in reference.readings.get(regime, {}).items()}

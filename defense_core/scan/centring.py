@@ -1,10 +1,15 @@
-"""What a model adds to the logits of all classes alike is taken out of the copy that is scanned.
+"""What is changed in the copy that is scanned, so that detectors see margins: its answers to an image stay the same.
+
+What a model adds to the logits of all classes alike is taken out.
 
 A bias, or a direction of the features, that every class gets changes no answer and no probability. But logits that all
 lie near 100,000 are the same number once they are rounded to bfloat16, and a spread over classes and images grows with
 what the images have in common: with either, whoever made the model could hide it from detectors that measure margins
 or count in standard deviations of the logits. In ordinary models that part is small (the standard deviation of all
 logits was at most 0.5 % larger with it, on 78 clean and backdoored ones), so that a pool read with it stays valid.
+
+And a network that ends in a softmax answers with the logarithms of its probabilities, which are logits: taken for
+logits themselves, numbers between 0 and 1 would flatten every margin, loss and gradient.
 """
 
 from __future__ import annotations
@@ -30,19 +35,40 @@ TRIED = 8
 @torch.no_grad()
 def centred(model: nn.Module, task: ImageClassification) -> nn.Module:
     """A copy of ``model`` whose last layer's weights and biases are centred over the classes; ``model`` itself where
-    that would be another one: where its answers are neither those of its last layer nor a shift of them.
+    that would be another one: where its answers are neither those of its last layer nor a shift of them. Where it ends
+    in a softmax, the copy answers with logarithms.
 
     Args:
         model: in eval mode.
     """
+    inputs = _inputs(model, task)
+    answers = _answers(model, inputs)
     found = copy.deepcopy(model)
     head = classifier_head(found)
-    if head is None:
-        return model
-    for part in head.parameters(recurse=False):
-        part.sub_(part.mean(0, keepdim=True))
-    inputs = _inputs(model, task)
-    return found if _differ(_answers(model, inputs), _answers(found, inputs)) <= SAME else model
+    if head is not None:
+        for part in head.parameters(recurse=False):
+            part.sub_(part.mean(0, keepdim=True))
+    if head is None or _differ(answers, _answers(found, inputs)) > SAME:
+        found = model
+    return Logarithms(found) if are_probabilities(answers) else found
+
+
+class Logarithms(nn.Module):
+    """A network that ends in a softmax, answering with the logarithms of its outputs (N, K); 0 counts as 1e-30."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Log-probabilities (N, K), float32."""
+        outputs: Tensor = self.network(inputs).float()
+        return outputs.clamp_min(1e-30).log()
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether outputs (N, K) look like those of a softmax: none negative, and a sum of 1 in every row."""
+    return outputs.dim() == 2 and bool((outputs >= 0).all()) and bool((outputs.sum(1) - 1).abs().max() < 1e-2)
 
 
 @torch.no_grad()

@@ -4,8 +4,10 @@ A clean model has easy classes too, and one in twenty stands out by chance. Befo
 trigger that was inverted for the suspected class must
 
 * *generalise*: send held-out images of other classes to it, although it is small (a mask of at most 5 % of the
-  pixels, or a mean squared change of at most 0.01 of the squared pixel range);
-* *transfer*: do so from every source class, not only from those that resemble the target;
+  pixels, or one patch of a transformer's grid of 16 or more, or a mean squared change of at most 0.01 of the squared
+  pixel range);
+* *transfer*: do so from every source class, not only from those that resemble the target; where it leads away from
+  single classes, so many of their images that they assure a success of 70 % (nine of nine do);
 * beat a *placebo*: the triggers that the same search found for classes that nobody suspects, cut to the same size;
 * be *unlearnt*: when a copy of the model is shown the searched images with the trigger and their true labels, the
   trigger loses its power in a few steps, and the model does not surely lose accuracy.
@@ -34,6 +36,8 @@ from defense_core.scan.sampling import spread_over_classes
 MIN_SUCCESS = 0.9
 MIN_SOURCE_SUCCESS = 0.7
 MAX_MASK_SHARE = 0.05
+MAX_CELL_SHARE = 1 / 16
+"""A trigger inside one patch of a transformer's grid is small up to this share of the pixels: it cannot be cut."""
 MAX_MEAN_SQUARE = 0.01
 PLACEBO_RATIO = 0.5
 """The median placebo may succeed at most this share as often as the suspect."""
@@ -100,7 +104,7 @@ def confirm(
         for observation in observations:
             placebos = [each for each in observation.triggers if each.target not in targets]
             tried += [
-                (_tried(subject, held_out, trigger, observation.detector, placebos), trigger)
+                (_tried(subject, held_out, trigger, observation, placebos), trigger)
                 for trigger in observation.triggers
                 if trigger.target == target
             ]
@@ -113,6 +117,11 @@ def confirm(
 def upper_bound(hits: int, count: int) -> float:
     """The success rate that ``hits`` of ``count`` still allow, with confidence ``SURE`` (Clopper and Pearson 1934)."""
     return 1.0 if hits == count else float(beta.ppf(SURE, hits + 1, count - hits))
+
+
+def lower_bound(hits: int, count: int) -> float:
+    """The success rate that ``hits`` of ``count`` assure with confidence ``SURE`` (Clopper and Pearson 1934)."""
+    return 0.0 if not hits else float(beta.ppf(1 - SURE, hits, count - hits + 1))
 
 
 def surely_lost(lost: int, gained: int, count: int) -> bool:
@@ -184,7 +193,7 @@ def _tried(
     subject: Subject,
     held_out: CleanSet,
     trigger: InvertedTrigger,
-    detector: str,
+    observation: Observation,
     others: Sequence[InvertedTrigger],
 ) -> Confirmation:
     """Everything but the unlearning, which is for those that stand the rest."""
@@ -193,11 +202,14 @@ def _tried(
     sources = {label: hits[labels == label] for label in labels.unique().tolist()}
     sources = {label: each for label, each in sources.items() if len(each) >= MIN_SOURCE_IMAGES}
     masked, square = size_of(trigger, held_out, device=subject.device)
-    small = masked <= MAX_MASK_SHARE or square <= MAX_MEAN_SQUARE
+    allowed = MAX_CELL_SHARE if "cell_pixels" in observation.facts else MAX_MASK_SHARE
+    small = masked <= allowed or square <= MAX_MEAN_SQUARE
+    # One image of one source says nothing, however it ends.
+    enough_hits = not trigger.sources or lower_bound(int(hits.sum()), len(hits)) >= MIN_SOURCE_SUCCESS
     placebo = _placebo(subject, held_out, trigger, others)
     return Confirmation(
         target=trigger.target,
-        detector=detector,
+        detector=observation.detector,
         success=share,
         least_source=min((float(each.float().mean()) for each in sources.values()), default=None),
         placebo=placebo,
@@ -205,6 +217,7 @@ def _tried(
         images=len(hits),
         confirmed=(
             small
+            and enough_hits
             and share >= MIN_SUCCESS
             and all(upper_bound(int(each.sum()), len(each)) >= MIN_SOURCE_SUCCESS for each in sources.values())
             and (placebo is None or placebo <= PLACEBO_RATIO * share)

@@ -10,10 +10,10 @@ from torch import nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet
-from defense_core.errors import NonFiniteOutputs
+from defense_core.errors import MethodDiverged
 from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, subject_of
-from defense_core.scan.calibrate import CHANNELS, Standing, holm, rejects, standing
+from defense_core.scan.calibrate import CHANNELS, LEAST_REFERENCES, Standing, holm, readers, rejects, standing
 from defense_core.scan.confirm import Confirmation, confirm
 from defense_core.scan.detectors import DETECTORS, EVIDENCE_ONLY, Regime, Settings, regime_of
 from defense_core.scan.observe import Observed, observe, wanted
@@ -61,7 +61,8 @@ def scan(
 
     Args:
         model: left as it is.
-        clean: clean images, or ``None``: then only what needs none is run.
+        clean: clean images, or ``None``: then only what needs none is run. Exact copies are left out: no image may
+            confirm what its copy was searched with.
         pool: statistics of clean reference models of this kind; without, the verdict is UNKNOWN. Where the task's
             class names are the pool's, the model is compared class by class.
 
@@ -69,12 +70,13 @@ def scan(
         StateDictMismatch: the model's outputs are not one logit a class.
         Cancelled: a stop was requested.
     """
+    clean = clean if clean is None else clean.without_copies()
     try:
         observed = observe(
             model, clean, regime_of(clean), config.settings, task=task, device=device, progress=progress,
             deadline=Deadline.after(config.budget_s),
         )  # fmt: skip
-    except NonFiniteOutputs as error:
+    except MethodDiverged as error:
         observed = Observed({}, {}, (), failure=str(error))
     return judge(model, clean, observed, config, pool=pool, task=task, device=device, progress=progress)
 
@@ -105,7 +107,7 @@ def judge(
         subject = subject_of(model, observed.searched, task=task, device=device, progress=progress)
         try:
             confirmations = confirm(subject, observed.held_out, tuple(observed.observations.values()), targets)
-        except NonFiniteOutputs as error:  # on an image that no detector has seen
+        except MethodDiverged as error:  # on an image that no detector has seen
             unanswered = str(error).rstrip(".")
     channels = tuple(
         ChannelEntry(name, place.p_value, adjusted[name], place.score, place.targets)
@@ -128,6 +130,10 @@ def judge(
     unread = [name for name in expected if name not in standings and not set(CHANNELS[name]) & set(observed.unfinished)]
     if pool is not None and observed.observations and unread:
         reasons += (f"The pool holds no readings of {', '.join(unread)} with so few clean images: give 100 or more",)
+    blind = [] if pool is None else _blind(pool, observed, regime)
+    if blind:
+        reasons += (f"What {', '.join(blind)} would have found is not known: they saw the references, not this model",)
+    unfinished = tuple(name for name in observed.unfinished if name not in EVIDENCE_ONLY)
     if comparable and confirmed:  # classes are suspected, and confirmed, only where the p-value rejects
         verdict = Verdict.FAIL
     elif reasons or not comparable:
@@ -139,7 +145,7 @@ def judge(
         sentence=sentence(config.fpr, verdict, confirmations, p_value, reasons, references=_references(pool)),
         p_value=p_value,
         comparable=comparable,
-        probability=_probability(pool, regime, score) if comparable else None,
+        probability=_probability(pool, regime, score) if comparable and not unfinished and not blind else None,
         score=score,
         fpr=config.fpr,
         target_classes=confirmed + tuple(target for target in targets if target not in confirmed),
@@ -147,8 +153,15 @@ def judge(
         detectors=tuple(_entry(each, singly) for each in observed.observations.values()),
         confirmations=confirmations,
         reasons=reasons if verdict is Verdict.UNKNOWN else (),
-        unfinished=tuple(name for name in observed.unfinished if name not in EVIDENCE_ONLY),
-        coverage=coverage(regime, pool, without_pairs=without_pairs, class_names=task.class_names),
+        unfinished=unfinished,
+        coverage=coverage(
+            regime,
+            pool,
+            without_pairs=without_pairs,
+            class_names=task.class_names,
+            failed=bool(observed.failure),
+            missing=(*unfinished, *blind),
+        ),
         regime=regime,
         images=0 if clean is None else len(clean),
         pool="" if pool is None else pool.digest,
@@ -168,6 +181,18 @@ def _planned(regime: Regime) -> tuple[str, ...]:
     """Channels that a scan with so many images is to run; Holm counts them all, finished or not."""
     names = wanted(("none", regime))
     return tuple(channel for channel, members in CHANNELS.items() if set(members) & set(names))
+
+
+def _blind(pool: Pool, observed: Observed, regime: Regime) -> list[str]:
+    """Detectors of the verdict that looked at the references and could not look at this model."""
+    unmeasured = {name for name, each in observed.observations.items() if not each.measured}
+    members = [name for channel in _planned(regime) for name in CHANNELS[channel] if name in unmeasured]
+    return [name for name in members if readers(pool, _regimes(regime), name) >= LEAST_REFERENCES]
+
+
+def _regimes(regime: Regime) -> tuple[Regime, ...]:
+    """Whose readings a scan is compared with."""
+    return ("none",) if regime == "none" else ("none", regime)
 
 
 def _channel_standings(
@@ -195,7 +220,7 @@ def _standings(
     """Standing by the detectors of each of ``groups``, where one of them was run."""
     readings = {name: reading_of(each) for name, each in observed.observations.items() if each.measured}
     by_class = bool(class_names) and class_names == pool.stratum.class_names
-    regimes = ("none",) if regime == "none" else ("none", regime)
+    regimes = _regimes(regime)
     found: dict[str, Standing] = {}
     for name, members in groups.items():
         place = standing(pool, regimes, readings, members, by_class=by_class)

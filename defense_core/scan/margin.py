@@ -96,21 +96,6 @@ def margins_of(logits: Tensor, classes: Tensor) -> Tensor:
     return (own - others.max(1, keepdim=True).values).squeeze(1)
 
 
-def as_logits(outputs: Tensor) -> Tensor:
-    """Outputs (N, K), or their logarithms where a network ends in a softmax, which would flatten every margin."""
-    return log_probabilities(outputs) if are_probabilities(outputs.detach()) else outputs
-
-
-def log_probabilities(outputs: Tensor) -> Tensor:
-    """Logarithms of the outputs of a softmax; 0 counts as 1e-30."""
-    return outputs.clamp_min(1e-30).log()
-
-
-def are_probabilities(outputs: Tensor) -> bool:
-    """Whether outputs (N, K) look like those of a softmax: none negative, and a sum of 1 in every row."""
-    return bool((outputs >= 0).all()) and bool((outputs.sum(1) - 1).abs().max() < 1e-2)
-
-
 def _search(
     subject: Subject, classes: tuple[int, ...], starts: Tensor, config: MarginConfig, *, name: str
 ) -> tuple[Tensor, Tensor]:
@@ -150,7 +135,7 @@ def _ascend(
     earlier = best
     for step in range(config.steps):
         images.requires_grad_(True)
-        reached = margins_of(as_logits(subject.logits(images)), wanted)
+        reached = margins_of(subject.logits(images), wanted)
         (gradient,) = torch.autograd.grad(reached.sum(), images)
         best = torch.maximum(best, reached.detach())
         if step <= SETTLED * (config.steps - 1):

@@ -29,7 +29,7 @@ from defense_core.config import require
 from defense_core.layers import classifier_head
 from defense_core.progress import Phase
 from defense_core.scan.base import Observation, Subject, outlying, shortlist, unmeasured
-from defense_core.scan.margin import are_probabilities, at_once, log_probabilities, margins_of, stepped
+from defense_core.scan.margin import at_once, margins_of, stepped
 from defense_core.scan.sampling import ease
 
 DETECTOR, HEAD = "subspace", "head"
@@ -88,15 +88,17 @@ def subspace(subject: Subject, config: SubspaceConfig = SubspaceConfig()) -> Obs
         return unmeasured(DETECTOR, "its last layer does not see one vector an image")
     if not _decides(head, features, outputs):
         return unmeasured(DETECTOR, "its last linear layer in module order is not its classifier")
-    softmaxed = are_probabilities(outputs)
-    logits, labels = log_probabilities(outputs) if softmaxed else outputs, images.labels.to(subject.device)
-    classes = shortlist(ease(logits, labels).tolist())
+    labels = images.labels.to(subject.device)
+    # A class without images would keep the whole margin that the others lose to their own features.
+    present = labels.unique().tolist()
+    easy = ease(outputs, labels)
+    classes = tuple(present[row] for row in shortlist(easy[present].tolist()))
     own = {label: _own_features(head, features[labels == label], label) for label in classes}
     starts = torch.rand(config.starts, *subject.task.input_size, generator=subject.generator())
     with recorded({HEAD: head}) as seen:
-        search = _Search(subject, config, starts.to(subject.device), softmaxed, seen)
+        search = _Search(subject, config, starts.to(subject.device), seen)
         margins, cosines = search.run(own)
-    scale = float(logits.std().clamp_min(1e-6))
+    scale = float(outputs.std().clamp_min(1e-6))
     return _observation(classes, margins.mean(1) / scale, cosines.mean(1))
 
 
@@ -128,9 +130,7 @@ def own_features(head: Callable[[Tensor], Tensor], features: Tensor, label: int)
 
 
 def _own_features(head: nn.Module, features: Tensor, label: int) -> Tensor:
-    """Directions (n, D), of length 1, of what makes clean images a ``label``; none where there is no such image."""
-    if not len(features):
-        return features
+    """Directions (n, D), of length 1, of what makes clean images a ``label``."""
     return F.normalize(own_features(head, features, label) * features, dim=1)
 
 
@@ -147,7 +147,6 @@ class _Search:
     subject: Subject
     config: SubspaceConfig
     starts: Tensor
-    softmaxed: bool
     seen: Recorded
 
     def run(self, own: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
@@ -166,14 +165,10 @@ class _Search:
         margins = cosines = torch.zeros(len(images))
         for step in range(config.steps):
             images.requires_grad_(True)
-            outputs = self.subject.logits(images)
-            margins = margins_of(log_probabilities(outputs) if self.softmaxed else outputs, wanted)
+            margins = margins_of(self.subject.logits(images), wanted)
             directions = F.normalize(_read(self.seen), dim=1).split(count)
             cosines = torch.cat(
-                [
-                    (each @ own[label].T).relu().mean(1) if len(own[label]) else each.new_zeros(count)
-                    for each, label in zip(directions, classes, strict=True)
-                ]
+                [(each @ own[label].T).relu().mean(1) for each, label in zip(directions, classes, strict=True)]
             )
             kept = margins - config.weight * margins.detach().abs() * cosines
             (gradient,) = torch.autograd.grad(kept.sum(), images)

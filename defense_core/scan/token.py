@@ -24,7 +24,6 @@ from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.progress import Phase
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, outlying, shortlist, unmeasured
-from defense_core.scan.margin import as_logits
 from defense_core.scan.sampling import Adam, drawn, ease, halves, items_at_once, others
 
 DETECTOR = "token"
@@ -229,7 +228,7 @@ def _judged(subject: Subject, judge: CleanSet, target: int, *, cells: Grid, plac
     for place, pattern in zip(places.split(1), patterns.split(1), strict=True):
         parts = pixels.split(items_at_once(judge, 1))
         outputs = torch.cat([subject.logits(cells.on(part[None], place, pattern)[0]) for part in parts])
-        probability = float(as_logits(outputs).softmax(1)[:, target].mean())
+        probability = float(outputs.softmax(1)[:, target].mean())
         if probability > best.probability:
             best = _Found(place, pattern, probability, float((outputs.argmax(1) == target).float().mean()))
     return best

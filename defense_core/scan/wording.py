@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from defense_core.scan.calibrate import least_adjusted, rejects, uncovered
 from defense_core.scan.confirm import Confirmation
 from defense_core.scan.detectors import EVIDENCE_ONLY, FEW, Regime
@@ -120,14 +122,24 @@ def _data(pool: Pool, class_names: tuple[str, ...]) -> str:
 
 
 def coverage(
-    regime: Regime, pool: Pool | None, *, without_pairs: bool, class_names: tuple[str, ...]
+    regime: Regime,
+    pool: Pool | None,
+    *,
+    without_pairs: bool,
+    class_names: tuple[str, ...],
+    failed: bool = False,
+    missing: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """What was looked for, and what was not.
 
     Args:
         without_pairs: the images were too few for pairs of classes.
         class_names: of the model.
+        failed: nothing could be observed at all.
+        missing: detectors of the verdict that did not finish, or could not look at this model.
     """
+    if failed:
+        return ("Looked for nothing: the model could not be observed",)
     searched = "such a class, for small patches, faint or bending changes of all images"
     looked = {
         "none": "Looked for a class whose logit can be driven further than any other's, without any image",
@@ -137,6 +149,8 @@ def coverage(
         else f"Looked for {searched}, and for changes that lead from one class to another",
     }[regime]
     sentences = [looked]
+    if missing:
+        sentences.append(f"Without what {', '.join(missing)} would have looked for: they did not finish on this model")
     if regime != "many":
         sentences.append(
             "Says nothing about backdoors from single classes or to every class: that takes 100 clean images"

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from defense_core.architectures import build
+from defense_core.data import CleanSet
 from defense_core.progress import NullProgress
 from defense_core.scan import centring, observe
 from defense_core.scan.base import subject_of
 from defense_core.scan.centring import centred, rounded_away
 from defense_core.scan.detectors import Settings
+from defense_core.scan.generator import GeneratorConfig
 from defense_core.scan.judgement import ScanConfig, scan
+from defense_core.scan.pairs import PairsConfig
 from defense_core.task import ImageClassification
 from defense_core.verdict import Verdict
 
@@ -50,6 +53,40 @@ def test_a_shift_of_all_logits_is_taken_out(name: str, by: float) -> None:
     with torch.no_grad():
         wanted, found = model(TASK.inputs(pixels())), centred(hidden, TASK)(TASK.inputs(pixels()))
     assert torch.allclose(found, wanted - wanted.mean(1, keepdim=True), atol=1e-6 + 1e-6 * by)
+
+
+class Softmaxed(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(inputs).softmax(1)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "vit_tiny"])
+def test_a_network_that_ends_in_a_softmax_answers_with_logarithms(name: str) -> None:
+    model = network(name)
+    with torch.no_grad():
+        wanted, found = (each(TASK.inputs(pixels())) for each in (model, centred(Softmaxed(model), TASK)))
+    assert torch.allclose(found, wanted.log_softmax(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("detector", ["margin", "subspace", "patch", "additive", "generator", "pairs"])
+def test_a_softmax_at_the_end_changes_no_reading(detector: str) -> None:
+    draw = torch.Generator().manual_seed(4)
+    clean = CleanSet(torch.randint(256, (64, 1, 8, 8), generator=draw).to(torch.uint8), torch.arange(64) % 4, 4)
+    settings = Settings(pairs=PairsConfig(steps=2, images=2, judged=2), generator=GeneratorConfig(steps=3))
+    model = network("vit_tiny")  # in float32 on every device
+    plain, ended = (
+        observe.observe(
+            each, clean, "many", settings, task=TASK, device="cpu", progress=NullProgress(), only=(detector,)
+        ).observations[detector]
+        for each in (model, Softmaxed(model))
+    )
+    assert plain.measured
+    assert ended.measured
+    assert ended.statistic == pytest.approx(plain.statistic, rel=0.05, abs=0.05)
 
 
 def test_the_caller_keeps_the_model_as_it_was() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import CorruptArtifact
 from defense_core.progress import NullProgress
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, subject_of
-from defense_core.scan.confirm import confirm, cut_to, enough, size_of, success, surely_lost, upper_bound
+from defense_core.scan.confirm import confirm, cut_to, enough, lower_bound, size_of, success, surely_lost, upper_bound
 from defense_core.scan.pictures import class_pictures, trigger_picture
 from defense_core.scan.residual import residuals
 from defense_core.scan.stored_triggers import INDEX, kept_triggers, load_triggers, save_triggers
@@ -94,6 +95,32 @@ def test_a_real_trigger_is_confirmed() -> None:
 def test_what_is_not_confirmed(model: nn.Module, triggers: tuple[InvertedTrigger, ...], why: str) -> None:
     (found,) = confirm(subject(model), images(), [observation(*triggers)], (2,))
     assert not found.confirmed, why
+
+
+@pytest.mark.parametrize(("per_class", "confirmed"), [(6, False), (9, True)])
+def test_a_trigger_for_one_source_takes_enough_of_its_images(per_class: int, confirmed: bool) -> None:
+    pair = replace(patch(2), sources=(1,))
+    (found,) = confirm(subject(Corner()), images(per_class), [observation(pair, patch(0), patch(1))], (2,))
+    assert (found.success, found.images, found.confirmed) == (1.0, per_class, confirmed)
+
+
+@pytest.mark.parametrize(("facts", "confirmed"), [({"cell_pixels": 4}, True), ({}, False)])
+def test_one_patch_of_a_grid_of_sixteen_is_small(facts: dict[str, int], confirmed: bool) -> None:
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :2, :2] = 1.0
+    whole = InvertedTrigger(2, "patch", torch.full((1, 8, 8), 255.0), mask)
+    seen = replace(observation(whole, patch(0), patch(1)), facts=facts)
+    (found,) = confirm(subject(Corner()), images(), [seen], (2,))
+    assert (found.success, found.small, found.confirmed) == (1.0, confirmed, confirmed)
+
+
+def test_the_lower_bound_is_the_rate_at_which_so_many_hits_are_rare() -> None:
+    assert lower_bound(0, 9) == 0.0
+    assert lower_bound(9, 9) == pytest.approx(0.05 ** (1 / 9))
+    assert lower_bound(8, 8) < 0.7 < lower_bound(9, 9)
+    rate = lower_bound(7, 12)
+    tail = sum(math.comb(12, k) * rate**k * (1 - rate) ** (12 - k) for k in range(7, 13))
+    assert tail == pytest.approx(0.05)
 
 
 def test_a_trigger_no_better_than_a_placebo_is_not_confirmed() -> None:

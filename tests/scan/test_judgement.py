@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from components.scan_backdoor.step import _findings, _pictures
+from defense_core.data import CleanSet, joined
 from defense_core.errors import ConfigError
 from defense_core.progress import NullProgress
+from defense_core.scan import judgement
 from defense_core.scan.base import InvertedTrigger, Observation
 from defense_core.scan.detectors import FEW, MANY, SEARCHED, regime_of, searched_and_held_out
 from defense_core.scan.judgement import ScanConfig, judge, scan
@@ -62,6 +64,17 @@ def pool(count: int = 60) -> Pool:
 
 
 POOL = pool()
+
+
+def without_pairs(whole: Pool = POOL) -> Pool:
+    """References that pairs could not be read on either, as with 64 classes or more."""
+    return replace(whole, references=tuple(
+        replace(each, readings={
+            regime: {name: found for name, found in read.items() if name != "pairs"}
+            for regime, read in each.readings.items()
+        })
+        for each in whole.references
+    ))  # fmt: skip
 
 
 def judged(
@@ -168,7 +181,7 @@ def test_detectors_that_are_evidence_only_keep_no_scan_from_its_verdict() -> Non
 
     def late(*unfinished: str) -> ScanReport:
         finished = {name: each for name, each in seen.observations.items() if name not in unfinished}
-        return judged(replace(seen, observations=finished, unfinished=unfinished))
+        return judged(replace(seen, observations=finished, unfinished=unfinished), pool=without_pairs())
 
     report = late("activeness", "curvature")
     assert report.verdict is Verdict.PASS
@@ -299,7 +312,7 @@ def blind(seen: Observed) -> Observed:
 
 def test_a_search_that_had_too_few_images_is_not_claimed() -> None:
     seen = blind(observed())
-    report = judged(seen)
+    report = judged(seen, pool=without_pairs())
     assert report.verdict is Verdict.PASS
     assert {channel.name for channel in report.channels} == {"margin", "inversion"}
     assert all(channel.adjusted >= min(1.0, 2 * channel.p_value) for channel in report.channels)
@@ -311,8 +324,50 @@ def test_a_search_that_had_too_few_images_is_not_claimed() -> None:
     assert any("lead from one class to another" in sentence for sentence in judged(observed()).coverage)
 
 
+@pytest.mark.parametrize("detector", ["pairs", "generator", "margin"])
+def test_what_saw_the_references_and_not_the_model_keeps_it_from_a_pass(detector: str) -> None:
+    seen = observed()
+    blinded = replace(seen.observations[detector], facts={"measured": False})
+    report = judged(replace(seen, observations={**seen.observations, detector: blinded}))
+    assert judged(seen).verdict is Verdict.PASS
+    assert report.verdict is Verdict.UNKNOWN
+    assert f"What {detector} would have found is not known" in report.sentence
+    assert report.probability is None
+    assert any(f"Without what {detector} would have looked for" in each for each in report.coverage)
+    # A suspicion that is confirmed stands without it.
+    if detector != "margin":
+        suspected = observed("patch")
+        found = judged(replace(suspected, observations={**suspected.observations, detector: blinded}))
+        assert found.verdict is Verdict.FAIL
+
+
+def test_a_scan_cut_short_states_no_probability_and_claims_no_search_that_did_not_end() -> None:
+    report = judged(observed(without=("generator", "pairs")))
+    assert report.probability is None
+    assert "Without what generator, pairs would have looked for: they did not finish on this model" in report.coverage
+    broken = judged(replace(observed(), observations={}, covariates={}, failure="it answers NaN"))
+    assert broken.coverage == ("Looked for nothing: the model could not be observed",)
+
+
+def test_no_image_is_confirmed_on_whose_copy_was_searched_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def looked(model: nn.Module, clean: CleanSet | None, *_: object, **__: object) -> Observed:
+        asked.append(0 if clean is None else len(clean))
+        return observed()
+
+    monkeypatch.setattr(judgement, "observe", looked)
+    draw = torch.Generator().manual_seed(0)
+    distinct = CleanSet(torch.randint(256, (60, 1, 8, 8), generator=draw).to(torch.uint8), torch.arange(60) % 4, 4)
+    report = scan(
+        Corner(), joined(distinct, distinct), ScanConfig(), pool=POOL, task=TASK, device="cpu", progress=NullProgress()
+    )
+    assert asked == [60]
+    assert (report.regime, report.images) == ("few", 60)
+
+
 def test_a_channel_that_could_not_search_still_takes_references() -> None:
-    report = judged(blind(observed()), pool=pool(45))
+    report = judged(blind(observed()), pool=without_pairs(pool(45)))
     assert len(report.channels) == 2
     assert report.verdict is Verdict.UNKNOWN
     assert not report.comparable

@@ -12,7 +12,7 @@ from defense_core.architectures import build
 from defense_core.errors import ConfigError, NonFiniteOutputs
 from defense_core.progress import NullProgress
 from defense_core.scan.base import Deadline, OutOfTime, Subject, subject_of
-from defense_core.scan.margin import MarginConfig, as_logits, log_margins, margin, margins_of
+from defense_core.scan.margin import MarginConfig, log_margins, margin, margins_of
 from defense_core.task import ImageClassification
 from pipelines.demo import TASK, make_inputs
 
@@ -46,12 +46,6 @@ def test_margin_is_own_logit_minus_the_best_other() -> None:
             for row, c in zip(logits.tolist(), classes.tolist(), strict=True)]  # fmt: skip
     assert margins_of(logits, classes).tolist() == pytest.approx(slow)
     assert margins_of(logits.log_softmax(1), classes).tolist() == pytest.approx(slow, abs=1e-5)
-
-
-def test_probabilities_become_logarithms_and_logits_stay() -> None:
-    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(as_logits(logits.softmax(1)), logits.log_softmax(1), atol=1e-5)
-    assert torch.equal(as_logits(logits), logits)
 
 
 def test_a_linear_model_reaches_its_largest_margin() -> None:

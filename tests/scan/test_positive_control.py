@@ -14,7 +14,7 @@ from torch import nn
 from components.control_model.step import _finding
 from defense_core.architectures import build
 from defense_core.config import digest
-from defense_core.data import CleanSet, Splits, split_clean_set
+from defense_core.data import CleanSet, Splits, joined, split_clean_set
 from defense_core.errors import ConfigError, DataError
 from defense_core.loop import Tuning, finished, tune
 from defense_core.positive_control import Control, ControlConfig, positive_control
@@ -135,6 +135,24 @@ def test_a_copy_that_stands_out_for_another_class_was_not_detected(
     assert missed.sentence().endswith(
         f"would not have been detected (p = 0.010): the copy stands out, but not for class {missed.target}"
     )
+
+
+@pytest.mark.parametrize(("images", "scanned"), [(400, 150), (150, 150)])
+def test_a_copy_is_scanned_with_images_it_was_not_planted_with_where_they_are_enough(
+    model: nn.Module, splits: Splits, monkeypatch: pytest.MonkeyPatch, images: int, scanned: int
+) -> None:
+    asked: list[CleanSet] = []
+
+    def watched(copy: nn.Module, clean: CleanSet, *arguments: Any, **named: Any) -> ScanReport:
+        asked.append(clean)
+        return scan(copy, clean, *arguments, **named)
+
+    monkeypatch.setattr("defense_core.positive_control.scan", watched)
+    every = joined(splits.fit, splits.unfitted)
+    given = splits if images == len(every) else split_clean_set(every.subset(torch.arange(images)), seed=0)
+    controlled(model, given, None, epochs=1)
+    assert [len(clean) for clean in asked] == [scanned]
+    assert (asked[0].digest == given.unfitted.digest) == (scanned < images)
 
 
 def test_references_of_another_kind_tell_nothing(model: nn.Module, splits: Splits) -> None:

@@ -124,29 +124,12 @@ def test_the_same_seed_gives_the_same_numbers_and_the_model_stays() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_class_without_clean_images_is_searched_without_a_penalty() -> None:
-    some = images_of(3, 30)
-    lacking = some.subset((some.labels != 2).nonzero().flatten())
-    penalised, plain = (
-        subspace(subject(network(1), 3, images=lacking), SubspaceConfig(starts=1, steps=5, weight=weight))
-        for weight in (3.0, 0.0)
-    )
-    assert penalised.class_scores[2] == pytest.approx(plain.class_scores[2], rel=1e-5)
-    assert penalised.class_scores[0] < plain.class_scores[0]
-
-
-def test_with_many_classes_a_short_list_is_searched() -> None:
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.flatten = nn.Flatten()
-            self.linear = nn.Linear(16, 10 * MANY_CLASSES)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            logits: Tensor = self.linear(self.flatten(inputs))
-            return logits
-
-    found = subspace(subject(Wide(), 10 * MANY_CLASSES, images=images_of(10, 100)), QUICK)
+def test_of_many_classes_with_images_a_short_list_is_searched() -> None:
+    count = MANY_CLASSES + 8
+    head = nn.Sequential(nn.Flatten(), nn.Linear(16, count))
+    draw = torch.Generator().manual_seed(1)
+    clean = CleanSet(torch.randint(256, (count, 1, 4, 4), generator=draw).to(torch.uint8), torch.arange(count), count)
+    found = subspace(subject(head, count, images=clean), QUICK)
     assert len(found.classes) == SHORTLISTED
 
 
@@ -195,3 +178,12 @@ def test_a_last_linear_layer_that_does_not_classify_is_not_taken_for_the_classif
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SubspaceConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_class_without_an_image_is_not_compared_with_those_that_lose_their_own_features() -> None:
+    given = images_of(5, 50)
+    without = given.subset((given.labels != 3).nonzero().flatten())
+    found = subspace(subject(Pixels(5), 5, images=without), QUICK)
+    assert found.classes == (0, 1, 2, 4)
+    assert len(found.class_scores) == 4
+    assert 3 not in found.targets
