@@ -104,7 +104,7 @@ class Case:
     Attributes:
         before: the victim's own figures.
         device, progress: of what is measured on it.
-        made: what methods made of it in this process, with their defaults, and the seconds of each.
+        made: what methods made of it in this process, with their defaults, and the seconds and peak MB of each.
     """
 
     subject: Victim
@@ -112,7 +112,7 @@ class Case:
     before: Mapping[str, float]
     device: str
     progress: Progress
-    made: dict[str, tuple[Purified, float]] = field(default_factory=dict)
+    made: dict[str, tuple[Purified, float, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, subject: Victim, clean: Splits, test: CleanSet, *, device: str, progress: Progress) -> Case:
@@ -153,12 +153,12 @@ def figures(
     reset_peak(device)
     started = time.perf_counter()
     try:
-        result, spent = purified(case, method, parsed, seed=seed)
+        result, spent, reached = purified(case, method, parsed, seed=seed)
     except MethodDiverged as error:
         return {"diverged": str(error), "seconds": round(time.perf_counter() - started, 1)}
-    seconds, peak = time.perf_counter() - started + spent, peak_mb(device)
+    seconds, peak = time.perf_counter() - started + spent, max(reached, peak_mb(device))
     if not settings:
-        case.made[method] = result, seconds
+        case.made[method] = result, seconds, peak
     row = {}
     if method in ASKED:
         row["select"] = select_signals(
@@ -178,23 +178,26 @@ def figures(
     }
 
 
-def purified(case: Case, method: str, settings: Any, *, seed: int) -> tuple[Purified, float]:
-    """What ``method`` makes of the victim, and the seconds that went into it before.
+def purified(case: Case, method: str, settings: Any, *, seed: int) -> tuple[Purified, float, float]:
+    """What ``method`` makes of the victim, and the seconds and the peak MB that went into it before.
 
-    A soup is mixed from what its members made here already, where they all did: their seconds are its own.
+    A soup is mixed from what its members made here already, where they all did: their seconds and memory are its own.
     """
     shared: dict[str, Any] = {
         "task": case.subject.task, "seed": seed, "device": case.device, "progress": case.progress
     }  # fmt: skip
     if isinstance(settings, SoupConfig) and set(settings.members) <= case.made.keys() and not settings.configs:
-        made = {name: case.made[name][0] for name in settings.members}
-        result = mixed(case.subject.model, made, case.clean, max_drop=settings.max_drop, **shared)
-        return result, sum(case.made[name][1] for name in made)
-    return purify(case.subject.model, case.clean, settings, method=method, **shared), 0.0
+        members = {name: case.made[name] for name in settings.members}
+        models = {name: result for name, (result, _, _) in members.items()}
+        result = mixed(case.subject.model, models, case.clean, max_drop=settings.max_drop, **shared)
+        return result, sum(each[1] for each in members.values()), max(each[2] for each in members.values())
+    return purify(case.subject.model, case.clean, settings, method=method, **shared), 0.0, 0.0
 
 
 def completed(rows: Sequence[Mapping[str, Any]], candidates: Sequence[str] = CANDIDATES) -> list[dict[str, Any]]:
     """Rows with ``control_der`` and ``selected``, which depend on the others of the same model and data.
+
+    A recipe gives other weights on another processor; a control of another victim is none.
 
     Args:
         candidates: methods that are chosen among, in order of preference.
@@ -203,12 +206,17 @@ def completed(rows: Sequence[Mapping[str, Any]], candidates: Sequence[str] = CAN
     done = []
     for row in rows:
         members = groups[group_of(row)]
-        control = [each.get("der") for each in members if METHODS[each["method"]].control]
+        control = [each.get("der") for each in members if METHODS[each["method"]].control and same_victim(each, row)]
         by_method = {each["method"]: each for each in comparable(members, candidates)}
         chosen = choose([_candidate(by_method[name]) for name in candidates if name in by_method])
         selected = chosen is not None and chosen.method == row["method"]
         done.append({**row, "control_der": control[0] if control else None, "selected": selected})
     return done
+
+
+def same_victim(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows of one name are of models with the same figures before."""
+    return all(one.get(figure) == other.get(figure) for figure in ("acc_before", "asr_before"))
 
 
 def comparable(members: Sequence[Mapping[str, Any]], candidates: Sequence[str]) -> list[Mapping[str, Any]]:

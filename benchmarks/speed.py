@@ -20,6 +20,7 @@ import torch
 from benchmarks.memory import device_name
 from benchmarks.presets import NARROW, Setting, recipe_of
 from benchmarks.purification import clean_splits
+from benchmarks.results import device as machine
 from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import CONVOLUTIONAL, Victim, cifar10_task, load_cifar10, victim
 from defense_core import architectures, config
@@ -149,7 +150,10 @@ def main() -> None:
     if options.part in ("ratios", "both"):
         subject = victim(recipe_of(ATTACK, setting), train, test, device=options.device, progress=NullProgress())
         pairs = [pair for pair in PAIRS if pair[0].partition(", ")[0] == options.method or not options.method]
-        kept = [row for row in read_rows("speed") if (row["method"], row["baseline"]) in set(PAIRS) - set(pairs)]
+        # Ratios of two machines do not compare: what one multiplies faster takes another share of the time.
+        others = set(PAIRS) - set(pairs)
+        here = [row for row in read_rows("speed") if row["measured"]["device"] == machine()]
+        kept = [row for row in here if (row["method"], row["baseline"]) in others]
         rows = list(ratios(subject, setting, pairs, device=options.device, repeats=options.repeats))
         write_results(
             "speed", [*rows, *kept], command="python -m benchmarks.speed --data DATA --part ratios", started=started

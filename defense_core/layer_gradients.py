@@ -53,20 +53,24 @@ def layer_gradients(module: nn.Module, part: str, inputs: Tensor, gradient: Tens
     raise ConfigError("layer has no rule", expected="Conv2d, Linear, LayerNorm or BatchNorm", got=type(module).__name__)
 
 
-def _convolution_weight(module: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> Tensor:
-    """``g_n A_n^T`` with ``A_n`` the patches of sample n, group by group.
+def patch_sums(module: nn.Conv2d, inputs: Tensor, height: int, width: int) -> Tensor:
+    """The sum of the patches that ``module`` meets in each sample, (N, kernel height * kernel width * channels).
 
-    Patches are copied out of a channels-last image, in runs of channels: several times faster
-    than ``unfold``, which copies single numbers.
+    Where the gradient at the output, (N, C, height, width), is the same at every place, the gradient of the weight is
+    the outer product of the two.
     """
-    count, groups = len(inputs), module.groups
+    return _windows(module, inputs, height, width).sum((1, 2)).flatten(1)
+
+
+def _windows(module: nn.Conv2d, inputs: Tensor, height: int, width: int) -> Tensor:
+    """Every patch of every sample, (N, height, width, kernel height, kernel width, channels): a view of a channels-last
+    copy of the padded images."""
     assert not isinstance(module.padding, str)  # such layers have no rule
     down, across = module.padding
     image = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, across, across, down, down)).contiguous()
     sample, row, column, channel = image.stride()
-    height, width = gradient.shape[2:]
-    windows = image.as_strided(
-        (count, height, width, *module.kernel_size, inputs.shape[1]),
+    return image.as_strided(
+        (len(inputs), height, width, *module.kernel_size, inputs.shape[1]),
         (
             sample,
             row * module.stride[0],
@@ -76,6 +80,17 @@ def _convolution_weight(module: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> 
             channel,
         ),
     )
+
+
+def _convolution_weight(module: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """``g_n A_n^T`` with ``A_n`` the patches of sample n, group by group.
+
+    Patches are copied out of a channels-last image, in runs of channels: several times faster
+    than ``unfold``, which copies single numbers.
+    """
+    count, groups = len(inputs), module.groups
+    height, width = gradient.shape[2:]
+    windows = _windows(module, inputs, height, width)
     flat = gradient.reshape(count * groups, module.out_channels // groups, height * width)
     if groups == 1:
         patches = windows.reshape(count, height * width, -1)

@@ -109,8 +109,8 @@ def scan_model(
         left: tuple[Residual, ...] = ()
         suspected: tuple[int, ...] = ()
         if earlier is not None and before is not None and images is not None:
-            pair = (subject_of(each.model, None, **used) for each in (before, bundle))
-            left, suspected = residuals(*pair, images, load_triggers(earlier)), _suspected(earlier)
+            given, after = (subject_of(each.model, None, **used) for each in (before, bundle))
+            left, suspected = residuals(given, after, images, load_triggers(earlier)), _suspected(earlier)
         evidence = compose(
             name,
             clock,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from defense_core.calls import few_inputs, once_per_sample, recorded
 from defense_core.errors import MethodNotApplicable
 from defense_core.inference import channels_last
-from defense_core.layer_gradients import has_rule, layer_gradients
+from defense_core.layer_gradients import has_rule, layer_gradients, patch_sums
 from defense_core.layers import evaluating, linear_head, unit_layers
 from defense_core.loop import HistoryRow, seeded
 from defense_core.purify.natural_step import Damping, sample_weights
@@ -44,11 +42,12 @@ def tune_block(model: nn.Module, names: list[str], run: Run) -> list[HistoryRow]
         return []
     chosen = {name: model.get_submodule(name) for name in names}
     before = _norms(model, run)
-    kept = {name: copy.deepcopy(model.get_submodule(name).state_dict()) for name in before}
     with seeded(run.seed, run.device):
         for module in chosen.values():
             module.reset_parameters()  # type: ignore[operator]
     behind = {name for name, inputs in _norms(model, run).items() if not torch.equal(inputs, before[name])}
+    # In front of the fresh layers nothing changed; measured afresh on clean images, those statistics would bring a
+    # closed backdoor back.
     renew_statistics(
         model,
         run.data,
@@ -57,11 +56,8 @@ def tune_block(model: nn.Module, names: list[str], run: Run) -> list[HistoryRow]
         seed=run.seed,
         device=run.device,
         progress=run.progress,
+        only=behind,
     )
-    # In front of the fresh layers nothing changed; measured afresh on clean images, those statistics would bring a
-    # closed backdoor back.
-    for name in kept.keys() - behind:
-        model.get_submodule(name).load_state_dict(kept[name])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = [p.requires_grad_() for module in chosen.values() for p in module.parameters(recurse=False)]
@@ -97,11 +93,17 @@ def tune_block(model: nn.Module, names: list[str], run: Run) -> list[HistoryRow]
 
 
 def _gram(module: nn.Module, part: str, inputs: Tensor, slope: Tensor) -> Tensor:
-    """Inner products of the samples' gradients in one parameter, (N, N). Those of a linear layer, ``s_n a_n^T``, are
-    never made: 64 MB a sample where 4,096 units meet as many."""
+    """Inner products of the samples' gradients in one parameter, (N, N). Gradients that are outer products,
+    ``s_n a_n^T``, are never made: those of a linear layer of 4,096 units that meets as many take 64 MB a sample."""
     if isinstance(module, nn.Linear) and slope.dim() == 2:
         outer = slope @ slope.T
         return outer * (inputs @ inputs.T) if part == "weight" else outer
+    # In front of a mean over all places the slope is the same at each of them.
+    if isinstance(module, nn.Conv2d) and part == "weight" and module.groups == 1:
+        once = slope[:, :, :1, :1]
+        if torch.equal(slope, once.expand_as(slope)):
+            sums = patch_sums(module, inputs, *slope.shape[2:])
+            return (once.flatten(1) @ once.flatten(1).T) * (sums @ sums.T)
     rows = layer_gradients(module, part, inputs, slope).flatten(1)
     return rows @ rows.T
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,20 +25,30 @@ def renew_statistics(
     seed: int,
     device: torch.device | str,
     progress: Progress,
+    only: Collection[str] | None = None,
 ) -> None:
     """BatchNorm statistics measured afresh, in place, as the mean over the batches of one pass.
 
     Needed where weights changed while the statistics did not follow, or followed mixed images,
     whose variance is smaller. The model is left in eval mode.
+
+    Args:
+        only: names of the layers to measure; the others normalise by their running statistics meanwhile, as they will
+            afterwards, and keep them. ``None``: all.
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and (only is None or name in only)
+    ]
     if not layers:
+        model.eval()
         return
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the plain mean over batches
-    model.train()
+    model.train(only is None)
     for layer in layers:
         layer.training = True  # also where the network's own train() keeps them in eval mode
     data = data.to(device)

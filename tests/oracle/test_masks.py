@@ -144,6 +144,26 @@ def test_renewed_statistics_are_the_mean_over_batches() -> None:
     torch.testing.assert_close(model[0].running_mean, inputs().mean((0, 2, 3)))
 
 
+def test_statistics_of_some_layers_are_measured_as_the_others_will_normalise() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 4))
+    first = model[0]
+    first.running_mean.fill_(0.3)
+    first.running_var.fill_(2.0)
+    plain = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,), augment="none")
+    shared = {"task": plain, "batch_size": 8, "seed": 0, "device": "cpu", "progress": NullProgress()}
+    renew_statistics(model, clean_set(), **shared, only={"2"})
+    assert not any(module.training for module in model.modules())
+    assert (first.running_mean.item(), first.running_var.item()) == (pytest.approx(0.3), pytest.approx(2.0))
+    with torch.no_grad():
+        given = model[1](first(inputs()))
+    torch.testing.assert_close(model[2].running_mean, given.mean((0, 2, 3)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    renew_statistics(model.train(), clean_set(), **shared, only=set())
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def run(**settings: object) -> tuple[nn.Module, nn.Module, dict[str, object]]:
     model = small_cnn()
     data = clean_set()

@@ -85,6 +85,25 @@ def test_inner_products_of_a_linear_layers_gradients(part: str) -> None:
     torch.testing.assert_close(_gram(layer, part, inputs, slope), wanted)
 
 
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"dilation": 2}, {"groups": 2}])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_inner_products_of_a_convolutions_gradients(part: str, settings: dict[str, int], even: bool) -> None:
+    """Also where the slope is the same at every place, as in front of a mean over them."""
+    layer = nn.Conv2d(4, 6, 3, **settings)
+    inputs = torch.randn(5, 4, 8, 7)
+    outputs = layer(inputs)
+    slope = torch.randn_like(outputs)
+    if even:
+        slope = slope[:, :, :1, :1].expand_as(slope).contiguous()
+    rows = [
+        torch.autograd.grad((layer(x[None]) * s).sum(), getattr(layer, part))[0]
+        for x, s in zip(inputs, slope, strict=True)
+    ]
+    wanted = torch.stack([torch.stack([(one * other).sum() for other in rows]) for one in rows])
+    torch.testing.assert_close(_gram(layer, part, inputs, slope), wanted, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("regularised", [False, True])
 def test_conjugate_gradients_solve_the_true_fisher(regularised: bool) -> None:
     H, p, E = problem()

@@ -120,6 +120,16 @@ def test_the_choice_sees_no_attack_figure() -> None:
     assert [row["method"] for row in completed([*rows, better]) if row["selected"]] == ["ngf"]
 
 
+def test_a_control_of_another_victim_is_none() -> None:
+    key = {"attack": "badnets", "seed": 0, "clean_fraction": 0.05, "architecture": "x", "asr_before": 1.0}
+    rows = [
+        {**key, "method": "fine_tuning", "der": 0.7, "acc_before": 0.8},
+        {**key, "method": "ft_sam", "der": 0.9, "acc_before": 0.8},
+        {**key, "method": "anp", "der": 0.9, "acc_before": 0.79},
+    ]
+    assert [row["control_der"] for row in completed(rows)] == [0.7, 0.7, None]
+
+
 def test_the_control_and_the_methods_of_others_are_not_asked() -> None:
     others = {"ft_sam", "fine_pruning", "anp", "clp"}
     assert set(ASKED) == {name for name, method in METHODS.items() if not method.control} - others
