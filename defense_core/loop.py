@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.course import Course, Kept, model_state, random_state
 from defense_core.data import CleanSet
-from defense_core.distillation import answers, distillation
+from defense_core.distillation import Teacher, distillation
 from defense_core.errors import MethodDiverged
 from defense_core.gradient_steps import Step, plain_step
 from defense_core.inference import Precision, autocast, channels_last, is_convolutional, logits
@@ -124,7 +124,7 @@ def tune(
     step: Step = plain_step,
     sign: float = 1.0,
     mixup: float = 0.0,
-    teacher: nn.Module | None = None,
+    teacher: Teacher | None = None,
     fixed_statistics: bool = False,
     after_step: Callable[[], None] | None = None,
     after_epoch: Callable[[int], bool] | None = None,
@@ -139,7 +139,7 @@ def tune(
         step: fills ``parameter.grad`` and returns the loss.
         sign: -1 for gradient ascent.
         mixup: parameter of the Beta distribution of MixUp; 0 mixes nothing.
-        teacher: a network in eval mode whose answers to the same (mixed) inputs are learnt in place of the labels.
+        teacher: whose answers to the same (mixed) inputs are learnt in place of the labels.
         fixed_statistics: BatchNorm normalises by its running statistics, which stay as they are; other layers
             that behave differently in training do as in eval mode.
         after_step: called after each optimiser step (clamp, project, mask).
@@ -184,7 +184,7 @@ def tune(
                 targets = data.labels[index]
                 mixed = task.mixup(inputs, targets, mixup, generator) if mixup else None
                 taught = (
-                    answers(teacher, inputs if mixed is None else mixed.inputs, context)
+                    teacher.answers(course.done, inputs if mixed is None else mixed.inputs, context)
                     if teacher is not None
                     else None
                 )

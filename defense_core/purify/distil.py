@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import Splits
+from defense_core.distillation import Teacher
 from defense_core.layers import has_batch_norm
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
 from defense_core.progress import Progress
@@ -82,6 +83,7 @@ def purify(
     """
     first = stage_one(model, clean, config, task=task, seed=seed, device=device, progress=progress)
     shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
+    teacher = Teacher(first.model)
 
     def change(network: nn.Module) -> float:
         return -expected_drop(first.model, network, chooser(clean), **shared)
@@ -103,7 +105,7 @@ def purify(
             tuning=tuning,
             name=f"distil n={ratio:g}",
             mixup=1.0,
-            teacher=first.model,
+            teacher=teacher,
             fixed_statistics=True,
             **shared,
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
+from defense_core.distillation import Teacher
 from defense_core.inference import Precision, accuracy
 from defense_core.layers import has_batch_norm
 from defense_core.loop import HistoryRow, Tuning, epochs_for, tune, working_copy
@@ -161,6 +162,7 @@ def minimise(
     """
     shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
     given = working_copy(model, device).eval()
+    teacher = Teacher(given)
     first = None
     if config.start == "zeroed" and config.epochs:
         zeroing = StageOneConfig(batch_size=config.batch_size, precision=config.precision)
@@ -187,7 +189,7 @@ def minimise(
             tuning=tuning,
             name=f"{name} {phase}",
             mixup=1.0 if taught else 0.0,
-            teacher=given if taught else None,
+            teacher=teacher if taught else None,
             fixed_statistics=taught,
             step=regularised_step(
                 eta_f,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from defense_core.calls import few_inputs
 from defense_core.data import Splits
+from defense_core.distillation import Teacher
 from defense_core.inference import accuracy
 from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import finished, working_copy
@@ -63,10 +64,12 @@ def purify(
     openness = config.eta * task.num_classes / max(len(clean.fit), task.num_classes)
     closing = _closing(original, clean, config, **shared) if config.ratio != 0 and config.epochs else None
 
+    given = Teacher(original)
+
     def trained(starts: list[Tensor], sparsity: float, *, taught: bool) -> Outcome:
         return train_masks(
             original, clean.fit, config, sites, floors,
-            starts=starts, sparsity=sparsity, openness=openness, taught=taught, **shared,
+            starts=starts, sparsity=sparsity, openness=openness, teacher=given if taught else None, **shared,
         )  # fmt: skip
 
     def change(made: Outcome) -> float:

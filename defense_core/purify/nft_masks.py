@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet
+from defense_core.distillation import Teacher
 from defense_core.errors import MethodDiverged
 from defense_core.gradient_steps import LossOf
 from defense_core.inference import Precision
@@ -146,7 +147,7 @@ def train_masks(
     starts: list[Tensor],
     sparsity: float,
     openness: float,
-    taught: bool,
+    teacher: Teacher | None,
     task: Task,
     seed: int,
     device: torch.device | str,
@@ -156,7 +157,11 @@ def train_masks(
     another.
 
     On [0, 1] the two pulls are one: there ``||1 - m||_1`` is a constant minus ``||m||_1``.
+
+    Args:
+        teacher: whose answers are learnt; ``None``: the labels are.
     """
+    taught = teacher is not None
     pull = sparsity - openness
     follow = config.statistics == "batch" and not taught
     masked = working_copy(original, device)
@@ -199,7 +204,7 @@ def train_masks(
         name="taught masks" if taught else "masks",
         step=step,
         mixup=config.mixup,
-        teacher=original if taught else None,
+        teacher=teacher,
         fixed_statistics=taught,
         after_step=clamp,
         kept={"farthest": farthest},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from defense_core.architectures import build
 from defense_core.data import CleanSet, Splits
-from defense_core.distillation import TEMPERATURE, distillation
+from defense_core.distillation import TEMPERATURE, Teacher, distillation
 from defense_core.loop import Tuning, tune, working_copy
 from defense_core.progress import NullProgress
 from defense_core.purify import distil, stage_one
@@ -52,6 +53,34 @@ def test_the_loss_is_the_tempered_divergence(seed: int) -> None:
     assert float(distillation(taught, taught)) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_answers_to_the_same_inputs_are_kept_and_those_to_others_are_not() -> None:
+    asked: list[int] = []
+
+    class Counted(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            asked.append(len(inputs))
+            return inputs.flatten(1)[:, :4]
+
+    teacher, inputs = Teacher(Counted()), torch.randn(6, 1, 8, 8)
+    first = teacher.answers(0, inputs, contextlib.nullcontext)
+    assert teacher.answers(0, inputs.clone(), contextlib.nullcontext) is first
+    assert asked == [6]
+    assert torch.equal(teacher.answers(1, inputs, contextlib.nullcontext), first)
+    # Other images, another order, fewer of them: the answers are to what was given.
+    for others in (inputs + 1, inputs.flip(0), inputs[:5]):
+        assert torch.equal(teacher.answers(0, others, contextlib.nullcontext), others.flatten(1)[:, :4])
+    assert len(asked) == 5
+
+
+def test_a_teacher_keeps_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("defense_core.distillation.MAX_KEPT_BYTES", 2 * 6 * 4 * 4)
+    teacher, inputs = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 4))), torch.randn(6, 1, 8, 8)
+    firsts = [teacher.answers(step, inputs, contextlib.nullcontext) for step in range(3)]
+    again = [teacher.answers(step, inputs, contextlib.nullcontext) for step in range(3)]
+    assert [one is other for one, other in zip(firsts, again, strict=True)] == [True, True, False]
+    assert torch.equal(firsts[2], again[2])
+
+
 def test_a_student_that_is_its_teacher_stays_where_it_is() -> None:
     model = network()
     student = working_copy(model, "cpu")
@@ -60,7 +89,7 @@ def test_a_student_that_is_its_teacher_stays_where_it_is() -> None:
         clean(),
         tuning=Tuning(2, 8, 0.1, precision="fp32"),
         name="test",
-        teacher=model,
+        teacher=Teacher(model),
         fixed_statistics=True,
         mixup=1.0,
         **COMMON,
@@ -78,7 +107,7 @@ def test_a_student_comes_closer_to_its_teacher_and_its_statistics_stay() -> None
         clean(),
         tuning=Tuning(20, 8, 0.05, precision="fp32"),
         name="test",
-        teacher=teacher,
+        teacher=Teacher(teacher),
         fixed_statistics=True,
         **COMMON,
     )
