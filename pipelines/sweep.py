@@ -170,7 +170,7 @@ def sweep(
         return finding
 
     findings = (counted(each) for each in chain(read.drift, version_findings(memory, now_s)))
-    queued = Handover(memory, queue, settings.reopen_after_s, settings.max_enqueued, now_s).take(findings)
+    queued = Handover(queue, settings.reopen_after_s, settings.max_enqueued, now_s).take(findings)
     moves = tuple(
         move_back(connection, memory, scope, each, journal, trusted=settings.trusted, approvers=settings.approvers)
         for each in read.drift

@@ -20,11 +20,11 @@ from components._runtime import registry_tags as tag
 from components._runtime.registry_listing import ListedModel, ListedVersion
 from defense_core.errors import ConfigError, StorageError
 from defense_core.policy_time import parse_time
-from pipelines.triggers.keys import WorkKey, source_digest
+from pipelines.triggers.keys import source_digest
 
 SQLITE = b"SQLite format 3\0"
 """How every SQLite file begins."""
-LAYOUT = "1"
+LAYOUT = "2"
 """Changes with the tables; a file of another layout is made anew."""
 
 UNREADABLE = "unreadable"
@@ -43,10 +43,10 @@ CREATE INDEX by_origin ON versions (origin_model, origin_version);
 CREATE INDEX by_artifact ON versions (artifact);
 CREATE TABLE proofs (model TEXT NOT NULL, version TEXT NOT NULL, mark TEXT NOT NULL,
     PRIMARY KEY (model, version)) WITHOUT ROWID;
-CREATE TABLE asked (key TEXT PRIMARY KEY, at_s REAL NOT NULL) WITHOUT ROWID;
 """
 
 _OWN = {"facts", "models", "versions", "proofs", "asked"}
+"""Every table of a memory; ``asked`` had only layout 1."""
 _UPSERT = """
 INSERT INTO versions VALUES (:model, :version, :created_ms, :source_digest, :decision, :reason, :policy, :decided_s,
     :origin_model, :origin_version, :artifact, :superseded, :sweep)
@@ -219,18 +219,6 @@ class SweepMemory:
     def forget_proofs(self) -> None:
         """Every promoted version is to be looked at again."""
         self.database.execute("DELETE FROM proofs")
-
-    def asked_at(self, key: WorkKey) -> float | None:
-        """When a sweep last asked for this work, unix seconds."""
-        row = self.database.execute("SELECT at_s FROM asked WHERE key = ?", (key.digest,)).fetchone()
-        return None if row is None else float(row[0])
-
-    def ask(self, keys: Iterable[WorkKey], at_s: float) -> None:
-        """Remember that a sweep asked for this work."""
-        self.database.execute("BEGIN IMMEDIATE")
-        rows = ((key.digest, at_s) for key in keys)
-        self.database.executemany("INSERT OR REPLACE INTO asked VALUES (?, ?)", rows)
-        self.database.execute("COMMIT")
 
 
 def _existing(path: Path, registry: str) -> sqlite3.Connection | None:

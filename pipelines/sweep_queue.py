@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from defense_core.errors import StorageError
-from pipelines.sweep_findings import Finding, Kind
-from pipelines.sweep_memory import SweepMemory
+from pipelines.sweep_findings import Finding
 from pipelines.triggers.keys import WorkKey
-from pipelines.triggers.records import FAILED, SUBMITTED
+from pipelines.triggers.records import FAILED, SUBMITTED, Known
 
 if TYPE_CHECKING:
     from pipelines.triggers.queue import Queue
@@ -51,7 +50,6 @@ class Handover:
         now_s: unix seconds.
     """
 
-    memory: SweepMemory
     queue: Queue | None
     reopen_after_s: float
     max_enqueued: int | None
@@ -83,35 +81,28 @@ class Handover:
     def _hand_over(self, batch: list[Finding]) -> None:
         if self.queue is None or not batch:
             return
-        kinds = {finding.work: finding.kind for finding in batch if finding.work is not None}
+        keys = list(dict.fromkeys(finding.work for finding in batch if finding.work is not None))
         with queue_errors():
-            fresh, again = self._due(kinds, self.queue.known(kinds))
+            fresh, again = self._due(keys, self.queue.known(keys))
             due = len(fresh) + len(again)
             if self.max_enqueued is not None:
                 room = max(0, self.max_enqueued - self.queued.enqueued - self.queued.reopened)
                 fresh, again = fresh[:room], again[: max(0, room - len(fresh))]
             self.queued.later += due - len(fresh) - len(again)
-            self.queued.waiting += len(kinds) - due
+            self.queued.waiting += len(keys) - due
             self.queued.enqueued += self.queue.enqueue(fresh)
             self.queued.reopened += self.queue.reopen(again)
-        self.memory.ask([*fresh, *again], self.now_s)
 
-    def _due(self, kinds: Mapping[WorkKey, Kind], states: Mapping[WorkKey, str]) -> tuple[list[WorkKey], list[WorkKey]]:
+    def _due(self, keys: Iterable[WorkKey], known: Mapping[WorkKey, Known]) -> tuple[list[WorkKey], list[WorkKey]]:
         """What is new or failed, and what is to be submitted again."""
-        fresh = [key for key in kinds if states.get(key) in (None, FAILED)]
-        again = []
-        unseen = []
-        for key, kind in kinds.items():
-            if states.get(key) != SUBMITTED:
-                continue
-            asked_s = self.memory.asked_at(key)
-            # Work behind a decision that grew old was submitted before that decision. Other work may be
-            # running still: its time counts from the first sweep that saw it.
-            if kind == "aged" if asked_s is None else self.now_s - asked_s >= self.reopen_after_s:
+        fresh, again = [], []
+        for key in keys:
+            found = known.get(key)
+            if found is None or found.state == FAILED:
+                fresh.append(key)
+            # Until then its run may be at work still, also one that makes a decision anew which grew old.
+            elif found.state == SUBMITTED and self.now_s - found.changed_at >= self.reopen_after_s:
                 again.append(key)
-            elif asked_s is None:
-                unseen.append(key)
-        self.memory.ask(unseen, self.now_s)
         return fresh, again
 
 

@@ -29,7 +29,19 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from pipelines.triggers.keys import WorkKey
-from pipelines.triggers.records import CLAIMED, FAILED, HOOK, PENDING, STATES, SUBMITTED, SWEEP, Delivery, Hint, Work
+from pipelines.triggers.records import (
+    CLAIMED,
+    FAILED,
+    HOOK,
+    PENDING,
+    STATES,
+    SUBMITTED,
+    SWEEP,
+    Delivery,
+    Hint,
+    Known,
+    Work,
+)
 from pipelines.triggers.tables import deliveries, fold_log, hints, open_engine, work
 
 MAX_ERROR_CHARS = 500
@@ -94,14 +106,15 @@ class Queue:
                 added += self._enqueue(connection, batch, origin)
         return added
 
-    def known(self, keys: Iterable[WorkKey]) -> dict[WorkKey, str]:
-        """The state of each of ``keys`` that the queue has."""
-        found: dict[WorkKey, str] = {}
+    def known(self, keys: Iterable[WorkKey]) -> dict[WorkKey, Known]:
+        """The state of each of ``keys`` that the queue has, and since when."""
+        found: dict[WorkKey, Known] = {}
         for batch in _batches(keys):
             by_digest = {key.digest: key for key in batch}
             with self._transaction() as connection:
-                rows = connection.execute(select(work.c.key, work.c.state).where(work.c.key.in_(by_digest)))
-                found |= {by_digest[row.key]: row.state for row in rows}
+                columns = select(work.c.key, work.c.state, work.c.changed_at)
+                rows = connection.execute(columns.where(work.c.key.in_(by_digest)))
+                found |= {by_digest[row.key]: Known(row.state, row.changed_at) for row in rows}
         return found
 
     def reopen(self, keys: Iterable[WorkKey]) -> int:

@@ -38,6 +38,18 @@ class Hint:
 
 
 @dataclass(frozen=True)
+class Known:
+    """How work stands.
+
+    Attributes:
+        changed_at: since when, unix seconds; of submitted work: when it was submitted.
+    """
+
+    state: str
+    changed_at: float
+
+
+@dataclass(frozen=True)
 class Work:
     """Claimed work.
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from defense_core.errors import ConfigError, StorageError
 from pipelines.triggers.queue import Queue
-from pipelines.triggers.records import Delivery
+from pipelines.triggers.records import Delivery, Known
 from pipelines.triggers.serve import open_queue
 from pipelines.triggers.tables import metadata, open_engine
 from tests.triggers.fakes import key
@@ -78,7 +78,7 @@ def test_work_is_there_once_whoever_asks(queue):
     assert queue.enqueue([key(1), key(2), key(3)]) == 1
     assert queue.enqueue(key(number) for number in range(1, 1001)) == 997
     assert queue.counts()["pending"] == 1000
-    assert queue.known([key(1), key(2000)]) == {key(1): "pending"}
+    assert queue.known([key(1), key(2000)]) == {key(1): Known("pending", clock.now)}
 
 
 @pytest.mark.parametrize("part", ["model", "version", "source_digest", "policy_digest"])

@@ -39,7 +39,7 @@ def connection(template: Path, tmp_path: Path) -> MlflowConnection:
 
 @pytest.fixture
 def queue(tmp_path: Path) -> Iterator[Queue]:
-    opened = Queue.open(f"sqlite:///{tmp_path / 'queue.db'}")
+    opened = Queue.open(f"sqlite:///{tmp_path / 'queue.db'}", clock=lambda: NOW_S)
     yield opened
     opened.close()
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
+
+import pytest
 
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection
-from pipelines.sweep import SweepSettings
+from pipelines.sweep import SweepSettings, open_memory
 from pipelines.sweep_memory import SweepMemory
+from pipelines.sweep_queue import Queued
 from pipelines.sweep_scope import Scope
 from pipelines.triggers.queue import Queue
 from pipelines.triggers.watch import parse_watch
@@ -130,15 +134,23 @@ def test_an_old_decision_is_found_and_submitted_again_once(
     assert swept(connection, memory, aged, queue=queue, now_s=later + 60).queued.reopened == 0
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["with a memory", "without"])
 def test_a_run_that_left_no_decision_is_submitted_again_after_a_day(
-    connection: MlflowConnection, memory: SweepMemory, queue: Queue
+    connection: MlflowConnection, queue: Queue, tmp_path: Path, kept: bool
 ) -> None:
+    def queued(now_s: float) -> Queued:
+        with closing(open_memory(connection, tmp_path / "memory.db" if kept else None)) as memory:
+            return swept(connection, memory, queue=queue, now_s=now_s).queued
+
     incoming(connection, "vision")
-    swept(connection, memory, queue=queue)
+    assert queued(NOW_S).enqueued == 1
     (item,) = queue.claim(10, lease_s=60)
     queue.submitted(item, "run-1")
-    assert swept(connection, memory, queue=queue, now_s=NOW_S + DAY_S / 2).queued.waiting == 1
-    assert swept(connection, memory, queue=queue, now_s=NOW_S + DAY_S + 1).queued.reopened == 1
+    assert queued(NOW_S + DAY_S / 2).waiting == 1
+    assert queued(NOW_S + DAY_S + 1).reopened == 1
+    (item,) = queue.claim(10, lease_s=60)
+    queue.submitted(item, "run-2")
+    assert queued(NOW_S + DAY_S / 2).waiting == 1, "the second attempt has its own day"
 
 
 def test_work_that_failed_is_tried_again_and_no_more_than_asked_is_handed_over(
