@@ -252,12 +252,18 @@ def export(
 def compile_pipeline(
     out: Annotated[Path, typer.Option(help="Folder for the compiled pipeline.")] = Path("build"),
     node_pools: o.NodePoolsFile = "",
+    as_json: o.AsJson = False,
 ) -> None:
     """Write the pipeline's KFP intermediate representation, byte for byte reproducible."""
     from pipelines.compile import compile_to
+    from pipelines.console import print_json
     from pipelines.node_pools import read_node_pools
 
-    for path in compile_to(out, read_node_pools(node_pools) if node_pools else None):
+    written = [str(path) for path in compile_to(out, read_node_pools(node_pools) if node_pools else None)]
+    if as_json:
+        print_json({"written": written})
+        return
+    for path in written:
         typer.echo(path)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,10 +16,13 @@ from defense_core.config import require
 from defense_core.errors import ConfigError
 from pipelines import options as o
 from pipelines.compile import FILE_NAME
-from pipelines.kfp_settings import KfpSettings, settings_from
+from pipelines.kfp_settings import VARIABLES, KfpSettings, settings_from
 from pipelines.model_options import pinned_loading
 from pipelines.option_groups import takes
 from pipelines.plan_options import Request, run_request
+
+if TYPE_CHECKING:
+    from pipelines.node_pools import NodePools
 
 MAX_SEED = 2**53
 """Kubeflow Pipelines hands numbers on as floats, which hold every whole number up to here."""
@@ -127,7 +131,7 @@ def cluster_job(
     plan = request.plan(model=model, clean=clean, seed=seed, device=device, loading=loading)
     _require_settings(plan)
     run = RunSettings(evidence, request.model_name, request.alias, controls=request.controls)
-    name, package, account = compiled(node_pools, namespace)
+    name, package, account = compiled(node_pools, runs_namespace(namespace))
     return ClusterJob(
         package_name=name,
         package=package,
@@ -151,11 +155,15 @@ def cluster_parameters(plan: Plan, run: RunSettings, *, where: str = "--") -> di
         if address:
             require_reachable(f"{where}{name}", address, ("s3",))
     for probe in plan.probes:
-        if isinstance(probe.get("path"), str):
-            require_reachable(f"{where}probe: path", probe["path"], ("s3",))
+        _require_no_file(f"{where}probe", probe)
     # The execution's own name is not known yet; any will do to check the others.
     run_settings(run.to_json(), execution="checked")
     return {**plan.arguments(), "run": run.to_json()}
+
+
+def runs_namespace(option: str) -> str:
+    """Where the runs will be, as the connection has it: the option's namespace, or the variable's; empty: neither."""
+    return option or os.environ.get(VARIABLES["namespace"], "")
 
 
 def compiled(node_pools: str, namespace: str, file: str = FILE_NAME) -> tuple[str, bytes, str]:
@@ -168,17 +176,28 @@ def compiled(node_pools: str, namespace: str, file: str = FILE_NAME) -> tuple[st
         ConfigError: the node pools are malformed, or for another namespace.
     """
     from pipelines.compile import compile_pipeline, pipeline_of
+
+    pools = pools_for(node_pools, namespace)
+    return pipeline_of(file)[0], compile_pipeline(pools, file), pools.run_service_account if pools is not None else ""
+
+
+def pools_for(node_pools: str, namespace: str) -> NodePools | None:
+    """The node pools of a file or of a shipped name, which are to be for ``namespace``; ``None`` where none are named.
+
+    Raises:
+        ConfigError: they are malformed, or for another namespace.
+    """
     from pipelines.node_pools import read_node_pools
 
     pools = read_node_pools(node_pools) if node_pools else None
     if pools is not None and namespace and pools.namespace and pools.namespace != namespace:
         raise ConfigError(
             "the node pools are those of another namespace",
-            expected=f"namespace {namespace}, as --namespace says",
+            expected=f"namespace {namespace}, as --namespace or {VARIABLES['namespace']} says",
             got=pools.namespace,
-            hint="Correct the file or the option",
+            hint="Correct the file, the option or the variable",
         )
-    return pipeline_of(file)[0], compile_pipeline(pools, file), pools.run_service_account if pools is not None else ""
+    return pools
 
 
 def _require_settings(plan: Plan) -> None:
@@ -202,4 +221,15 @@ def require_reachable(name: str, address: str, schemes: tuple[str, ...]) -> None
             expected=" or ".join(f"{scheme}:{'//' if scheme == 's3' else '/'}…" for scheme in schemes),
             got=repr(address)[:120],
             hint="Pods do not see files of this machine; put it into the object store",
+        )
+
+
+def _require_no_file(name: str, probe: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a learned trigger: nothing takes its file into the pods."""
+    if "path" in probe:
+        raise ConfigError(
+            f"{name}: a learned trigger cannot be measured on a cluster",
+            expected="a trigger that its settings describe, without a path",
+            got=repr(probe["path"])[:120],
+            hint="Pods do not see its file; measure it on this machine: quarantine evaluate --probe FILE",
         )

@@ -222,7 +222,7 @@ def work(
 def _work(watch: str, worker: WorkerOptions, log: Any) -> Any:
     """What a worker needs, checked now rather than at the first delivery."""
     from components._runtime.mlflow_connection import MlflowSettings
-    from pipelines.cluster_options import cluster_parameters
+    from pipelines.cluster_options import cluster_parameters, pools_for
     from pipelines.submit import DEFAULT_EXPERIMENT
     from pipelines.triggers.kfp_submitter import KfpSubmitter, Target, compiled_package, written_package
     from pipelines.triggers.registry import MlflowRegistry
@@ -234,6 +234,7 @@ def _work(watch: str, worker: WorkerOptions, log: Any) -> Any:
     rules, settings = read_watch(Path(watch)), settings_from(worker.cluster)
     for index, rule in enumerate(rules.rules):
         cluster_parameters(rule.plan, rules.settings_of(rule), where=f"watch.rules[{index}]: ")
+    pools_for(worker.node_pools, settings.namespace)
     if worker.package:
         found = written_package(Path(worker.package), worker.node_pools)
     else:

@@ -16,7 +16,7 @@ from components._runtime.resumption import Resumption
 from components._runtime.signing_keys import load_public_key
 from defense_core.errors import ConfigError
 from pipelines import options as o
-from pipelines.cluster_options import ClusterJob, Namespace, ServiceAccount, compiled, require_reachable
+from pipelines.cluster_options import ClusterJob, Namespace, ServiceAccount, compiled, require_reachable, runs_namespace
 from pipelines.compile import PROMOTE_NAME
 from pipelines.option_groups import takes
 
@@ -82,7 +82,7 @@ def promotion_job(
     run = RunSettings(evidence, order.model_name, order.alias)
     # The execution's own name is not known yet; any will do to check the others.
     run_settings(run.to_json(), execution="checked")
-    name, package, account = compiled(node_pools, namespace, PROMOTE_NAME)
+    name, package, account = compiled(node_pools, runs_namespace(namespace), PROMOTE_NAME)
     return ClusterJob(
         package_name=name,
         package=package,

@@ -121,6 +121,7 @@ def calibrate(
     ] = [],
     device: o.Device = "auto",
     loading: Loading,
+    as_json: o.AsJson = False,
 ) -> None:
     """Make the calibration pool that scans of one kind of model are compared with.
 
@@ -130,6 +131,7 @@ def calibrate(
     from components._runtime.step import interruptible
     from components.scan_backdoor.calibrate import calibrate_pool
     from defense_core.progress import default_progress
+    from pipelines.console import print_json
 
     specs = [
         model_spec(
@@ -158,6 +160,10 @@ def calibrate(
             loading=loading,
             progress=default_progress(stop),
         )
+    if as_json:
+        stratum = {"architecture": pool.stratum.architecture, "num_classes": pool.stratum.num_classes}
+        print_json({"pool": str(out), "digest": pool.digest, "references": len(pool.references), **stratum})
+        return
     typer.echo(f"{out}: {len(pool.references)} references of {pool.stratum.architecture}, {pool.digest}")
 
 

@@ -113,7 +113,7 @@ def open_engine(url: str, *, durable: bool = True) -> Engine:
             "queue's address is not usable",
             expected="sqlite:////path/queue.db or postgresql+psycopg://user@host/database",
             got=type(error).__name__,
-            hint="For PostgreSQL install the extra model-quarantine[postgresql]; write @ in a password as %40",
+            hint="For PostgreSQL install the extra model-quarantine[hooks]; write @ in a password as %40",
         ) from None  # an error of the port may hold the rest of a password
     if backend == "sqlite":
         _prepare_sqlite(engine, durable=durable)

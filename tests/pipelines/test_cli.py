@@ -130,6 +130,8 @@ def test_compile_writes_the_pipeline(tmp_path: Path, quarantine: Call) -> None:
     written = [Path(line) for line in answer.out.splitlines()]
     assert [path.name for path in written] == ["quarantine.yaml", "promote.yaml"]
     assert all(path.read_text().startswith("# PIPELINE DEFINITION") for path in written)
+    told = quarantine("compile", "--out", tmp_path, "--json")
+    assert told.json == {"written": [str(path) for path in written]}
 
 
 def test_compile_writes_what_node_pools_need(tmp_path: Path, quarantine: Call) -> None:

@@ -190,11 +190,12 @@ def test_calibrate_takes_models_that_are_known_to_be_clean(inputs: Path, tmp_pat
         }
         safetensors.torch.save_file(state, tmp_path / f"{number}.safetensors")
         references += ["--reference", tmp_path / f"{number}.safetensors"]
-    answer = quarantine(*calibrate(inputs, tmp_path / "pool.json", *references))
+    answer = quarantine(*calibrate(inputs, tmp_path / "pool.json", *references), "--json")
     assert answer.code == 0, answer
     pool = load_pool(tmp_path / "pool.json")
     assert (len(pool.references), pool.stratum.architecture, pool.stratum.num_classes) == (4, "small_cnn", 4)
-    assert pool.digest in answer.out
+    told = {"references": 4, "architecture": "small_cnn", "num_classes": 4, "digest": pool.digest}
+    assert answer.json == {"pool": str(tmp_path / "pool.json"), **told}
     assert "4 references: a scan at a false positive rate of 0.05 needs 59" in " ".join(answer.err.split())
     assert not (tmp_path / "pool.json.partial").exists()
     # Four references cannot tell a rate of 0.05, and the scan says so.

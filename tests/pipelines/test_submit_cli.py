@@ -244,6 +244,30 @@ def test_node_pools_are_compiled_in(
     assert ended.value.code == (3 if pools.namespace else 0)
 
 
+@pytest.mark.parametrize("command", ["submit", "submit-promotion"])
+def test_node_pools_of_another_namespace_than_the_variable_names_are_refused(
+    kfp: KfpServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setenv("KFP_NAMESPACE", "another-team")
+    job = {"submit": JOB, "submit-promotion": ("--release", "models:/resnet/3", "--evidence", "s3://records/evidence")}
+    words = [command, *job[command], "--node-pools", "gke", "--no-wait", "--endpoint", kfp.endpoint]
+    monkeypatch.setattr(sys, "argv", ["quarantine", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 3
+    assert "KFP_NAMESPACE" in capsys.readouterr().err
+    assert kfp.cluster.requests == []
+
+
+def test_a_learned_trigger_is_refused_before_anything_is_sent(quarantine: Call, kfp: KfpServer, tmp_path: Path) -> None:
+    probe = tmp_path / "probe.yaml"
+    probe.write_text("{name: a, kind: lira, target: 0, path: trigger.safetensors, sha256: 'sha256:0'}\n")
+    code, _, err = quarantine("submit", *JOB, "--probe", probe)
+    assert code == 3
+    assert "learned trigger cannot be measured on a cluster" in " ".join(err.split())
+    assert kfp.cluster.requests == []
+
+
 def test_a_signal_while_following_leaves_the_run_alone(kfp: KfpServer) -> None:
     kfp.cluster.modes.states = ("RUNNING",)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KFP_ENDPOINT": kfp.endpoint, "COLUMNS": "200"}

@@ -223,6 +223,29 @@ def test_a_file_of_this_machine_in_the_watch_file_is_refused_at_the_start(tmp_pa
     assert f"watch.rules[1]: {field} is not reachable from a cluster" in str(found.exception)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "pools.yaml"),
+        ("format: 1\nnamespace: another-team\n", "node pools are those of another namespace"),
+        ("format: 1\nsteps: {purify: {timeout_s: 1}}\n", "steps.purify is no step"),
+    ],
+)
+def test_node_pools_that_cannot_be_used_are_refused_at_the_start(tmp_path, content, what):
+    from typer.testing import CliRunner
+
+    from pipelines.hooks_cli import app
+
+    (tmp_path / "watch.yaml").write_text(json.dumps(WATCH))
+    if content is not None:
+        (tmp_path / "pools.yaml").write_text(content)
+    files = ["--watch", str(tmp_path / "watch.yaml"), "--node-pools", str(tmp_path / "pools.yaml")]
+    where = ["--endpoint", "http://127.0.0.1:9", "--namespace", "quarantine"]
+    found = CliRunner().invoke(app, ["work", *files, *where, "--queue", "sqlite://"])
+    assert isinstance(found.exception, ConfigError)
+    assert what in str(found.exception)
+
+
 def test_hook_and_worker_need_nothing_that_only_steps_import():
     program = """
 import sys
