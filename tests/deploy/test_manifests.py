@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import kubernetes_validate
@@ -16,6 +16,8 @@ from typer.main import get_command
 
 from defense_core import __version__
 from pipelines import cli
+from pipelines.node_pools import POOLS, parse_node_pools
+from pipelines.resources import component_names
 from pipelines.triggers.watch import read_watch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +50,7 @@ def plain_files() -> list[Path]:
     return [
         path
         for path in found
-        if path.name not in ("kustomization.yaml", "watch.yaml")
+        if path.name not in ("kustomization.yaml", "watch.yaml", "pools.yaml")
         and (path.parent.name == "base" or path.name not in patches)
     ]
 
@@ -69,9 +71,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy with the files that git ignores, made as docs/operations.md says."""
     copy = tmp_path_factory.mktemp("deploy") / "deploy"
     shutil.copytree(DEPLOY, copy)
-    values = copy / "components" / "secrets-from-files" / "values"
-    values.mkdir(exist_ok=True)
     for name, keys in SECRETS.items():
+        component = "queue-secret-from-file" if name == "quarantine-queue" else "secrets-from-files"
+        values = copy / "components" / component / "values"
+        values.mkdir(exist_ok=True)
         (values / f"{name}.env").write_text("".join(f"{key}=made-up\n" for key in sorted(keys)))
     return copy
 
@@ -216,6 +219,10 @@ def generated(name: str, wanted: str) -> bool:
 
 
 def test_everything_that_a_pod_names_is_there(overlay: list[Manifest]) -> None:
+    check_references(overlay)
+
+
+def check_references(overlay: list[Manifest]) -> None:
     names = {kind: {each["metadata"]["name"] for each in of_kind(overlay, kind, SYSTEM)} for kind in
              ("ServiceAccount", "ConfigMap", "PersistentVolumeClaim")}  # fmt: skip
     secrets = secret_keys(overlay)
@@ -259,8 +266,8 @@ def test_every_secret_is_documented_and_none_has_its_value_here() -> None:
         if path.is_file() and "values" not in path.parts:
             text = path.read_text("utf-8")
             assert not re.search(r"^kind: Secret$|stringData|BEGIN .*KEY|AKIA[0-9A-Z]{16}", text, re.MULTILINE), path
-    ignored = (DEPLOY / "components" / "secrets-from-files" / ".gitignore").read_text("utf-8")
-    assert "/values/" in ignored
+    for component in ("secrets-from-files", "queue-secret-from-file"):
+        assert "/values/" in (DEPLOY / "components" / component / ".gitignore").read_text("utf-8")
 
 
 @pytest.mark.parametrize(("name", "pools"), [("gke", "gke"), ("eks", "eks"), ("bare-metal", "bare_metal")])
@@ -275,8 +282,34 @@ def test_accounts_and_priorities_that_the_node_pools_name_are_there(tree: Path, 
     assert file.get("namespace", RUNS) == RUNS
     priorities = {each["priority_class"] for each in steps if "priority_class" in each}
     assert priorities <= {each["metadata"]["name"] for each in of_kind(manifests, "PriorityClass")}
-    settings = next(each["data"] for each in of_kind(manifests, "ConfigMap") if "MLFLOW_TRACKING_URI" in each["data"])
-    assert settings["QUARANTINE_NODE_POOLS"] == pools
+    assert (DEPLOY / "overlays" / name / "pools.yaml").read_text("utf-8") == (POOLS / f"{pools}.yaml").read_text(
+        "utf-8"
+    )
+
+
+def test_the_worker_reads_the_node_pools_beside_the_watch_file(overlay: list[Manifest]) -> None:
+    maps = {each["metadata"]["name"]: each["data"] for each in of_kind(overlay, "ConfigMap", SYSTEM)}
+    pod = dict(pods(overlay))["quarantine-hooks"]
+    (worker,) = [each for each in pod["containers"] if each["name"] == "worker"]
+    settings = maps[worker["envFrom"][0]["configMapRef"]["name"]]
+    named = PurePosixPath(settings["QUARANTINE_NODE_POOLS"])
+    (mount,) = [each["name"] for each in worker["volumeMounts"] if each["mountPath"] == str(named.parent)]
+    (volume,) = [each for each in pod["volumes"] if each["name"] == mount]
+    file = maps[volume["configMap"]["name"]]
+    assert "watch.yaml" in file
+    found = parse_node_pools(yaml.safe_load(file[named.name]))
+    assert settings.get("KFP_NAMESPACE", "") in ("", found.namespace or RUNS)
+    for step in component_names():
+        pod_settings = found.for_step(step)
+        assert {"AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI"} <= (pod_settings.environment or {}).keys(), step
+        account = () if pod_settings.service_account is None else pod_settings.service_account.grants
+        granted = {*account, *(grant for each in pod_settings.secrets or () for grant in each.grants)}
+        assert "evidence store" in granted, step
+
+
+def test_the_base_has_the_pools_that_its_settings_name() -> None:
+    shipped = (POOLS / "bare_metal.yaml").read_text("utf-8")
+    assert (DEPLOY / "base" / "pools.yaml").read_text("utf-8") == shipped
 
 
 def test_rights_are_bound_to_accounts_that_are_there_and_never_to_all(overlay: list[Manifest]) -> None:
@@ -360,18 +393,54 @@ def test_watch_files_are_usable(folder: str) -> None:
     assert [rule.register for rule in watch.rules] == ["quarantined"]
 
 
-def sweep_with(tree: Path, component: str) -> Manifest:
-    """The sweep's pod where an overlay takes ``component``."""
-    asking = tree / "overlays" / f"asking-{component}"
+def built_with(tree: Path, *components: str) -> list[Manifest]:
+    """The overlay bare-metal with further ``components``."""
+    asking = tree / "overlays" / "asking"
     asking.mkdir()
+    wanted = ", ".join(f"../../components/{each}" for each in components)
     (asking / "kustomization.yaml").write_text(
         "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
-        f"resources: [../bare-metal]\ncomponents: [../../components/{component}]\n"
+        f"resources: [../bare-metal]\ncomponents: [{wanted}]\n"
     )
     built = documents(kustomize(asking))
     shutil.rmtree(asking)
-    (pod,) = [pod for name, pod in pods(built) if name == "quarantine-sweep"]
-    return pod
+    for manifest in built:
+        validate(manifest)
+    return built
+
+
+def sweep_with(tree: Path, component: str) -> Manifest:
+    """The sweep's pod where an overlay takes ``component``."""
+    return dict(pods(built_with(tree, component)))["quarantine-sweep"]
+
+
+def test_the_queue_in_postgresql_goes_with_secrets_from_files(tree: Path) -> None:
+    built = built_with(tree, "postgresql", "queue-secret-from-file")
+    check_references(built)
+    addresses = [
+        variable["valueFrom"]["secretKeyRef"]["name"]
+        for _, pod in pods(built)
+        for container in pod["containers"]
+        for variable in container["env"]
+        if variable["name"] == "QUARANTINE_QUEUE"
+    ]
+    assert len(addresses) == 3
+    assert all(generated(each, "quarantine-queue") for each in addresses)
+
+
+def test_the_hook_takes_two_secrets_while_one_is_changed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = dict(pods(built_with(tree, "rotate-webhook")))["quarantine-hooks"]
+    (hook,) = [each for each in pod["containers"] if each["name"] == "hook"]
+    (files,) = [each["value"] for each in hook["env"] if each["name"] == "QUARANTINE_HOOK_SECRET_FILE"]
+    folders = {mount["mountPath"]: mount["name"] for mount in hook["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    command: Any = get_command(cli.app)
+    monkeypatch.setenv("QUARANTINE_HOOK_SECRET_FILE", files)
+    named = command.commands["hooks"].commands["serve"].make_context("serve", []).params["secret_file"]
+    secrets = [volumes[folders[str(path.parent)]]["secret"]["secretName"] for path in named]
+    assert generated(secrets[0], "quarantine-webhook")
+    assert secrets[1] == "quarantine-webhook-next"
+    assert {path.name for path in named} == {"secret"}
 
 
 def test_the_sweep_moves_aliases_only_where_that_was_asked_for(tree: Path, overlay: list[Manifest]) -> None:
@@ -383,13 +452,18 @@ def test_the_sweep_moves_aliases_only_where_that_was_asked_for(tree: Path, overl
     assert "/var/lib/quarantine-sweep" in mounted
 
 
-def test_the_sweep_checks_signatures_where_it_is_given_a_key(tree: Path) -> None:
-    pod = sweep_with(tree, "verify")
+@pytest.mark.parametrize(
+    ("component", "option", "file"),
+    [("verify", "--public-key", "signing.pub"), ("verify-chain", "--certificate-chain", "root.crt")],
+)
+def test_the_sweep_checks_signatures_where_it_is_told_whose(tree: Path, component: str, option: str, file: str) -> None:
+    pod = sweep_with(tree, component)
     (container,) = pod["containers"]
-    (given,) = [each for each in container["args"] if each.startswith("--public-key=")]
+    assert option in options_of(["sweep"])
+    (given,) = [each for each in container["args"] if each.startswith(f"{option}=")]
     mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    assert given == f"--public-key={mounts['trust']['mountPath']}/signing.pub"
+    assert given == f"{option}={mounts['trust']['mountPath']}/{file}"
     assert mounts["trust"]["readOnly"]
     assert volumes["trust"]["configMap"]["name"] == "quarantine-trust"
     assert volumes["tmp"]["emptyDir"] == {"sizeLimit": "16Gi"}, "a version is downloaded whole"

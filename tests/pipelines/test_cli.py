@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from typer.main import get_command
 
 import pipelines
 from components._runtime.evidence import write_evidence
@@ -27,7 +29,7 @@ from components.select_model.step import select_model
 from defense_core import __version__
 from defense_core.bundle import load_bundle
 from defense_core.purify import METHODS
-from pipelines import panels
+from pipelines import cli, panels
 from pipelines.console import print_comparison
 from tests.pipelines.commands import Answer, Call
 from tests.small_model import DENYING, PLAN_OPTIONS, POLICY, make_inputs
@@ -122,6 +124,18 @@ def test_methods_are_listed(quarantine: Call) -> None:
     assert answer.json["tsbd"]["config"]["m"] == 0.7
     listed = quarantine("methods").out
     assert all(f"{name}: " in listed for name in METHODS)
+
+
+def test_every_command_that_ends_prints_json_when_asked_to() -> None:
+    def without(command: Any, words: tuple[str, ...]) -> Iterator[str]:
+        if hasattr(command, "commands"):
+            for name, below in command.commands.items():
+                yield from without(below, (*words, name))
+        elif "--json" not in {option for parameter in command.params for option in parameter.opts}:
+            yield " ".join(words)
+
+    # These two run until they are stopped, and log JSON lines.
+    assert set(without(get_command(cli.app), ())) == {"hooks serve", "hooks work"}
 
 
 def test_compile_writes_the_pipeline(tmp_path: Path, quarantine: Call) -> None:
