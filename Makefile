@@ -26,7 +26,7 @@ setup: $(VENV)/.ready  ## install into .venv
 demo: setup  ## train a backdoored digits model and take it through the whole pipeline
 	$(BIN)/quarantine demo --out demo-output
 
-test: setup .venv-swift/.ready  ## all tests
+test: setup .venv-swift/.ready  ## all tests (the S3 server needs Debian's liberasurecode-dev, installed where this runs as root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 tests/pages/node_modules/.ready: tests/pages/package-lock.json

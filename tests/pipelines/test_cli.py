@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,6 +137,13 @@ def test_every_command_that_ends_prints_json_when_asked_to() -> None:
 
     # These two run until they are stopped, and log JSON lines.
     assert set(without(get_command(cli.app), ())) == {"hooks serve", "hooks work"}
+
+
+def test_the_readme_names_every_command() -> None:
+    command: Any = get_command(cli.app)
+    page = (ROOT / "README.md").read_text("utf-8")
+    rows = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `quarantine "))
+    assert set(command.commands) | {"--version"} <= set(re.findall(r"[-a-z]+", rows))
 
 
 def test_compile_writes_the_pipeline(tmp_path: Path, quarantine: Call) -> None:

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from components._runtime import registry_tags as tag
+from defense_core.bundle import untrained_bundle
 from defense_core.errors import ConfigError, PolicyError
 from pipelines.triggers.keys import WorkKey, source_digest
 from pipelines.triggers.watch import parse_watch, read_watch, run_name
@@ -110,3 +112,10 @@ def test_run_names_suit_every_model(model, version, round_):
     assert name.isascii()
     assert name[0].isalnum()
     assert key.digest.removeprefix("sha256:")[:32] in name
+
+
+def test_the_example_of_the_docs_is_usable_and_describes_its_network_whole():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "hooks.md").read_text("utf-8")
+    example = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    (rule,) = parse_watch(example, beside=Path()).rules
+    assert untrained_bundle(rule.plan.spec).spec.num_classes == 10
