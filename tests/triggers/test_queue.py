@@ -73,7 +73,7 @@ def test_replayed_delivery_asks_for_nothing(queue):
     assert queue.counts()["hints"] == 0
 
 
-def test_work_is_there_once_whoever_asks(queue):
+def test_work_is_there_once_whoever_asks(queue, clock):
     assert queue.enqueue([key(1), key(1), key(2)]) == 2
     assert queue.enqueue([key(1), key(2), key(3)]) == 1
     assert queue.enqueue(key(number) for number in range(1, 1001)) == 997
