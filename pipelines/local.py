@@ -116,7 +116,8 @@ def run_local(
 
     Raises:
         ConfigError: ``model_name``, ``alias``, ``name``, ``signing_key`` or the policy is not usable, or promotion
-            trusts another key, or a certificate signs what the policy demands to be signed and promotion trusts nobody.
+            trusts another key or somebody while there is no key, or a certificate signs what the policy demands to be
+            signed and promotion trusts nobody.
         StorageError: ``work`` cannot be written, or holds a run of this name.
     """
     started = time.monotonic()
@@ -174,6 +175,13 @@ def _reached(address: str) -> str:
 def _require_trusted(key: SigningKey | None, asked: Plan | Resumption) -> None:
     """Refuse a run whose signature promotion would not let pass: now, because that step comes last."""
     trusted = trusted_signer_from_environment()
+    if key is None and trusted is not None:
+        raise ConfigError(
+            "promotion was told whose signature counts, and this run has no key to sign with",
+            expected=f"--signing-key, or {KEY_VARIABLE} to name a private key",
+            got="nothing",
+            hint=f"Sign, or unset {PUBLIC_KEY_VARIABLE} and {CHAIN_VARIABLE}: unsigned releases would not be promoted",
+        )
     if key is None:
         return
     if trusted is None and key.certificate is not None and _demands_signatures(asked):

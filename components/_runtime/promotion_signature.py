@@ -26,8 +26,11 @@ RULE = "verify.destination"
 class SignatureCheck:
     """Whose signatures count, and whether there must be one.
 
+    The policy alone cannot say whether there must be one: it lies in the release that is checked, and who writes a
+    release could bring one that asks for nothing. So where somebody is trusted, only what they signed passes.
+
     Attributes:
-        trusted: whose signature counts; ``None``: nobody was named, and none is checked.
+        trusted: whose signature counts, and is then demanded; ``None``: nobody was named, and none is checked.
         demanded: whether the policy demands signatures.
         approvers: whose approvals count: public key by name.
     """
@@ -41,11 +44,12 @@ class SignatureCheck:
 
         Returns:
             True: everything that ``quarantine verify`` checks holds, and it was signed for this name and alias.
-            ``None``: a signature is there, and nobody was named whose would count. False: there is none.
+            ``None``: a signature is there, and nobody was named whose would count. False: there is none, and
+            neither somebody who is trusted nor the policy demands one.
 
         Raises:
-            EvidenceMissing: the policy demands a signature and there is none.
-            ConfigError: it demands one and nobody was named, or the trusted key is not usable.
+            EvidenceMissing: somebody is trusted or the policy demands a signature, and there is none.
+            ConfigError: the policy demands one and nobody was named, or the trusted key is not usable.
             EvidenceMismatch: something does not hold. A bad signature is refused under every policy.
         """
         return self._checked(folder, {"model name": name, "alias": alias}, lambda finding: True)
@@ -60,8 +64,7 @@ class SignatureCheck:
     def _checked(
         self, folder: Path, destination: Mapping[str, str], counts: Callable[[FileFinding], bool]
     ) -> bool | None:
-        if self.demanded:
-            self._require_both(folder)
+        self._require_both(folder)
         if not any(os.path.lexists(folder / name) for name in (SIGNATURE, ATTESTATIONS)):
             return False
         if self.trusted is None:
@@ -84,14 +87,16 @@ class SignatureCheck:
         return True
 
     def _require_both(self, folder: Path) -> None:
-        if not (folder / SIGNATURE).is_file():
+        """Refuse what is unsigned where it may not be, and what must be signed where nobody's signature counts."""
+        if not (folder / SIGNATURE).is_file() and (self.demanded or self.trusted is not None):
+            why = "the policy demands a signature" if self.demanded else "promotion was told whose signature counts"
             raise EvidenceMissing(
-                "the policy demands a signature and the release has none",
+                f"{why} and the release has none",
                 expected=SIGNATURE,
                 got="an unsigned release",
                 hint="Give the sign step its key and run again; nothing was registered",
             )
-        if self.trusted is None:
+        if self.demanded and self.trusted is None:
             raise ConfigError(
                 "the policy demands a signature, and nobody was named whose signature would count",
                 expected=f"{PUBLIC_KEY_VARIABLE} to name a public key, or {CHAIN_VARIABLE} a certificate chain",

@@ -47,7 +47,8 @@ def promote_model(
         folder: the release that the sign step wrote; it is registered exactly as it is.
         name: the registered model.
         alias: what moves to the new version on allow.
-        trusted: whose signature counts; ``None``: nobody's, so that a policy that demands one lets nothing pass.
+        trusted: whose signature counts, and without which nothing passes; ``None``: nobody's, so that a policy that
+            demands one lets nothing pass.
         approvers: whose approvals count: public key by name.
 
     Returns:
@@ -56,8 +57,8 @@ def promote_model(
     Raises:
         EvidenceMismatch, DigestMismatch: decision, evidence, files, signatures and destination do not belong
             together, or the decision is from the future; nothing is registered.
-        EvidenceMissing: the decision names no model or no source, or the policy demands a signature and
-            there is none.
+        EvidenceMissing: the decision names no model or no source, or somebody is trusted or the policy demands a
+            signature, and there is none.
         ConfigError: the policy demands a signature, and nobody was named whose would count.
         RegistryConflict: this work was decided otherwise before.
         RegistryUnavailable: MLflow does not answer.

@@ -151,9 +151,29 @@ def test_a_lenient_policy_says_honestly_what_was_checked(
     finished: Chain, signed: Path, connection: MlflowConnection, keys: KeyPair, tmp_path: Path
 ) -> None:
     make_release(finished, tmp_path / "unsigned", None)
-    assert promoted(tmp_path / "unsigned", connection, keys, name="bare")["signed"] is False
+    assert promoted(tmp_path / "unsigned", connection, None, name="bare")["signed"] is False
     assert promoted(signed, connection, None)["signed"] is None
     assert promoted(signed, connection, keys)["signed"] is True
+
+
+@pytest.mark.parametrize("policy", [POLICY, {**POLICY, "promote": False}])
+def test_no_release_sheds_its_signature_by_the_policy_that_it_brings(
+    policy: dict[str, Any], chain: Chain, connection: MlflowConnection, keys: KeyPair, tmp_path: Path
+) -> None:
+    decide_again(chain, policy)
+    make_release(chain, tmp_path / "unsigned", None)
+    with pytest.raises(errors.EvidenceMissing, match="told whose signature counts and the release has none"):
+        promoted(tmp_path / "unsigned", connection, keys)
+    assert is_untouched(connection)
+
+
+def test_an_unsigned_version_of_earlier_work_stands_for_nothing_where_somebody_is_trusted(
+    finished: Chain, signed: Path, connection: MlflowConnection, keys: KeyPair, tmp_path: Path
+) -> None:
+    make_release(finished, tmp_path / "unsigned", None)
+    promoted(tmp_path / "unsigned", connection, None)
+    with pytest.raises(errors.RegistryConflict, match="without a signature"):
+        promoted(signed, connection, keys)
 
 
 def test_a_version_that_nobody_checked_does_not_stand_for_signed_work(

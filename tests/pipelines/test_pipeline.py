@@ -134,6 +134,16 @@ def test_a_key_that_promotion_does_not_trust_ends_the_run_before_it_begins(
     assert not (tmp_path / "work" / "artifacts").exists()
 
 
+def test_a_run_without_key_ends_before_it_begins_where_promotion_trusts_somebody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_inputs(tmp_path / "inputs")
+    monkeypatch.setenv(PUBLIC_KEY_VARIABLE, str(generate_key_pair(tmp_path / "keys").public))
+    with pytest.raises(ConfigError, match="no key to sign with"):
+        run_local(plan, tmp_path / "work", model_name="digits")
+    assert not (tmp_path / "work" / "artifacts").exists()
+
+
 def test_a_certificate_that_nobody_could_check_ends_the_run_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
