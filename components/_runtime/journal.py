@@ -160,7 +160,8 @@ def _scan_figures(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _log_method(connection: MlflowConnection, parent: TrackedRun, method: str, records: Records) -> None:
-    purification, evaluation = records.evidence[f"purify.{method}"], records.evidence.get(f"evaluate.{method}")
+    named = {name: records.evidence.get(name) for name in (f"purify.{method}", f"evaluate.{method}")}
+    purification, evaluation = records.evidence[f"purify.{method}"], named[f"evaluate.{method}"]
     results = purification["results"]
     run = open_method_run(connection, parent, method)
     log_parameters(connection, run, {"config": results["config"], "control": results["control"]})
@@ -172,8 +173,8 @@ def _log_method(connection: MlflowConnection, parent: TrackedRun, method: str, r
     log_tags(
         connection, run, {VERDICT_TAG: purification["verdict"], MODEL_TAG: str(purification["outputs"].get("model"))}
     )
-    named = {f"{each['name']}.json": each for each in (purification, evaluation) if each}
-    _log_bytes(connection, run, _lines(named))
+    # By the names of their files: what evidence calls itself is text of whoever wrote it.
+    _log_bytes(connection, run, _lines({f"{name}.json": each for name, each in named.items() if each}))
     close_run(connection, run, "FINISHED" if purification["verdict"] == "PASS" else "FAILED")
 
 

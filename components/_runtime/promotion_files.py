@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
 from components._runtime.registered_files import RegisteredModel, download_files
+from components._runtime.registered_names import require_usable
 from components._runtime.run_election import TrackedRun
 from components._runtime.tracking import log_files
-from defense_core.errors import SourceNotFound
+from defense_core.errors import EvidenceMismatch, SourceNotFound
 from defense_core.files import write_atomic
 
 FOLDER = "promotions"
@@ -23,7 +25,16 @@ def keep_promotion(connection: MlflowConnection, run: TrackedRun, promoted: Mapp
 
     Args:
         promoted: ``results`` of promote.
+
+    Raises:
+        ConfigError: its name or alias is none that the registry takes; they become names of files.
+        EvidenceMismatch: its version is no number.
     """
+    require_usable(str(promoted["name"]), str(promoted["alias"]), {})
+    if not re.fullmatch(r"[0-9]{1,18}", str(promoted["version"])):
+        raise EvidenceMismatch(
+            "evidence promote names no version", expected="a version's number", got=repr(promoted["version"])[:80]
+        )
     folder, file = _folder(str(promoted["name"]), str(promoted["version"])), f"{promoted['alias']}.json"
     with mlflow_errors(f"list {folder} of the run {run.run_id}", connection.settings):
         present = {item.path for item in connection.client.list_artifacts(run.run_id, folder)}

@@ -81,7 +81,7 @@ class EvidenceStore:
         data = canonical_json(evidence) + b"\n"
         if self.shelf.put_new(f"{name}.json", data):
             return
-        present = parse_evidence(self.shelf.get(f"{name}.json"), name)
+        present = _named_evidence(self.shelf.get(f"{name}.json"), name)
         differing = [key for key in ("inputs", "outputs", "verdict") if present.get(key) != evidence.get(key)]
         if differing:
             raise EvidenceMismatch(
@@ -95,14 +95,14 @@ class EvidenceStore:
         """The evidence that an earlier attempt of the step ``name`` left; ``None``: there is none to be seen.
 
         Raises:
-            EvidenceMismatch: it is damaged.
+            EvidenceMismatch: it is damaged, or calls itself otherwise.
         """
         try:
             data = self.shelf.get(f"{name}.json")
         except (FileNotFoundError, SourceNotFound, AccessDenied):
             # S3 denies what is not there to accounts that may not list. What is there is still never written over.
             return None
-        return parse_evidence(data, name)
+        return _named_evidence(data, name)
 
     def put_failure(self, name: str, failure: Mapping[str, Any]) -> None:
         """Record why the step ``name`` failed; the latest attempt counts."""
@@ -133,7 +133,7 @@ class EvidenceStore:
                 if file.endswith(FAILED):
                     failures[file.removesuffix(FAILED)] = _parse_failure(data, file)
                 else:
-                    evidence[file.removesuffix(".json")] = parse_evidence(data, file)
+                    evidence[file.removesuffix(".json")] = _named_evidence(data, file.removesuffix(".json"))
             except EvidenceMismatch as error:
                 damaged[file] = str(error)
         open_failures = {
@@ -197,6 +197,16 @@ def _s3_shelf(root: str, run: str) -> Shelf:
     from components._runtime.s3_shelf import S3Shelf
 
     return S3Shelf.open(root, run)
+
+
+def _named_evidence(data: bytes, name: str) -> dict[str, Any]:
+    """Evidence that must call itself as its file is called: what reads it makes paths and names of both."""
+    evidence = parse_evidence(data, f"{name}.json")
+    if evidence["name"] != name:
+        raise EvidenceMismatch(
+            f"{name}.json is damaged", expected=f"evidence of {name}", got=f"evidence of {evidence['name']!r}"[:200]
+        )
+    return evidence
 
 
 def _parse_failure(data: bytes, file: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from components._runtime.verification_registry import verify_registered
 from components.attest_promotion.step import attest_promotion
 from components.promote_model.step import promote_model
 from components.report.step import report_run
-from defense_core.errors import EvidenceMissing
+from defense_core.errors import EvidenceMissing, QuarantineError
 from defense_core.files import sha256_file
 from defense_core.verdict import Verdict
 from tests.finished_chain import Chain, decide_again, make_release
@@ -202,6 +202,16 @@ def test_the_first_statement_stays(
 ) -> None:
     keep_promotion(connection, run, kept["results"], b"another")
     assert registered(connection, keys).verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    "planted", [{"alias": "../../outside"}, {"alias": "/tmp/outside"}, {"name": "../digits"}, {"version": "../1"}]
+)
+def test_what_would_lead_elsewhere_is_not_kept(
+    planted: dict[str, str], connection: MlflowConnection, promoted: dict[str, Any], run: TrackedRun
+) -> None:
+    with pytest.raises(QuarantineError):
+        keep_promotion(connection, run, {**promoted["results"], **planted}, b"statement")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from components._runtime import journal
 from components._runtime.evidence import Clock, compose
+from components._runtime.mlflow_connection import MlflowSettings, connect
 from components._runtime.outcome import outcome_of
 from components._runtime.plan import RunSettings
 from components._runtime.step import Scope, failure_record, redacted
@@ -65,6 +67,28 @@ def test_what_is_no_record_is_named(data: str, tmp_path: Path) -> None:
     for file in ("fetch.json", "scan.failed.json"):
         (tmp_path / "run" / file).write_text(data)
     assert set(open_store(str(tmp_path), "run").records().damaged) == {"fetch.json", "scan.failed.json"}
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "purify.other", None, ["purify.tsbd"]])
+def test_evidence_under_the_name_of_another_is_damaged(name: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "purify.tsbd.json").write_text(json.dumps({**fetch_evidence(), "name": name}))
+    store = open_store(str(tmp_path), "run")
+    assert (dict(store.records().evidence), set(store.records().damaged)) == ({}, {"purify.tsbd.json"})
+    with pytest.raises(errors.EvidenceMismatch, match=r"evidence of purify\.tsbd"):
+        store.earlier("purify.tsbd")
+    with pytest.raises(errors.EvidenceMismatch, match=r"evidence of purify\.tsbd"):
+        store.put({**fetch_evidence(), "name": "purify.tsbd"})
+
+
+def test_the_journal_names_files_by_the_evidence_file(finished: Chain, tmp_path: Path) -> None:
+    kept = {name: finished.evidence[name] for name in ("purify.tsbd", "evaluate.tsbd")}
+    planted = {name: {**each, "name": f"{tmp_path}/outside"} for name, each in kept.items()}
+    connection = connect(MlflowSettings(f"sqlite:///{tmp_path / 'mlflow.db'}"))
+    records = Records({"fetch": finished.evidence["fetch"], **planted})
+    settings = RunSettings(evidence=str(tmp_path), model_name="model", name="run")
+    journal.end(connection, settings, records, {}, outcome_of(records))
+    assert not list(tmp_path.glob("outside*"))
 
 
 def test_a_failure_is_forgotten_once_the_step_succeeds(tmp_path: Path) -> None:
