@@ -42,9 +42,7 @@ def promote(
         reopened = set_up(
             reopen_release(release=release, approvers=approvers, public_key=public_key, **records), "reopen_release"
         )
-        former = reopened.outputs["decision"]
-        gate = set_up(
-            gate_promotion(former=former, approvals=approvals, approvers=approvers, **records), "gate_promotion"
-        )
+        taken_up = {"former": reopened.outputs["decision"], "reopened": reopened.outputs["evidence"]}
+        gate = set_up(gate_promotion(approvals=approvals, approvers=approvers, **taken_up, **records), "gate_promotion")
         made = (reopened.outputs["bundle"], reopened.outputs["onnx"], gate.outputs["decision"])
         publish(*made, records, approvers=approvers)

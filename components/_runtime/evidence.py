@@ -162,6 +162,13 @@ def why_of(evidence: Mapping[str, Any]) -> str:
     return "; ".join(str(finding["why"]) for finding in evidence["findings"])
 
 
+def started_of(evidence: Mapping[str, Any]) -> str | None:
+    """When the step that ``evidence`` speaks of began, as it says; ``None`` where it does not."""
+    environment = evidence.get("environment")
+    started = environment.get("started") if isinstance(environment, Mapping) else None
+    return started if isinstance(started, str) else None
+
+
 def source_of(evidence: Mapping[str, Any]) -> str:
     """The digest of the fetched artifact that ``evidence`` speaks of."""
     return str(evidence["inputs"]["source"])

@@ -28,6 +28,7 @@ def gate_promotion(
     former: dsl.Input[dsl.Artifact] = None,
     approvals: str = "[]",
     approvers: str = "{}",
+    reopened: dsl.Input[dsl.Artifact] = None,
 ) -> None:
     """Decide by policy and evidence whether the model may be promoted.
 
@@ -53,6 +54,7 @@ def gate_promotion(
         former: Folder of a decision that the new one takes the place of; brings its own evidence and policy.
         approvals: JSON, texts of signed approvals.
         approvers: JSON, public keys by the name of whose approvals count.
+        reopened: Evidence of the reopening, which says when a promote run began.
     """
     from pathlib import Path
 
@@ -71,5 +73,6 @@ def gate_promotion(
             former=Path(former.path) if former is not None else None,
             approvals=approval_texts.parse_approvals(approvals, approvers).signed(),
             earlier=scope.store.earlier(scope.name),
+            reopened=Path(reopened.path) if reopened is not None else None,
         )
         scope.finish(done, evidence.path)

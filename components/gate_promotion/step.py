@@ -8,7 +8,7 @@ from typing import Any
 
 from components._runtime.approvals import SignedApproval
 from components._runtime.decision_files import decision_bytes, replay_decision, write_decision
-from components._runtime.evidence import POLICY, Clock, compose, is_absent, read_evidence, read_folder
+from components._runtime.evidence import POLICY, Clock, compose, is_absent, read_evidence, read_folder, started_of
 from components._runtime.plan import parse_json
 from defense_core.config import to_mapping
 from defense_core.errors import ConfigError, EvidenceMismatch
@@ -26,6 +26,7 @@ def decide_given(
     optional: Sequence[Path] = (),
     approvals: Sequence[SignedApproval],
     earlier: Mapping[str, Any] | None = None,
+    reopened: Path | None = None,
 ) -> dict[str, Any]:
     """Decide on what a component was given: evidence files and a policy, or the folder of a former decision.
 
@@ -36,6 +37,7 @@ def decide_given(
         out: folder that becomes the decision.
         former: a decision that the new one takes the place of, on the same evidence and by the same policy.
         earlier: evidence ``gate`` that an earlier attempt of the same run left.
+        reopened: file of evidence ``reopen`` of a promote run, which says when that began.
 
     Raises:
         ConfigError: ``policy`` is no JSON.
@@ -44,7 +46,12 @@ def decide_given(
     """
     if former is not None:
         stated = parse_json((former / POLICY).read_text("utf-8"), POLICY)
-        return gate_promotion(read_folder(former), stated, out, approvals=approvals, supersedes=former, earlier=earlier)
+        # The evidence is of the former run. Where nothing says when this one began, no earlier time counts.
+        since = started_of(read_evidence(reopened)) if reopened is not None else None
+        earlier = earlier if since is not None else None
+        return gate_promotion(
+            read_folder(former), stated, out, approvals=approvals, supersedes=former, earlier=earlier, since=since
+        )
     evidence: dict[str, Mapping[str, Any]] = {}
     for path in (*paths, *(path for path in optional if not is_absent(path))):
         found = read_evidence(path)
@@ -66,6 +73,7 @@ def gate_promotion(
     approvals: Sequence[SignedApproval] = (),
     supersedes: Path | None = None,
     earlier: Mapping[str, Any] | None = None,
+    since: str | None = None,
 ) -> dict[str, Any]:
     """Apply ``policy`` to ``evidence``.
 
@@ -80,6 +88,8 @@ def gate_promotion(
         supersedes: folder of an earlier decision about the same artifact that this one takes the place of.
         earlier: evidence ``gate`` that an earlier attempt of the same run left. Where it came to the same decision,
             that is made again at the time that it states instead of now: a step that is tried again says the same.
+        since: when this run began; ``None``: when the fetch in ``evidence`` did. Before that nothing was decided in
+            it, whatever ``earlier`` states: exceptions and approvals that expired since would count again.
 
     Returns:
         Evidence ``gate``: ``results`` is the decision (``outcome``: allow, deny, unknown or observe;
@@ -100,7 +110,8 @@ def gate_promotion(
     }
     decision = decide(parsed, evidence, at=at or clock.started, **given)
     if at is None and earlier is not None:
-        decision = _as_before(earlier, decision, lambda moment: decide(parsed, evidence, at=moment, **given))
+        began = since if since is not None else started_of(evidence.get("fetch", {}))
+        decision = _as_before(earlier, decision, began, lambda moment: decide(parsed, evidence, at=moment, **given))
     if former is not None and former.subject.source != decision.subject.source:
         raise EvidenceMismatch(
             f"{supersedes} is a decision about another artifact",
@@ -137,18 +148,23 @@ def _outputs(decision: Decision) -> dict[str, str]:
     return {"decision": sha256_bytes(decision_bytes(decision))}
 
 
-def _as_before(earlier: Mapping[str, Any], now: Decision, again: Callable[[str], Decision]) -> Decision:
+def _as_before(
+    earlier: Mapping[str, Any], now: Decision, began: str | None, again: Callable[[str], Decision]
+) -> Decision:
     """The decision that ``earlier`` speaks of, if it is about the same and comes out the same; ``now`` otherwise.
 
-    Only its time is taken from the record, and only one that has passed; what follows from it is decided again.
+    Only its time is taken from the record, and only one between ``began``, when the run did, and now; what follows
+    from it is decided again.
     """
     results = earlier.get("results")
     stated = results.get("decided_at") if isinstance(results, Mapping) else None
     if earlier.get("inputs") != _inputs(now) or now.decided_at is None:
         return now
     try:
-        passed = not is_after(parse_time(stated, "decided_at"), parse_time(now.decided_at, "decided_at"))
-        former = again(str(stated)) if passed else now
+        moment = parse_time(stated, "decided_at")
+        passed = not is_after(moment, parse_time(now.decided_at, "decided_at"))
+        in_this_run = not is_after(parse_time(began, "started"), moment)
+        former = again(str(stated)) if passed and in_this_run else now
     except (ConfigError, EvidenceMismatch):
         # No time, or one before the approvals: nothing that this gate has written. The store refuses what differs.
         return now

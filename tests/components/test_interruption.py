@@ -226,6 +226,15 @@ def test_a_record_that_is_no_gates_sets_no_time(forged: dict[str, Any], finished
     assert found["results"]["decided_at"] == found["environment"]["started"]
 
 
+def test_a_record_from_before_the_run_sets_no_time(finished: Chain) -> None:
+    decide, policy = components.gate_promotion.step.gate_promotion, dict(finished.plan.policy)
+    planted = decide(
+        finished.evidence, policy, at=(datetime.now(UTC) - timedelta(days=2)).isoformat(timespec="seconds")
+    )
+    found = decide(finished.evidence, policy, earlier=planted)
+    assert found["results"]["decided_at"] == found["environment"]["started"]
+
+
 def test_the_handlers_of_before_are_back() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Cancelled, match="SIGTERM"), interruptible():

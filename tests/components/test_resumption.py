@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +15,13 @@ import pytest
 from components._runtime import registry_tags as tag
 from components._runtime.approval_texts import ApprovalTexts
 from components._runtime.approvals import sign_approval
+from components._runtime.evidence import Clock, write_evidence
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.resumption import Resumption
 from components._runtime.signing_keys import KeyPair, TrustedSigner, generate_key_pair, load_signing_key
 from components._runtime.statements import Destination
 from components._runtime.verification import verify_release
+from components.gate_promotion import step
 from components.gate_promotion.step import decide_given
 from components.promote_model.step import promote_model
 from components.reopen_release.step import reopen_release
@@ -25,6 +29,7 @@ from components.sign_evidence.step import sign_evidence
 from defense_core import errors
 from defense_core.files import sha256_file
 from defense_core.policy import parse_policy
+from defense_core.policy_time import parse_time, time_text
 from defense_core.verdict import Verdict
 from pipelines.sweep import SweepReport, SweepSettings, open_memory, sweep
 from pipelines.sweep_aliases import Journal
@@ -127,6 +132,29 @@ def test_an_approval_promotes_once(former: Former, tmp_path: Path) -> None:
     assert set(tags) == {"1", "2"}
     assert tags["1"][tag.SUPERSEDED_BY] == "2"
     assert tags["2"][tag.DECISION] == tag.ALLOW
+
+
+def test_a_record_from_before_the_reopening_sets_no_time(
+    former: Former, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = former.request(former.approval())
+    evidence, _ = reopen_release(request, tmp_path / "bundle", tmp_path / "onnx", tmp_path / "former")
+    began = parse_time(evidence["environment"]["started"], "started")
+    reopened = tmp_path / "reopen.json"
+
+    def decided(folder: str, earlier: dict[str, Any] | None, reopening: Path | None = reopened) -> dict[str, Any]:
+        given: dict[str, Any] = {"former": tmp_path / "former", "approvals": request.given.signed()}
+        return decide_given([], "", tmp_path / folder, earlier=earlier, reopened=reopening, **given)
+
+    write_evidence(reopened, evidence)
+    first = decided("first", None)
+    monkeypatch.setattr(step, "Clock", SimpleNamespace(start=lambda: Clock(time_text(began + timedelta(hours=2)), 0.0)))
+    at = first["results"]["decided_at"]
+    assert decided("again", first)["results"]["decided_at"] == at
+    assert decided("unknown", first, None)["results"]["decided_at"] != at
+    environment = {**evidence["environment"], "started": time_text(began + timedelta(hours=1))}
+    write_evidence(tmp_path / "later.json", {**evidence, "environment": environment})
+    assert decided("planted", first, tmp_path / "later.json")["results"]["decided_at"] != at
 
 
 def test_the_new_decision_names_the_former_and_verifies(former: Former, tmp_path: Path) -> None:
