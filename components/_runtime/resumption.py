@@ -30,7 +30,8 @@ class Resumption:
         release: of the former run: ``models:/name/3``, ``models:/name@alias``, ``file://`` or a folder.
         given: approvals, and whose count.
         public_key: PEM, of whoever signed the former release; empty for one that promotion's own trusted signer
-            signed, or, where there is no such signer, for one without signature.
+            signed, or, where there is no such signer, for one without signature. Where there is such a signer it must
+            have signed too: a request narrows whom the operator trusts, and never widens it.
     """
 
     release: str
@@ -69,8 +70,8 @@ def check_former(folder: Path, request: Resumption, trusted: TrustedSigner | Non
     """Make the former decision again, and check every file; a signed release must hold for the key that is named.
 
     Args:
-        trusted: whose signature promotion lets pass; it counts where the request names no key. Where there is one,
-            this run signs, so a release that nobody signed would come out of it signed: it is refused.
+        trusted: whose signature promotion lets pass; the release must hold for it whatever key the request names.
+            Where there is one, this run signs, so a release of anybody else would come out of it signed: it is refused.
 
     Raises:
         EvidenceMissing, EvidenceMismatch, DigestMismatch: it is not whole, or not signed by whom you trust.
@@ -83,9 +84,11 @@ def check_former(folder: Path, request: Resumption, trusted: TrustedSigner | Non
             public = Path(scratch) / "public.pem"
             write_atomic(public, request.public_key.encode())
             _verify(folder, request, TrustedSigner(public_key=public))
-    elif trusted is not None:
+    if trusted is not None:
         _verify(folder, request, trusted)
-    elif replayed.requires_signature or (folder / SIGNATURE).is_file():
+    if request.public_key or trusted is not None:
+        return replayed
+    if replayed.requires_signature or (folder / SIGNATURE).is_file():
         raise ConfigError(
             "nobody was named whose signature on the former release would count",
             expected="a public key",

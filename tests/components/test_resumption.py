@@ -228,6 +228,17 @@ def test_a_signed_release_needs_a_named_signer(former: Former, tmp_path: Path) -
         former.resumed(tmp_path / "other", former.request(public_key=stranger))
 
 
+def test_a_request_does_not_widen_whom_promotion_trusts(former: Former, tmp_path: Path) -> None:
+    operator = TrustedSigner(public_key=generate_key_pair(tmp_path / "operator").public)
+    parts = [tmp_path / name for name in ("bundle", "onnx", "decision")]
+    with pytest.raises(errors.EvidenceMismatch, match="does not verify"):
+        reopen_release(former.request(), *parts, trusted=operator)
+    stranger = former.request(public_key=generate_key_pair(tmp_path / "stranger").public.read_text())
+    with pytest.raises(errors.EvidenceMismatch, match="does not verify"):
+        reopen_release(stranger, *parts, trusted=TrustedSigner(public_key=former.keys.public))
+    assert not any(path.exists() for path in parts)
+
+
 @pytest.mark.parametrize("address", ["s3://bucket/release", "https://example.org/release", "model.onnx"])
 def test_an_address_that_is_no_release(address: str, former: Former, tmp_path: Path) -> None:
     named = str(former.release / address) if "://" not in address else address
