@@ -272,11 +272,13 @@ def _alias_findings(
         policies = scope.guarded(name)[alias]
         return coverage(connection, version, policies=policies, trusted=settings.trusted, approvers=settings.approvers)
 
+    trusted = settings.trusted.mark() if settings.trusted is not None else ""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(guarded), BATCH_ALIASES):
             batch = guarded[start : start + BATCH_ALIASES]
             versions = list(pool.map(lambda each: read_version(connection, each[0], each[2]), batch))
-            marks = [_mark(scope, settings, each, version) for each, version in zip(batch, versions, strict=True)]
+            pairs = zip(batch, versions, strict=True)
+            marks = [_mark(scope, trusted, settings.approvers, each, version) for each, version in pairs]
             unproven = [
                 (each, version, mark)
                 for each, version, mark in zip(batch, versions, marks, strict=True)
@@ -298,13 +300,12 @@ def _hidden_findings(connection: MlflowConnection, scope: Scope) -> Iterator[Fin
             yield Finding("unknown", name, "", HIDDEN)
 
 
-def _mark(scope: Scope, settings: SweepSettings, guarded: Guarded, version: Any) -> str:
+def _mark(scope: Scope, trusted: str, approvers: Mapping[str, SSlibKey], guarded: Guarded, version: Any) -> str:
     """Changes with everything that a proof rests on but the files."""
     name, alias, _ = guarded
     tags = {key: value for key, value in (version.tags if version else {}).items() if key.startswith("quarantine.")}
-    trusted = "" if settings.trusted is None else repr(settings.trusted)
-    approvers = {who: str(key.keyid) for who, key in settings.approvers.items()}
-    return digest([tags, sorted(scope.guarded(name)[alias]), trusted, approvers])
+    keys = {who: str(key.keyid) for who, key in approvers.items()}
+    return digest([tags, sorted(scope.guarded(name)[alias]), trusted, keys])
 
 
 def _registry(connection: MlflowConnection) -> str:

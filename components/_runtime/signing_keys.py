@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from defense_core.errors import ConfigError, OutputExists, StorageError
+from defense_core.files import sha256_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -85,6 +86,14 @@ class TrustedSigner:
                 got="both" if self.public_key is not None else "neither",
                 hint="Give --public-key FILE, or --certificate-chain FILE; there is no default",
             )
+
+    def mark(self) -> str:
+        """Says by content who is trusted, for what is remembered: another key may be put at the same path."""
+        path = self.public_key or self.certificate_chain
+        try:
+            return f"{self!r} {sha256_file(Path(str(path)))}"
+        except OSError:
+            return f"{self!r} unreadable"  # nothing verifies by it either
 
     def check(self) -> None:
         """Read what is trusted. Raises ConfigError if it cannot be used."""

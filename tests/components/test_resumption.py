@@ -316,6 +316,17 @@ def test_a_sweep_counts_the_approvers_that_it_is_given(former: Former, tmp_path:
     assert [(each.origin, each.state) for each in report.moves] == [("2", "removed")]
 
 
+def test_the_memory_of_a_sweep_is_none_for_another_key_at_the_same_path(former: Former, tmp_path: Path) -> None:
+    former.resumed(tmp_path / "new", former.request(former.approval()))
+    memory, given = tmp_path / "memory.db", former.request().given
+    path = tmp_path / "trusted.pub"
+    shutil.copyfile(former.keys.public, path)
+    mounted = replace(former, keys=replace(former.keys, public=path))
+    assert swept(mounted, tmp_path, given, memory).found["drift"] == 0
+    shutil.copyfile(generate_key_pair(tmp_path / "successor").public, path)
+    assert swept(mounted, tmp_path, given, memory).found["drift"] == 1
+
+
 def test_a_signers_key_that_went_away_costs_no_alias(former: Former, tmp_path: Path) -> None:
     former.resumed(tmp_path / "new", former.request(former.approval()))
     gone = replace(former, keys=replace(former.keys, public=tmp_path / "gone.pub"))
