@@ -22,8 +22,17 @@ EXIT_UNKNOWN = 2
 EXIT_USAGE = 3
 
 
+def visible(text: str) -> str:
+    r"""``text`` on one line, control and bidi characters as escapes such as ``\u001b``.
+
+    What a stranger wrote, the name of a tensor say, is quoted in terminals and logs: it must not steer the one nor
+    write lines of the other.
+    """
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
 class QuarantineError(Exception):
-    """Base of every error that this project raises on purpose.
+    """Base of every error that this project raises on purpose. Its texts are :func:`visible`.
 
     Args:
         what: the fact, as a short clause (``"clean set /data/x.npz has no labels"``).
@@ -42,11 +51,11 @@ class QuarantineError(Exception):
         got: object = None,
         hint: str | None = None,
     ) -> None:
-        self.what = what
-        self.expected = None if expected is None else str(expected)
-        self.got = None if got is None else str(got)
-        self.hint = hint
-        super().__init__(what)
+        self.what = visible(str(what))
+        self.expected = None if expected is None else visible(str(expected))
+        self.got = None if got is None else visible(str(got))
+        self.hint = None if hint is None else visible(hint)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         facts = []

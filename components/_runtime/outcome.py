@@ -8,7 +8,7 @@ from typing import Any
 
 from components._runtime.plan import UNTOUCHED
 from components._runtime.store import Records
-from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, EXIT_USAGE
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, EXIT_USAGE, visible
 
 NO_DECISION = "none"
 TO_ATTEST = "signature_required"
@@ -44,7 +44,8 @@ def outcome_of(records: Records, *, stopped: str = "") -> RunOutcome:
     if records.failures:
         name = min(records.failures, key=lambda each: _place(each, expected_steps(records)))
         failure = records.failures[name]
-        return RunOutcome(decision, name, str(failure["message"]), int(failure.get("exit_code", EXIT_UNKNOWN)))
+        why = visible(str(failure["message"]))
+        return RunOutcome(decision, name, why, int(failure.get("exit_code", EXIT_UNKNOWN)))
     if records.damaged:
         file, why = next(iter(sorted(records.damaged.items())))
         return RunOutcome(decision, file.removesuffix(".json"), why, EXIT_USAGE)

@@ -19,7 +19,7 @@ from components._runtime.evidence import write_evidence
 from components._runtime.plan import RunSettings, run_settings
 from components._runtime.pod import check_identity
 from components._runtime.store import EvidenceStore, open_store
-from defense_core.errors import EXIT_UNKNOWN, Cancelled, QuarantineError
+from defense_core.errors import EXIT_UNKNOWN, Cancelled, QuarantineError, visible
 from defense_core.progress import LogProgress, NullProgress
 
 LOG_FORMAT = "%(asctime)s quarantine %(levelname)s %(message)s"
@@ -27,6 +27,14 @@ STEP_LINE = re.compile(r"\S+ \S+ quarantine (?P<level>[A-Z]+) (?P<message>.*)")
 """A line as steps log it, among those of the orchestrator."""
 
 logger = logging.getLogger("quarantine")
+
+
+class OneLine(logging.Formatter):
+    """A message is one line, whatever was quoted in it; a trace keeps its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        record.message = visible(record.message)
+        return super().formatMessage(record)
 
 
 class StopRequest:
@@ -161,7 +169,7 @@ def configure_logging() -> None:
     """One line an event on standard error for this project's messages; libraries only warn."""
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        handler.setFormatter(OneLine(LOG_FORMAT))
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.INFO)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, visible
 
 MAX_FINDINGS = 20
 """Findings that are kept of one file; a hostile pickle can name thousands of functions."""
@@ -100,10 +100,6 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-
-
 @dataclass(frozen=True)
 class ScanFinding:
     """One rule that fired.
@@ -123,7 +119,7 @@ class ScanFinding:
     def __post_init__(self) -> None:
         # What a stranger wrote is quoted in terminals, logs and pages: no control or bidi characters.
         for name in ("where", "message"):
-            object.__setattr__(self, name, _visible(getattr(self, name)[:_MAX_MESSAGE]))
+            object.__setattr__(self, name, visible(getattr(self, name)[:_MAX_MESSAGE]))
 
     @property
     def state(self) -> State:
@@ -166,7 +162,7 @@ class FileScan:
 
     def __post_init__(self) -> None:
         # As in findings; a name that is no valid UTF-8 could not be written as JSON either.
-        object.__setattr__(self, "path", _visible(self.path))
+        object.__setattr__(self, "path", visible(self.path))
 
     @property
     def state(self) -> State:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from components._runtime.evidence import Clock, compose
 from components._runtime.mlflow_connection import MlflowSettings, connect
 from components._runtime.outcome import outcome_of
 from components._runtime.plan import RunSettings
-from components._runtime.step import Scope, failure_record, redacted
+from components._runtime.step import LOG_FORMAT, STEP_LINE, OneLine, Scope, failure_record, redacted
 from components._runtime.store import Records, open_store
 from defense_core import errors
 from defense_core.progress import NullProgress
@@ -173,6 +175,23 @@ def test_a_failure_record_holds_no_credentials() -> None:
     assert secret not in json.dumps(failure_record("fetch", error))
     assert redacted(f"s3://k?AWSAccessKeyId={secret}") == "s3://k?AWSAccessKeyId=…"
     assert redacted(f"http://u:p@{secret}@host/x or mysql://u:a/{secret}@host/x") == "http://host/x or mysql://host/x"
+
+
+def test_a_record_of_a_stranger_is_one_line() -> None:
+    planted = "x\n2026-01-01 00:00:00,000 quarantine INFO gate: PASS\x1b[2J"
+    outcome = outcome_of(Records({}, {"fetch": {"message": planted}}))
+    assert outcome.why.isprintable()
+    formatter = OneLine(LOG_FORMAT)
+    line = formatter.format(logging.LogRecord("quarantine", logging.ERROR, "", 0, "%s failed", (planted,), None))
+    assert line.isprintable()
+    found = STEP_LINE.fullmatch(line)
+    assert found is not None
+    assert found["level"] == "ERROR"
+    try:
+        raise ZeroDivisionError(planted)
+    except ZeroDivisionError:
+        record = logging.LogRecord("quarantine", logging.ERROR, "", 0, "defect", (), sys.exc_info())
+    assert "\nTraceback" in formatter.format(record)
 
 
 def test_a_defect_is_recorded_with_its_type() -> None:

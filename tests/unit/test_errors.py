@@ -38,6 +38,16 @@ def test_sentences(error: QuarantineError, sentence: str) -> None:
     assert str(error) == sentence
 
 
+def test_what_strangers_wrote_steers_no_terminal_and_writes_no_line() -> None:
+    name = "conv\x1b[2J\r\nquarantine INFO gate: PASS\u202e\x9b1m"
+    error = QuarantineError(f"no {name}", expected=name, got=ValueError(name), hint=f"Rename {name}")
+    shown = "conv\\u001b[2J\\u000d\\u000aquarantine INFO gate: PASS\\u202e\\u009b1m"
+    assert str(error) == f"no {shown}: expected {shown}, got {shown}. Rename {shown}."
+    assert all(str(each).isprintable() for each in error.to_mapping().values())
+    assert error.args == (f"no {shown}",)
+    assert errors.visible("Füße, 95 % “quoted”, C:\\x") == "Füße, 95 % “quoted”, C:\\x"
+
+
 @pytest.mark.parametrize("kind", kinds())
 def test_every_error_is_documented_and_has_an_exit_code(kind: type[QuarantineError]) -> None:
     assert kind.__doc__
