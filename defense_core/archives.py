@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -38,6 +38,10 @@ _DAMAGE = (
     struct.error,
     OSError,
 )
+
+
+def _free(count: int) -> None:
+    """What is unpacked costs nothing."""
 
 
 @contextmanager
@@ -72,10 +76,13 @@ def checked_zip(path: Path, limits: LoadLimits, *, stored_only: bool) -> Iterato
 
 
 @contextmanager
-def unpacked(path: Path, limits: LoadLimits) -> Iterator[Path]:
+def unpacked(path: Path, limits: LoadLimits, *, spend: Callable[[int], None] = _free) -> Iterator[Path]:
     """A temporary folder with the files of the zip or tar archive at ``path``.
 
     Directories, and one folder around everything, are allowed; the yielded path is inside that folder.
+
+    Args:
+        spend: called with how many bytes are about to be written; may raise.
 
     Raises:
         UnsafeArtifact, CorruptArtifact: as :func:`checked_zip`; also devices and sparse files in a tar.
@@ -88,20 +95,21 @@ def unpacked(path: Path, limits: LoadLimits) -> Iterator[Path]:
             is_zip = stream.read(4) == b"PK\x03\x04"
         if is_zip:
             with checked_zip(path, few, stored_only=False) as archive:
+                spend(sum(entry.file_size for entry in archive.infolist()))
                 for entry in archive.infolist():
                     if not entry.is_dir():
                         with archive.open(entry) as source:
                             _copy(path, source, target / entry.filename, entry.file_size)  # type: ignore[arg-type]
         else:
-            _unpack_tar(path, target, few)
+            _unpack_tar(path, target, few, spend)
         inside = list(target.iterdir())
         yield inside[0] if len(inside) == 1 and inside[0].is_dir() else target
 
 
-def _unpack_tar(path: Path, target: Path, limits: LoadLimits) -> None:
+def _unpack_tar(path: Path, target: Path, limits: LoadLimits, spend: Callable[[int], None]) -> None:
     with damage_as_errors(path), tempfile.TemporaryFile() as plain:
         # Expanded first and under a limit: tarfile reads extended headers of any declared size into memory.
-        expand(path, plain, limits.max_bytes + CHUNK_BYTES, bare_zlib=False)
+        expand(path, plain, limits.max_bytes + CHUNK_BYTES, bare_zlib=False, spend=spend)
         check_tar_layout(plain, limits.max_entries, where=path.name)
         plain.seek(0)
         with tarfile.open(fileobj=plain, mode="r:") as archive:

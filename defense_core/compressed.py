@@ -23,11 +23,18 @@ _MAGIC_BYTES = 6
 _MAX_STREAMS = 20_000  # packers that work in parallel end a stream every 900 kB
 
 
-def expand(path: Path, sink: BinaryIO, max_bytes: int, *, bare_zlib: bool) -> None:
+def _free(count: int) -> None:
+    """What is expanded costs nothing."""
+
+
+def expand(
+    path: Path, sink: BinaryIO, max_bytes: int, *, bare_zlib: bool, spend: Callable[[int], None] = _free
+) -> None:
     """Write to ``sink`` what the file at ``path`` holds.
 
     Args:
         bare_zlib: a file that starts like no packer's is a zlib stream; otherwise it is not compressed.
+        spend: called with the size of each piece before it is written; may raise.
 
     Raises:
         UnsafeArtifact: more than ``max_bytes``, or bytes behind the end of the stream.
@@ -48,6 +55,7 @@ def expand(path: Path, sink: BinaryIO, max_bytes: int, *, bare_zlib: bool) -> No
                     got="more",
                     hint="Raise max_bytes if the archive is known to be good",
                 )
+            spend(len(piece))
             sink.write(piece)
 
 

@@ -9,11 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from defense_core.archives import checked_zip, common_root, damage_as_errors, unpacked
+from defense_core.artifact_scan.budget import Budget
 from defense_core.artifact_scan.findings import ScanFinding
 from defense_core.artifact_scan.pickle_files import scan_raw, scan_torch_pickle
 from defense_core.artifact_scan.tensor_files import scan_keras_config, scan_npy
 from defense_core.compressed import expand
-from defense_core.errors import ArtifactTooLarge, CorruptArtifact, QuarantineError, StorageError, UnsafeArtifact
+from defense_core.errors import (
+    ArtifactTooLarge,
+    CorruptArtifact,
+    LoadTimeout,
+    QuarantineError,
+    StorageError,
+    UnsafeArtifact,
+)
 from defense_core.files import CHUNK_BYTES
 from defense_core.limits import LoadLimits
 from defense_core.plain_members import PT2_PLAIN, TORCH_PLAIN, check_plain_members
@@ -35,6 +43,8 @@ def errors_as_findings(found: list[ScanFinding], where: str, rule: str = "archiv
         found.append(ScanFinding(rule, where, str(error)))
     except ArtifactTooLarge as error:
         found.append(ScanFinding("too-large", where, str(error)))
+    except LoadTimeout as error:
+        found.append(ScanFinding("too-slow", where, str(error)))
     except CorruptArtifact as error:
         found.append(ScanFinding("damaged", where, str(error)))
     except StorageError as error:
@@ -67,10 +77,10 @@ def scan_torchscript(path: Path, where: str, limits: LoadLimits) -> list[ScanFin
     return found
 
 
-def scan_pt2(path: Path, where: str, limits: LoadLimits, recurse: Recurse, depth: int) -> list[ScanFinding]:
+def scan_pt2(path: Path, where: str, budget: Budget, recurse: Recurse, depth: int) -> list[ScanFinding]:
     """Findings of a ``torch.export`` archive: every member has a known place, and pickles are pickles of tensors."""
     found: list[ScanFinding] = []
-    with errors_as_findings(found, where), checked_zip(path, limits, stored_only=True) as archive:
+    with errors_as_findings(found, where), checked_zip(path, budget.limits, stored_only=True) as archive:
         root = common_root(archive.namelist()) or ""
         for entry in archive.infolist():
             inner, inside = entry.filename.removeprefix(root), f"{where}!/{entry.filename}"
@@ -79,10 +89,10 @@ def scan_pt2(path: Path, where: str, limits: LoadLimits, recurse: Recurse, depth
             if inner.endswith("_config.json"):
                 found += _weights_table(archive, entry, inside)
             elif inner.startswith(_PT2_RAW):
-                with _extracted(archive, entry) as member:
+                with _extracted(archive, entry, budget) as member:
                     found += scan_raw(member, inside)
             elif inner.endswith((".json", ".pt")):
-                with _extracted(archive, entry) as member:
+                with _extracted(archive, entry, budget) as member:
                     found += recurse(member, inside, depth + 1)
             else:
                 found.append(ScanFinding("pt2-code", inside, "a member of unknown purpose, or compiled code"))
@@ -92,10 +102,11 @@ def scan_pt2(path: Path, where: str, limits: LoadLimits, recurse: Recurse, depth
     return found
 
 
-def scan_npz(path: Path, where: str, limits: LoadLimits) -> list[ScanFinding]:
+def scan_npz(path: Path, where: str, budget: Budget) -> list[ScanFinding]:
     """Findings of a numpy archive."""
     found: list[ScanFinding] = []
-    with errors_as_findings(found, where), checked_zip(path, limits, stored_only=False) as archive:
+    with errors_as_findings(found, where), checked_zip(path, budget.limits, stored_only=False) as archive:
+        budget.spend(sum(entry.file_size for entry in archive.infolist()))
         for entry in archive.infolist():
             with archive.open(entry) as stream:
                 found += scan_npy(stream, entry.file_size, f"{where}!/{entry.filename}")  # type: ignore[arg-type]
@@ -113,12 +124,12 @@ def scan_keras(path: Path, where: str, limits: LoadLimits) -> list[ScanFinding]:
     return found
 
 
-def scan_container(path: Path, where: str, limits: LoadLimits, recurse: Recurse, depth: int) -> list[ScanFinding]:
+def scan_container(path: Path, where: str, budget: Budget, recurse: Recurse, depth: int) -> list[ScanFinding]:
     """Findings of a zip or tar archive of files, compressed or not."""
     found: list[ScanFinding] = []
     if depth >= MAX_DEPTH:
         return [ScanFinding("too-deep", where, f"an archive inside {depth} others")]
-    with errors_as_findings(found, where), unpacked(path, limits) as folder:
+    with errors_as_findings(found, where), unpacked(path, budget.limits, spend=budget.spend) as folder:
         members = sorted(member for member in folder.rglob("*") if member.is_file())
         if not members:
             found.append(ScanFinding("damaged", where, "an archive without any file"))
@@ -127,7 +138,7 @@ def scan_container(path: Path, where: str, limits: LoadLimits, recurse: Recurse,
     return found
 
 
-def scan_compressed(path: Path, where: str, limits: LoadLimits, recurse: Recurse, depth: int) -> list[ScanFinding]:
+def scan_compressed(path: Path, where: str, budget: Budget, recurse: Recurse, depth: int) -> list[ScanFinding]:
     """Findings of a compressed stream: of the tar archive in it, or of the file in it."""
     found: list[ScanFinding] = []
     if depth >= MAX_DEPTH:
@@ -135,7 +146,7 @@ def scan_compressed(path: Path, where: str, limits: LoadLimits, recurse: Recurse
     with tempfile.TemporaryDirectory(prefix="quarantine-") as folder:
         plain = Path(folder) / "content"
         with errors_as_findings(found, where), damage_as_errors(path), open(plain, "wb") as sink:
-            expand(path, sink, limits.max_bytes, bare_zlib=True)
+            expand(path, sink, budget.bounds.max_bytes, bare_zlib=True, spend=budget.spend)
         if not found:
             inside = f"{where}!/content"
             found += recurse(plain, inside, depth + 1)
@@ -143,13 +154,14 @@ def scan_compressed(path: Path, where: str, limits: LoadLimits, recurse: Recurse
 
 
 @contextmanager
-def _extracted(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[Path]:
+def _extracted(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: Budget) -> Iterator[Path]:
     # Only the ending of the member's name is kept: the name is shown, and never used.
     ending = Path(entry.filename).suffix
     with tempfile.TemporaryDirectory(prefix="quarantine-") as folder:
         target = Path(folder) / ("member" + (ending if ending in (".json", ".pt") else ""))
         with archive.open(entry) as source, open(target, "wb") as sink:
             while chunk := source.read(CHUNK_BYTES):
+                budget.spend(len(chunk))
                 sink.write(chunk)
         yield target
 

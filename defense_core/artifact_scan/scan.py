@@ -14,12 +14,14 @@ from pathlib import Path
 
 from defense_core import __version__
 from defense_core.artifact_scan import archive_files, kinds, pickle_files, tensor_files
+from defense_core.artifact_scan.budget import Budget
 from defense_core.artifact_scan.findings import MAX_FINDINGS, ArtifactScan, FileScan, ScanFinding, State
 from defense_core.artifact_scan.kinds import Kind, kind_of
 from defense_core.artifact_scan.onnx_files import looks_like_onnx, scan_onnx
 from defense_core.errors import (
     AccessDenied,
     CorruptArtifact,
+    LoadTimeout,
     ScanInconclusive,
     SourceError,
     SourceNotFound,
@@ -41,7 +43,8 @@ _NO_MODEL = ("damaged", "format-unknown", "format-unsupported", "name-differs")
 def scan_artifact(path: Path, limits: LoadLimits | None = None) -> ArtifactScan:
     """What may be said of the file, or of every file in the folder, at ``path``; nothing is loaded.
 
-    A link that is named itself is followed, as the operator named it; links inside a folder are dangerous.
+    A link that is named itself is followed, as the operator named it; links inside a folder are dangerous. What all
+    archives expand to together, and the time, is bounded by :class:`Budget`; what it does not reach is inconclusive.
 
     Raises:
         SourceNotFound: nothing is at ``path``.
@@ -53,8 +56,9 @@ def scan_artifact(path: Path, limits: LoadLimits | None = None) -> ArtifactScan:
         if not path.exists() and not path.is_symlink():
             raise SourceNotFound(f"{path} does not exist", expected="a file or a folder", hint="Check the path")
         is_folder = path.is_dir()
-    one = (_scan_file(path, path.name, limits, follow=True),) if not is_folder else ()
-    files = one or tuple(_folder(path, limits))
+    budget = Budget(limits)
+    one = (_scan_file(path, path.name, budget, follow=True),) if not is_folder else ()
+    files = one or tuple(_folder(path, budget))
     return ArtifactScan(files, {"model-quarantine": __version__, **_versions()})
 
 
@@ -85,7 +89,8 @@ def require_clean(scan: ArtifactScan) -> None:
     )
 
 
-def _folder(folder: Path, limits: LoadLimits) -> Iterator[FileScan]:
+def _folder(folder: Path, budget: Budget) -> Iterator[FileScan]:
+    limits = budget.bounds
     unread: list[ScanFinding] = []
 
     def note(error: OSError) -> None:
@@ -101,14 +106,15 @@ def _folder(folder: Path, limits: LoadLimits) -> Iterator[FileScan]:
                 unread.append(ScanFinding("too-large", ".", f"more than {limits.max_entries} files"))
                 break
             path = Path(parent) / name
-            yield _scan_file(path, str(path.relative_to(folder)), limits)
+            yield _scan_file(path, str(path.relative_to(folder)), budget)
         if count > limits.max_entries:
             break
     if unread:
         yield FileScan(".", kinds.SPECIAL, 0, "", tuple(unread[:MAX_FINDINGS]))
 
 
-def _scan_file(path: Path, shown: str, limits: LoadLimits, *, follow: bool = False) -> FileScan:
+def _scan_file(path: Path, shown: str, budget: Budget, *, follow: bool = False) -> FileScan:
+    limits = budget.bounds
     named = [] if shown.isprintable() else [ScanFinding("file-name", shown, "its name holds invisible characters")]
     try:
         status = path.stat() if follow else path.lstat()
@@ -123,7 +129,7 @@ def _scan_file(path: Path, shown: str, limits: LoadLimits, *, follow: bool = Fal
         found = ScanFinding("too-large", shown, f"{status.st_size} bytes where {limits.max_bytes} are allowed")
         return FileScan(shown, kinds.UNKNOWN, status.st_size, "", (*named, found))
     try:
-        kind, findings = _judge(path, shown, limits, 0)
+        kind, findings = _judge(path, shown, budget, 0)
         digest = sha256_file(path)
     except OSError as error:
         found = ScanFinding("unreadable", shown, str(error.strerror or error))
@@ -133,13 +139,17 @@ def _scan_file(path: Path, shown: str, limits: LoadLimits, *, follow: bool = Fal
     return FileScan(shown, kind.note or kind.name, status.st_size, digest, tuple(worst_first[:MAX_FINDINGS]))
 
 
-def _judge(path: Path, where: str, limits: LoadLimits, depth: int) -> tuple[Kind, list[ScanFinding]]:
-    size = path.stat().st_size
+def _judge(path: Path, where: str, budget: Budget, depth: int) -> tuple[Kind, list[ScanFinding]]:
+    try:
+        budget.require_time()
+    except LoadTimeout as error:
+        return Kind(kinds.UNKNOWN), [ScanFinding("too-slow", where, str(error))]
+    size, limits = path.stat().st_size, budget.bounds
     kind = kind_of(path, limits.max_entries)
     if kind.name == kinds.UNKNOWN and looks_like_onnx(path):
         kind = Kind(kinds.ONNX)
     try:
-        found = _by_kind(_Job(path, where, size, depth, limits, kind))
+        found = _by_kind(_Job(path, where, size, depth, budget, kind))
         if kind.name not in (kinds.PICKLE, kinds.TORCH_LEGACY, kinds.EMPTY):
             found += pickle_files.hidden_pickle(path, where)
     except _DAMAGE as error:
@@ -161,13 +171,13 @@ class _Job:
     where: str
     size: int
     depth: int
-    limits: LoadLimits
+    budget: Budget
     kind: Kind
 
 
 def _by_kind(job: _Job) -> list[ScanFinding]:
-    path, where, limits = job.path, job.where, job.limits
-    container = (path, where, limits, _recurse(limits), job.depth)
+    path, where, limits = job.path, job.where, job.budget.limits
+    container = (path, where, job.budget, _recurse(job.budget), job.depth)
     scans: dict[str, Callable[[], list[ScanFinding]]] = {
         kinds.SAFETENSORS: lambda: tensor_files.scan_safetensors(path, job.size, where),
         kinds.TORCH_ZIP: lambda: archive_files.scan_torch_zip(path, where, limits),
@@ -176,7 +186,7 @@ def _by_kind(job: _Job) -> list[ScanFinding]:
         kinds.NPY: lambda: tensor_files.scan_npy_file(path, where),
         kinds.PT2: lambda: archive_files.scan_pt2(*container),
         kinds.TORCHSCRIPT: lambda: archive_files.scan_torchscript(path, where, limits),
-        kinds.NPZ: lambda: archive_files.scan_npz(path, where, limits),
+        kinds.NPZ: lambda: archive_files.scan_npz(path, where, job.budget),
         kinds.KERAS: lambda: archive_files.scan_keras(path, where, limits),
         kinds.HDF5: lambda: tensor_files.scan_hdf5(path, where),
         kinds.ONNX: lambda: scan_onnx(path, where, limits.max_bytes),
@@ -197,9 +207,9 @@ def _unknown(path: Path, where: str) -> list[ScanFinding]:
         return [ScanFinding("format-unknown", where, "it starts with " + stream.read(8).hex(" "), 0)]
 
 
-def _recurse(limits: LoadLimits) -> archive_files.Recurse:
+def _recurse(budget: Budget) -> archive_files.Recurse:
     def scan(path: Path, where: str, depth: int) -> list[ScanFinding]:
-        kind, found = _judge(path, where, limits, depth)
+        kind, found = _judge(path, where, budget, depth)
         return [*_of_name(Path(where).name, kind, where), *found]
 
     return scan

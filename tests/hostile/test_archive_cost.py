@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import struct
 import tarfile
 import zipfile
@@ -14,6 +15,8 @@ import pytest
 
 from defense_core.archives import checked_zip, unpacked
 from defense_core.artifact_scan import State, scan_artifact
+from defense_core.artifact_scan import scan as scan_module
+from defense_core.artifact_scan.budget import Budget
 from defense_core.errors import CorruptArtifact, UnsafeArtifact
 from defense_core.image_files import DataLimits, read_images
 from defense_core.limits import LoadLimits
@@ -159,3 +162,59 @@ def test_as_many_entries_as_are_allowed(tmp_path: Path) -> None:
             checked_zip(path, LoadLimits(max_entries=29), stored_only=True),
         ):
             pass
+
+
+def packed_texts(count: int, size: int) -> bytes:
+    """A zip of so many tar.gz archives with one text of ``size`` bytes each."""
+    inner = tarred(size)
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for number in range(count):
+            archive.writestr(f"part{number}.tar.gz", inner)
+    return whole.getvalue()
+
+
+def tarred(size: int) -> bytes:
+    text = (b"word " * size)[:size]
+    member, whole = tarfile.TarInfo("notes.txt"), io.BytesIO()
+    member.size = size
+    with tarfile.open(fileobj=whole, mode="w:gz") as archive:
+        archive.addfile(member, io.BytesIO(text))
+    return whole.getvalue()
+
+
+def test_archives_in_an_archive_share_what_they_may_expand_to(tmp_path: Path) -> None:
+    limits = LoadLimits(max_bytes=100_000)
+    path = tmp_path / "parts.zip"
+    path.write_bytes(packed_texts(2, 80_000))
+    assert scan_artifact(path, limits).state is State.CLEAN
+    path.write_bytes(packed_texts(12, 80_000))
+    scan = scan_artifact(path, limits)
+    assert (scan.state, {each.rule for each in scan.findings}) == (State.INCONCLUSIVE, {"too-large"})
+    assert "together" in scan.findings[0].message
+
+
+def test_what_the_time_of_a_scan_does_not_reach_is_inconclusive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(9):
+        (folder / f"{number}.tar.gz").write_bytes(tarred(1000))
+    ticks = itertools.count()
+    monkeypatch.setattr(scan_module, "Budget", lambda limits: Budget(limits, clock=lambda: float(next(ticks))))
+    scan = scan_artifact(folder, LoadLimits(timeout_s=1.0))
+    assert scan.state is State.INCONCLUSIVE
+    assert {each.rule for each in scan.findings} == {"too-slow"}
+    assert scan.files[0].state is State.CLEAN
+    assert [each.findings[0].rule for each in scan.files[-5:]] == ["too-slow"] * 5
+
+
+def test_no_child_process_outlives_the_time_of_the_scan() -> None:
+    now = [0.0]
+    budget = Budget(LoadLimits(timeout_s=2.0), clock=lambda: now[0])
+    assert budget.limits.timeout_s == 2.0
+    now[0] = 19.5
+    assert budget.limits.timeout_s == 0.5
+    now[0] = 21.0
+    assert 0 < budget.limits.timeout_s < 0.01
