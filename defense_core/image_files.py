@@ -9,7 +9,7 @@ import stat
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from defense_core.class_folders import class_folders
 from defense_core.errors import DataError
 from defense_core.files import reading
+from defense_core.parquet_rows import image_column, parquet_rows
 from defense_core.zip_layout import require_few_entries
 
 # Pillow knows more, some of which start other programs (EPS); a stranger's file must not choose.
@@ -29,7 +30,6 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
 
 _Read = tuple[numpy.ndarray, numpy.ndarray]
-_BATCH_ROWS = 256
 _MAX_NPZ_ARRAYS = 1000
 _NPZ_ERRORS = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
@@ -87,37 +87,14 @@ def read_images(
 def _read_parquet(path: Path, input_size: tuple[int, int, int], limits: DataLimits) -> _Read:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            names = set(table.schema_arrow.names)
-            if not {"image", "label"} <= names:
-                raise DataError(
-                    f"{path} lacks columns", expected="columns image and label", got=", ".join(sorted(names))
-                )
-            kind = table.schema_arrow.field("label").type
-            if not pyarrow.types.is_integer(kind):
-                raise DataError(f"{path} has malformed labels", expected="integers", got=kind)
+            column = image_column(table.schema_arrow, path)
             groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
             _check_size(table.metadata.num_rows, sum(group.total_byte_size for group in groups), input_size, limits)
             labels = numpy.empty(table.metadata.num_rows, dtype=numpy.int64)
-            return _decode_all(_parquet_rows(table, labels, path), len(labels), input_size), labels
+            rows = parquet_rows(table, column, labels, path, max_bytes=limits.max_bytes)
+            return _decode_all(rows, len(labels), input_size), labels
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is no readable parquet file", expected="parquet", got=str(error)[:200]) from error
-
-
-def _parquet_rows(
-    table: pyarrow.parquet.ParquetFile, labels: numpy.ndarray, path: Path
-) -> Iterator[tuple[str, object]]:
-    """Encoded images row by row; ``labels`` is filled on the way."""
-    row = 0
-    for batch in table.iter_batches(_BATCH_ROWS, columns=["image", "label"]):
-        column = batch.column("label")
-        if column.null_count:
-            raise DataError(f"{path} has malformed labels", expected="a label a row", got=f"{column.null_count} nulls")
-        labels[row : row + len(column)] = column.to_numpy(zero_copy_only=False).astype(numpy.int64)
-        for image in batch.column("image"):
-            value = image.as_py()
-            # The datasets library stores {"bytes": …, "path": …}.
-            yield f"row {row}", value.get("bytes") if isinstance(value, dict) else value
-            row += 1
 
 
 # -- image folder ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "bundle.json"
 MAX_DESCRIPTION_BYTES = 1 << 20
+MAX_INPUT_VALUES = 1 << 22
+"""Values of one input image, 16 MiB as float32; layers hold many times that."""
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _KEYS = frozenset({
     "format", "architecture", "input_size", "mean", "std", "num_classes", "class_names", "augment", "task", "origin",
@@ -30,7 +33,7 @@ class ModelSpec:
     Attributes:
         architecture: a name that :func:`defense_core.architectures.build` knows.
         architecture_args: its keyword arguments, JSON types.
-        input_size: (C, H, W).
+        input_size: (C, H, W); at most ``MAX_INPUT_VALUES`` values in all, as of 3×1024×1024.
         mean, std: per-channel normalisation, in units of [0, 1] pixels.
         num_classes: number of logits K, at least 2.
         class_names: K names, or empty.
@@ -51,6 +54,13 @@ class ModelSpec:
     def __post_init__(self) -> None:
         require(len(self.input_size) == 3, "input_size", "three numbers C,H,W", self.input_size)
         require(all(1 <= side <= 8192 for side in self.input_size), "input_size", "1 to 8192 each", self.input_size)
+        # A file of a few kilobytes may name it, and the network is run on two such images when it is loaded.
+        require(
+            math.prod(self.input_size) <= MAX_INPUT_VALUES,
+            "input_size",
+            f"at most {MAX_INPUT_VALUES} values C×H×W in all",
+            self.input_size,
+        )
         self.task_object()
 
     def task_object(self) -> ImageClassification:

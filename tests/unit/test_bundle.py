@@ -76,6 +76,18 @@ def loaded(tmp_path: Path) -> Bundle:
 # -- bundles ---------------------------------------------------------------------------
 
 
+def test_an_input_that_would_take_the_memory_is_refused(loaded: Bundle, tmp_path: Path) -> None:
+    save_bundle(loaded, tmp_path / "out")
+    description = json.loads((tmp_path / "out" / "bundle.json").read_text())
+    description["input_size"] = [1, 8192, 8192]
+    (tmp_path / "out" / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(CorruptArtifact, match="at most 4194304 values"):
+        load_bundle(tmp_path / "out")
+    with pytest.raises(ConfigError, match="at most 4194304 values"):
+        load_model_file(_file(tmp_path, _state()), {**SPEC, "input_size": [1, 2048, 2049]})
+    assert ModelSpec(**{**SPEC, "input_size": (1, 2048, 2048)}, num_classes=2).input_size == (1, 2048, 2048)
+
+
 def test_bundle_round_trip_keeps_weights_description_and_digest(loaded: Bundle, tmp_path: Path) -> None:
     digest = save_bundle(loaded, tmp_path / "out")
     assert digest == loaded.digest == sha256_file(tmp_path / "out" / "bundle.json")

@@ -22,6 +22,7 @@ from PIL import Image
 
 from defense_core.data import CleanSet, DataLimits, load_clean_set, problems_of, require_apart, split_clean_set
 from defense_core.errors import EXIT_USAGE, ConfigError, DataError
+from defense_core.parquet_rows import image_column, parquet_rows
 
 SIZE = (3, 8, 8)
 CLASSES = 3
@@ -392,6 +393,28 @@ def test_too_many_bytes(tmp_path: Path) -> None:
     small = DataLimits(max_bytes=12 * 3 * 8 * 8 - 1)
     refused(write_parquet(tmp_path / "a.parquet", files, some_labels()), "too large", limits=small)
     refused(write_folder(tmp_path / "folder", files, some_labels().tolist()), "too large", limits=small)
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_one_value_in_every_row_is_counted_and_never_held_as_often(struct: bool, tmp_path: Path) -> None:
+    value, rows = encoded(pixels(1)[0]) + bytes(4_000_000), 400
+    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array([value]))
+    column = pyarrow.StructArray.from_arrays([repeated], ["bytes"]) if struct else repeated
+    labels = pyarrow.array([0] * rows)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": column, "label": labels}), path, store_schema=False)
+    assert path.stat().st_size < 1_000_000
+    table, held = pyarrow.parquet.ParquetFile(path), []
+    before = pyarrow.total_allocated_bytes()
+
+    def read() -> None:
+        for _ in parquet_rows(table, image_column(table.schema_arrow, path), some_labels(rows), path, max_bytes=10**9):
+            held.append(pyarrow.total_allocated_bytes() - before)
+
+    with pytest.raises(DataError, match="too large"):
+        read()
+    assert 0 < max(held) < 8 * len(value)
+    refused(path, "too large", limits=DataLimits(max_bytes=10**9))
 
 
 def test_encoded_images_larger_than_the_limit(tmp_path: Path) -> None:
