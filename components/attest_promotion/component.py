@@ -30,10 +30,8 @@ def attest_promotion(
         from components._runtime import signing_keys
         from components.attest_promotion import step
 
-        done, statement = step.attest_promotion(
-            files.read_evidence(Path(promoted.path)), signing_keys.signing_key_from_environment()
-        )
-        if statement is not None:
-            # A retried step signs anew and says the same: the first stays.
-            scope.store.shelf.put_new(files.PROMOTION, statement)
+        key = signing_keys.signing_key_from_environment()
+        done, statement = step.attest_promotion(files.read_evidence(Path(promoted.path)), key)
+        if key is not None and statement is not None:
+            step.keep_statement(scope.store.shelf, statement, key)
         scope.finish(done, evidence.path)

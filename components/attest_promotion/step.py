@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from components._runtime.envelopes import seal
-from components._runtime.evidence import Clock, compose
+from components._runtime.envelopes import seal, unseal
+from components._runtime.evidence import PROMOTION, Clock, compose
 from components._runtime.outcome import TO_ATTEST
 from components._runtime.promotion_statement import promotion_statement
 from components._runtime.signing_keys import KEY_VARIABLE, SigningKey
-from defense_core.errors import EvidenceMissing
+from components._runtime.store import Shelf
+from defense_core.errors import EvidenceMismatch, EvidenceMissing
+from defense_core.files import sha256_bytes
 from defense_core.verdict import Finding, Verdict
 
 
@@ -51,6 +53,25 @@ def attest_promotion(promoted: Mapping[str, Any], key: SigningKey | None) -> tup
         findings=[Finding("attest.signed", Verdict.PASS, facts["signed"], bound, f"{said}.")],
     )
     return evidence, envelope
+
+
+def keep_statement(shelf: Shelf, envelope: bytes, key: SigningKey) -> None:
+    """Put the statement beside the release. One that is there stays, if it says the same: a retried step signs anew.
+
+    Raises:
+        EvidenceMismatch: another statement is there, or one that this key did not sign.
+    """
+    if shelf.put_new(PROMOTION, envelope):
+        return
+    public = key.signer.public_key
+    there, here = (unseal(data, public, PROMOTION) for data in (shelf.get(PROMOTION), envelope))
+    if there != here:
+        raise EvidenceMismatch(
+            f"{PROMOTION} of this run is there already and states something else",
+            expected=sha256_bytes(here),
+            got=sha256_bytes(there),
+            hint="Find out who wrote it, and start a new run; the promotion itself is done",
+        )
 
 
 def _require_none_needed(promoted: Mapping[str, Any]) -> None:

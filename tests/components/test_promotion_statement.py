@@ -30,10 +30,10 @@ from components._runtime.store import Records, open_store
 from components._runtime.verification import Verification, verify_release
 from components._runtime.verification_promotion import check_promotion
 from components._runtime.verification_registry import verify_registered
-from components.attest_promotion.step import attest_promotion
+from components.attest_promotion.step import attest_promotion, keep_statement
 from components.promote_model.step import promote_model
 from components.report.step import report_run
-from defense_core.errors import EvidenceMissing, QuarantineError
+from defense_core.errors import EvidenceMismatch, EvidenceMissing, QuarantineError
 from defense_core.files import sha256_file
 from defense_core.verdict import Verdict
 from tests.finished_chain import Chain, decide_again, make_release
@@ -235,6 +235,27 @@ def test_a_registry_that_says_otherwise_is_named(
 def test_a_retried_step_says_the_same(promoted: dict[str, Any], keys: KeyPair) -> None:
     (one, _), (other, _) = (attest_promotion(promoted, load_signing_key(keys.private)) for _ in range(2))
     assert all(one[key] == other[key] for key in ("inputs", "outputs", "results", "verdict"))
+
+
+def test_a_statement_that_is_there_must_say_the_same(
+    promoted: dict[str, Any], keys: KeyPair, envelope: bytes, tmp_path: Path
+) -> None:
+    key, stranger = load_signing_key(keys.private), load_signing_key(generate_key_pair(tmp_path / "other").private)
+    other = copy.deepcopy(promoted)
+    other["results"]["version"] = "9"
+    different = attest_promotion(other, key)[1]
+    assert different is not None
+    payload = unseal(envelope, load_public_key(keys.public), "it")
+    for name, planted in (("other", different), ("stranger", seal(payload, stranger)), ("text", b"{}")):
+        shelf = open_store(str(tmp_path), name).shelf
+        shelf.put_new(PROMOTION, planted)
+        with pytest.raises(EvidenceMismatch, match=PROMOTION):
+            keep_statement(shelf, envelope, key)
+        assert shelf.get(PROMOTION) == planted
+    shelf = open_store(str(tmp_path), "retried").shelf
+    keep_statement(shelf, envelope, key)
+    keep_statement(shelf, seal(payload, key), key)
+    assert shelf.get(PROMOTION) == envelope
 
 
 def test_without_a_key_nothing_is_stated_unless_the_policy_demands_it(promoted: dict[str, Any]) -> None:
