@@ -63,6 +63,15 @@ ApproverKeys = Annotated[
         metavar="NAME=PUBKEY",
     ),
 ]
+Signer = Annotated[
+    str,
+    typer.Option(
+        envvar="QUARANTINE_SIGNER",
+        help="With --certificate-chain: common or alternative name of the signer's certificate; default: any "
+        "for code signing.",
+        show_default=False,
+    ),
+]
 Clean = Annotated[str, typer.Option(help="Clean set: .parquet, .npz or an image folder.")]
 Test = Annotated[str, typer.Option(help="Test set that figures are quoted on; default: a fifth of the clean set.")]
 Probes = Annotated[list[Path], typer.Option("--probe", help="Trigger specification, YAML; repeatable.")]

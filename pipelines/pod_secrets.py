@@ -32,7 +32,7 @@ MLFLOW = frozenset({"model source", "MLflow tracking", "MLflow registry"})
 _RIGHTS_OF_VARIABLE = (
     (re.compile(r"QUARANTINE_SIGNING_.*"), frozenset({SIGNING})),
     # No secret, but whoever writes it says whose signature promotion lets pass.
-    (re.compile(r"QUARANTINE_(PUBLIC_KEY|CERTIFICATE_CHAIN)"), frozenset({TRUST})),
+    (re.compile(r"QUARANTINE_(PUBLIC_KEY|CERTIFICATE_CHAIN|SIGNER)"), frozenset({TRUST})),
     (re.compile(r"MLFLOW_.*"), MLFLOW),
     (re.compile(r"AWS_.*"), STORAGE),
 )

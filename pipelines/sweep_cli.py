@@ -66,6 +66,7 @@ def sweep(
             help="Or: certificates, PEM, that the signer's must lead to.", show_default=False, rich_help_panel=_SCOPE
         ),
     ] = None,
+    signer: o.Signer = "",
     approver_key: o.ApproverKeys = [],
     queue: Annotated[
         str,
@@ -118,8 +119,8 @@ def sweep(
 
     scope = _scope(watch, policy, alias, accept_policy)
     trusted = None
-    if public_key is not None or certificate_chain is not None:
-        trusted = TrustedSigner(public_key, certificate_chain)
+    if public_key is not None or certificate_chain is not None or signer:
+        trusted = TrustedSigner(public_key, certificate_chain, signer)
         trusted.check()
     elif approver_key:
         raise ConfigError(

@@ -28,6 +28,7 @@ def verify(
         Path | None,
         typer.Option(help="Or: certificates, PEM, that the signer's must lead to.", show_default=False),
     ] = None,
+    signer: o.Signer = "",
     policy: Annotated[
         str, typer.Option(help="strict, standard, observe, or a policy file: it must have decided by this one.")
     ] = "",
@@ -45,7 +46,7 @@ def verify(
     from pipelines.console import print_json
     from pipelines.summary import print_verification, verification_facts
 
-    trusted = TrustedSigner(public_key, certificate_chain)
+    trusted = TrustedSigner(public_key, certificate_chain, signer)
     trusted.check()
     expected = parse_policy(o.read_policy(policy)) if policy else None
     approvers = o.approvers(approver_key)

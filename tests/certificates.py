@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,19 @@ class Certificates:
     key: Path
 
 
-def make_certificates(folder: Path) -> Certificates:
-    """A new authority in ``folder`` and one certificate for signing that it issued."""
+def make_certificates(
+    folder: Path, *, usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CODE_SIGNING, hosts: Sequence[str] = ()
+) -> Certificates:
+    """A new authority in ``folder`` and one certificate that it issued, for signing code if not said otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     authority, signer = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    root = _certificate(authority, authority, "root", "root", is_authority=True)
-    leaf = _certificate(signer, authority, "signer", "root", is_authority=False)
+    root = _certificate(authority, "root", "root", is_authority=True).sign(authority, hashes.SHA256())
+    drafted = _certificate(signer, "signer", "root", is_authority=False)
+    drafted = drafted.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+    if hosts:
+        names = x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts])
+        drafted = drafted.add_extension(names, critical=False)
+    leaf = drafted.sign(authority, hashes.SHA256())
     paths = Certificates(folder / "root.pem", folder / "signer.pem", folder / "signer.key")
     paths.root.write_bytes(root.public_bytes(Encoding.PEM))
     paths.certificate.write_bytes(leaf.public_bytes(Encoding.PEM))
@@ -36,13 +44,8 @@ def make_certificates(folder: Path) -> Certificates:
 
 
 def _certificate(
-    key: ec.EllipticCurvePrivateKey,
-    issuer_key: ec.EllipticCurvePrivateKey,
-    name: str,
-    issuer: str,
-    *,
-    is_authority: bool,
-) -> x509.Certificate:
+    key: ec.EllipticCurvePrivateKey, name: str, issuer: str, *, is_authority: bool
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     usage = x509.KeyUsage(
         digital_signature=not is_authority,
@@ -65,5 +68,4 @@ def _certificate(
         .not_valid_after(now + timedelta(days=2))
         .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
         .add_extension(usage, critical=True)
-        .sign(issuer_key, hashes.SHA256())
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components._runtime.certificates import require_signer
 from components._runtime.signing_keys import SigningKey, TrustedSigner, key_of, load_public_key
 from defense_core.errors import EvidenceMismatch
 
@@ -72,8 +73,8 @@ def verify_folder(folder: Path, measured: Manifest, trusted: TrustedSigner) -> S
     Whether the files are those that were signed is the caller's comparison; nothing is hashed again.
 
     Raises:
-        EvidenceMismatch: no signature, not the bytes that were written, signed by somebody else, or
-            over another kind of list.
+        EvidenceMismatch: no signature, not the bytes that were written, signed by somebody else or with a certificate
+            for other uses, or over another kind of list.
         ConfigError: the key or chain that is trusted is not usable.
     """
     bundle = _bundle(folder / SIGNATURE)
@@ -208,10 +209,13 @@ def _is_canonical_base64(text: str) -> bool:
 
 
 def _signer(bundle: Mapping[str, Any], trusted: TrustedSigner) -> SSlibKey:
-    """The key of the signature that was just found to be good."""
+    """The key of the signature that was just found to be good, after a look at whose certificate it is."""
     from cryptography import x509
 
     if trusted.public_key is not None:
         return load_public_key(trusted.public_key)
-    leaf = bundle["verificationMaterial"]["x509CertificateChain"]["certificates"][0]["rawBytes"]
-    return key_of(x509.load_der_x509_certificate(base64.b64decode(leaf)).public_key(), SIGNATURE)
+    raw = bundle["verificationMaterial"]["x509CertificateChain"]["certificates"][0]["rawBytes"]
+    leaf = x509.load_der_x509_certificate(base64.b64decode(raw))
+    # The library takes any certificate that may sign at all: a server's, say, of the same company.
+    require_signer(leaf, trusted.signer, SIGNATURE)
+    return key_of(leaf.public_key(), SIGNATURE)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components._runtime.certificates import CODE_SIGNING, is_for_code_signing
 from defense_core.errors import ConfigError, OutputExists, StorageError
 from defense_core.files import sha256_file
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from securesystemslib.signer import CryptoSigner, SSlibKey
 
 KEY_VARIABLE = "QUARANTINE_SIGNING_KEY"
@@ -27,6 +27,8 @@ PUBLIC_KEY_VARIABLE = "QUARANTINE_PUBLIC_KEY"
 """Path of the public key, PEM, whose signature on a release the promote step lets pass."""
 CHAIN_VARIABLE = "QUARANTINE_CERTIFICATE_CHAIN"
 """Path of the root and intermediate certificates, PEM, instead of that key."""
+SIGNER_VARIABLE = "QUARANTINE_SIGNER"
+"""With that chain: common or alternative name that the signer's certificate must have; empty: any for code signing."""
 PRIVATE_NAME, PUBLIC_NAME = "signing.key", "signing.pub"
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 MAX_KEY_BYTES = 1 << 16
@@ -72,11 +74,13 @@ class TrustedSigner:
     Attributes:
         public_key: path of a public key, PEM.
         certificate_chain: path of the root and intermediate certificates, PEM, that the signer's certificate
-            must lead to.
+            must lead to. That must be for code signing.
+        signer: common or alternative name that the signer's certificate must have; empty: any.
     """
 
     public_key: Path | None = None
     certificate_chain: Path | None = None
+    signer: str = ""
 
     def __post_init__(self) -> None:
         if (self.public_key is None) == (self.certificate_chain is None):
@@ -85,6 +89,13 @@ class TrustedSigner:
                 expected="one of a public key and a certificate chain",
                 got="both" if self.public_key is not None else "neither",
                 hint="Give --public-key FILE, or --certificate-chain FILE; there is no default",
+            )
+        if self.signer and self.certificate_chain is None:
+            raise ConfigError(
+                "a signer is named for a public key",
+                expected="a certificate chain: a key has one holder",
+                got=self.signer,
+                hint=f"Leave --signer and {SIGNER_VARIABLE} out",
             )
 
     def mark(self) -> str:
@@ -119,11 +130,13 @@ def signing_key_from_environment(environment: Mapping[str, str] | None = None) -
 def trusted_signer_from_environment(environment: Mapping[str, str] | None = None) -> TrustedSigner | None:
     """Whom ``QUARANTINE_PUBLIC_KEY`` or ``QUARANTINE_CERTIFICATE_CHAIN`` names; ``None`` where neither names anybody.
 
+    ``QUARANTINE_SIGNER`` names one holder of a certificate under that chain.
+
     Raises:
-        ConfigError: both are set, or what they name cannot be used.
+        ConfigError: both are set, or what they name cannot be used, or a signer is named without a chain.
     """
     values = os.environ if environment is None else environment
-    key, chain = values.get(PUBLIC_KEY_VARIABLE, ""), values.get(CHAIN_VARIABLE, "")
+    key, chain, signer = (values.get(name, "") for name in (PUBLIC_KEY_VARIABLE, CHAIN_VARIABLE, SIGNER_VARIABLE))
     if key and chain:
         raise ConfigError(
             "two are named whose signature would count",
@@ -131,9 +144,9 @@ def trusted_signer_from_environment(environment: Mapping[str, str] | None = None
             got="both",
             hint="Unset the one that did not sign",
         )
-    if not key and not chain:
+    if not key and not chain and not signer:
         return None
-    trusted = TrustedSigner(Path(key) if key else None, Path(chain) if chain else None)
+    trusted = TrustedSigner(Path(key) if key else None, Path(chain) if chain else None, signer)
     trusted.check()
     return trusted
 
@@ -161,8 +174,12 @@ def load_signing_key(path: Path, certificate: Path | None = None) -> SigningKey:
         raise _unusable("signing key", path, _KIND, "a damaged file") from None
     if not isinstance(private, EllipticCurvePrivateKey) or private.curve.name not in CURVES:
         raise _unusable("signing key", path, _KIND, _kind(private))
-    if certificate is not None and _leaf_key(certificate) != private.public_key():
-        raise _unusable("certificate", certificate, "the certificate of the signing key", "one of another key")
+    if certificate is not None:
+        leaf = _certificates(certificate)[0]
+        if leaf.public_key() != private.public_key():
+            raise _unusable("certificate", certificate, "the certificate of the signing key", "one of another key")
+        if not is_for_code_signing(leaf):
+            raise _unusable("certificate", certificate, CODE_SIGNING, "one for other uses")
     signer = CryptoSigner(private)
     return SigningKey(path, str(signer.public_key.keyid), certificate, signer=signer)
 
@@ -247,11 +264,6 @@ def _read(path: Path, what: str) -> bytes:
         raise ConfigError(
             f"{what} {path} cannot be read", expected=_KIND, got=os.strerror(error.errno or 0), hint=_KEYGEN
         ) from error
-
-
-def _leaf_key(path: Path) -> EllipticCurvePublicKey:
-    key: EllipticCurvePublicKey = _certificates(path)[0].public_key()
-    return key
 
 
 def _certificates(path: Path) -> list[Any]:

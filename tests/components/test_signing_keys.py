@@ -20,6 +20,7 @@ from components._runtime.signing_keys import (
     CHAIN_VARIABLE,
     KEY_VARIABLE,
     PUBLIC_KEY_VARIABLE,
+    SIGNER_VARIABLE,
     TrustedSigner,
     existing_or_new_pair,
     generate_key_pair,
@@ -162,6 +163,12 @@ def test_whom_promotion_trusts_comes_from_the_environment(tmp_path: Path) -> Non
     assert by_key == TrustedSigner(public_key=pair.public)
     by_chain = trusted_signer_from_environment({CHAIN_VARIABLE: str(chain)})
     assert by_chain == TrustedSigner(certificate_chain=chain)
+    by_name = trusted_signer_from_environment({CHAIN_VARIABLE: str(chain), SIGNER_VARIABLE: "ci"})
+    assert by_name == TrustedSigner(certificate_chain=chain, signer="ci")
+    with pytest.raises(ConfigError, match="for a public key"):
+        trusted_signer_from_environment({PUBLIC_KEY_VARIABLE: str(pair.public), SIGNER_VARIABLE: "ci"})
+    with pytest.raises(ConfigError, match="nobody was named"):
+        trusted_signer_from_environment({SIGNER_VARIABLE: "ci"})
     with pytest.raises(ConfigError, match="one of QUARANTINE_PUBLIC_KEY and QUARANTINE_CERTIFICATE_CHAIN"):
         trusted_signer_from_environment({PUBLIC_KEY_VARIABLE: str(pair.public), CHAIN_VARIABLE: str(chain)})
     with pytest.raises(ConfigError, match="never be given"):

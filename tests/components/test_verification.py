@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from components._runtime.decision_files import replay_decision
 from components._runtime.envelopes import seal, unseal
@@ -278,6 +280,28 @@ def test_a_certificate_chain(finished: Chain, tmp_path: Path) -> None:
     assert SIGNATURE in named(refused)
     with pytest.raises(ConfigError, match="certificates in PEM"):
         verify_release(tmp_path / "release", TrustedSigner(certificate_chain=made.key))
+
+
+def test_a_certificate_of_the_same_root_for_other_uses_signs_nothing(finished: Chain, tmp_path: Path) -> None:
+    made = make_certificates(tmp_path / "server", usage=ExtendedKeyUsageOID.SERVER_AUTH)
+    with pytest.raises(ConfigError, match="code signing"):
+        load_signing_key(made.key, made.certificate)
+    make_release(finished, tmp_path / "release", made.key)
+    (tmp_path / "release" / SIGNATURE).unlink()
+    # Who has the key of such a certificate needs no leave of this program to sign.
+    sign_folder(tmp_path / "release", replace(load_signing_key(made.key), certificate=made.certificate))
+    found = verify_release(tmp_path / "release", TrustedSigner(certificate_chain=made.root))
+    assert SIGNATURE in named(found)
+    assert any("for other uses" in each.why for each in found.differences)
+
+
+@pytest.mark.parametrize(("signer", "holds"), [("signer", True), ("ci.example.org", True), ("root", False)])
+def test_the_operator_names_one_signer_under_a_root(signer: str, holds: bool, finished: Chain, tmp_path: Path) -> None:
+    made = make_certificates(tmp_path / "made", hosts=["ci.example.org"])
+    make_release(finished, tmp_path / "release", made.key, certificate=made.certificate)
+    found = verify_release(tmp_path / "release", TrustedSigner(certificate_chain=made.root, signer=signer))
+    assert (found.verdict is Verdict.PASS) == holds
+    assert holds or SIGNATURE in named(found)
 
 
 def test_a_key_is_no_certificate(signed: Path, tmp_path: Path) -> None:

@@ -246,6 +246,7 @@ def test_exit_codes_and_json(connection: MlflowConnection, tmp_path: Path, drift
         (["--policy", "standard", "--approver-key", "ada=ada.pub"], "--approver-key is for --public-key"),
         (["--policy", "standard", "--public-key", "a.pub", "--certificate-chain", "a.pem"], "got both"),
         (["--policy", "standard", "--certificate-chain", "missing.pem"], "missing.pem"),
+        (["--policy", "standard", "--signer", "ci"], "expected one of a public key and a certificate chain"),
         (["--policy", "standard", "--enforce"], "--journal FILE or --memory FILE"),
         (["--policy", "standard", "--enforce", "--journal", "a.db", "--memory", "./a.db"], "two files"),
         (["--policy", "standard", "--queue", "mysql://host/db"], "queue's address is not usable"),
