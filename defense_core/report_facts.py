@@ -26,6 +26,7 @@ def came_in(evidence: Evidences) -> tuple[Fact, ...]:
     rows = [
         Fact("Address", text(at(results, "uri"), 400), "code"),
         Fact("Version id", text(at(results, "version_id"), 200), "code"),
+        Fact("Registered files lay at", text(at(results, "registered_source"), 400), "code"),
         Fact("SHA-256", _hex(at(fetch, "inputs", "source") or _any_source(evidence)), "code"),
         Fact("Licence", _licence(results)),
         Fact("Network", ", ".join(part for part in network if part)),

@@ -52,7 +52,8 @@ class RegisteredModel:
     Attributes:
         name: the registered model.
         version: its number.
-        source: where its files are, without credentials.
+        source: what the registry names as its source, without credentials.
+        address: where its files lay when they were read, run and logged model looked up; without credentials.
         run_id: the run that made it; may be empty.
         tags: as the registry says now; a hint only.
         path: the local folder.
@@ -62,6 +63,7 @@ class RegisteredModel:
     name: str
     version: str
     source: str
+    address: str
     run_id: str
     tags: Mapping[str, str]
     path: Path
@@ -105,12 +107,15 @@ def resolve_model_uri(connection: MlflowConnection, uri: str, destination: Path,
     with mlflow_errors(f"look up {uri}", connection.settings):
         number = match["version"] or _aliased(connection, match["name"], match["alias"])
         version = connection.client.get_model_version(match["name"], number)
-    with atomic_directory(destination) as folder:
-        manifest = download_version(connection, version, folder, max_bytes=max_bytes)
+    what = f"models:/{version.name}/{version.version}"
+    with atomic_directory(destination) as folder, mlflow_errors(f"download {what}", connection.settings):
+        address = _files_address(connection, version, what)
+        manifest = download_files(connection, address, folder, what, max_bytes=max_bytes)
     return RegisteredModel(
         name=version.name,
         version=str(version.version),
         source=without_credentials(version.source),
+        address=without_credentials(address),
         run_id=version.run_id or "",
         tags=dict(version.tags),
         path=destination,

@@ -33,6 +33,8 @@ class Acquired:
         version_id: the S3 version or registry version that was read; empty where there is none.
         sha256: digest of the file; of ``bundle.json`` for a folder, which lists all others.
         bytes: size.
+        registered_source: where the files of a registered version lay, without credentials; empty for the others. Any
+            writer of the registry can have named it.
         companions: files beside the original that may state its licence; empty for S3, where nothing is listed.
     """
 
@@ -41,6 +43,7 @@ class Acquired:
     version_id: str
     sha256: str
     bytes: int
+    registered_source: str = ""
     companions: tuple[Path, ...] = ()
 
 
@@ -101,7 +104,7 @@ def _from_registry(uri: str, folder: Path, max_bytes: int) -> Acquired:
         connect(MlflowSettings.from_environment(), create=False), uri, folder / "version", max_bytes=max_bytes
     )
     found = _described(_model_within(version.path, uri), version.uri, version.version)
-    return replace(found, companions=_companions(version.path))
+    return replace(found, companions=_companions(version.path), registered_source=version.address)
 
 
 def _model_within(folder: Path, what: str) -> Path:

@@ -181,6 +181,7 @@ def _evidence(  # noqa: PLR0917
         results={
             "uri": acquired.uri,
             "version_id": acquired.version_id,
+            "registered_source": acquired.registered_source or None,
             "bytes": acquired.bytes,
             "licence": licence.licence,
             "licence_why": licence.why,

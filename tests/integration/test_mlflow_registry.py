@@ -444,6 +444,9 @@ def test_a_version_and_an_alias_resolve_to_the_same_bytes(mlflow_sqlite: MlflowC
     assert by_version.manifest["model.onnx"] == release.onnx_digest
     assert sha256_file(by_version.path / "bundle" / "bundle.json") == release.bundle_digest
     assert by_alias.digest == by_version.digest
+    version = mlflow_sqlite.client.get_model_version(NAME, "1")
+    artifacts = mlflow_sqlite.client.get_run(version.run_id).info.artifact_uri
+    assert by_version.address.startswith(artifacts), "where the bytes lay, not the run that the entry names"
     assert by_alias.uri == "models:/digits/1"
 
 
