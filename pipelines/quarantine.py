@@ -190,4 +190,4 @@ def quarantine(  # noqa: PLR0917 - KFP takes parameters by position
             ),
             "gate_promotion",
         )
-        publish(chosen, exported.outputs["onnx"], gate.outputs["decision"], records)
+        publish(chosen, exported.outputs["onnx"], gate.outputs["decision"], records, policy=policy)

@@ -19,14 +19,19 @@ def set_up(task: dsl.PipelineTask, component: str) -> dsl.PipelineTask:
     return configure(task, component)
 
 
-def publish(bundle: Any, onnx: Any, decision: Any, records: dict[str, Any], *, approvers: Any = "{}") -> None:
+def publish(
+    bundle: Any, onnx: Any, decision: Any, records: dict[str, Any], *, policy: Any = "", approvers: Any = "{}"
+) -> None:
     """Sign → promote → attest.
 
     Args:
         bundle, onnx, decision: outputs of earlier tasks.
         records: the parameters ``run`` and ``execution``.
+        policy: JSON, what must have decided; empty where a former run's policy decides again.
         approvers: JSON, public keys by the name of whose approvals count.
     """
-    signed = set_up(sign_evidence(bundle=bundle, onnx=onnx, decision=decision, **records), "sign_evidence")
+    signed = set_up(
+        sign_evidence(bundle=bundle, onnx=onnx, decision=decision, policy=policy, **records), "sign_evidence"
+    )
     promoted = set_up(promote_model(release=signed.outputs["release"], approvers=approvers, **records), "promote_model")
     set_up(attest_promotion(promoted=promoted.outputs["evidence"], **records), "attest_promotion")

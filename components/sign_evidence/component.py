@@ -16,6 +16,7 @@ def sign_evidence(
     execution: str,
     release: dsl.Output[dsl.Model],
     evidence: dsl.Output[dsl.Artifact],
+    policy: str = "",
 ) -> None:
     """Lay out the version that is to be registered, and sign it. Sees the key, and no registry.
 
@@ -27,6 +28,7 @@ def sign_evidence(
         execution: Name of the execution where run names none.
         release: Exactly the files of the version, with statements and signature.
         evidence: Whether it is signed, and with which key.
+        policy: JSON, what must have decided; empty where a former run's policy decides again.
     """
     from pathlib import Path
 
@@ -43,5 +45,6 @@ def sign_evidence(
             Path(release.path),
             destination=statements.Destination(scope.settings.model_name, scope.settings.alias),
             key=signing_keys.signing_key_from_environment(),
+            policy=policy,
         )
         scope.finish(done, evidence.path)

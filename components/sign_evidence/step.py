@@ -8,9 +8,10 @@ from typing import Any
 from components._runtime.decided_files import identity_of_decision, release_of
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.envelopes import seal
-from components._runtime.evidence import Clock, compose
+from components._runtime.evidence import DECISION, Clock, compose
 from components._runtime.ml_bom import write_ml_bom
 from components._runtime.model_signature import sign_folder
+from components._runtime.plan import parse_json
 from components._runtime.release import (
     ATTESTATIONS,
     BOM_FOLDER,
@@ -24,14 +25,23 @@ from components._runtime.release import (
 )
 from components._runtime.signing_keys import KEY_VARIABLE, SigningKey
 from components._runtime.statements import Destination, file_name, release_statement, step_statements
+from components._runtime.verification_chain import chain_problems
 from defense_core.config import require
-from defense_core.errors import EvidenceMissing
+from defense_core.errors import EvidenceMismatch, EvidenceMissing
 from defense_core.files import atomic_directory, sha256_file, write_atomic
+from defense_core.policy import parse_policy
 from defense_core.verdict import Finding, Verdict
 
 
 def sign_evidence(
-    model: Path, onnx: Path, decision: Path, out: Path, *, destination: Destination, key: SigningKey | None
+    model: Path,
+    onnx: Path,
+    decision: Path,
+    out: Path,
+    *,
+    destination: Destination,
+    key: SigningKey | None,
+    policy: str = "",
 ) -> dict[str, Any]:
     """Write the release folder, which promotion registers exactly as it is.
 
@@ -41,19 +51,26 @@ def sign_evidence(
         decision: folder that the gate wrote; it is made again from its policy and evidence first.
         out: folder that becomes the release.
         destination: what it is signed for.
-        key: ``None``: the release stays unsigned.
+        key: ``None``: the release stays unsigned. What is signed must be a whole chain: each step took in what an
+            earlier one gave.
+        policy: JSON, what the run was asked to decide by; empty: whatever decided. The decision's folder brings its
+            own, and with it whatever its writer wants allowed.
 
     Returns:
         Evidence ``sign`` with ``results`` ``signed``, ``key_id`` and ``statements``.
 
     Raises:
-        EvidenceMismatch: decision, evidence and files do not belong together; nothing is left.
+        EvidenceMismatch: decision, evidence and files do not belong together, or another policy decided; nothing is
+            left.
         EvidenceMissing: the decision names no model, or the policy demands signatures and there is no key.
     """
     clock = Clock.start()
     replayed = replay_decision(decision)
     require((Path(onnx) / ONNX_NAME).is_file(), "onnx", f"a folder with {ONNX_NAME}", str(onnx))
     _require_key(replayed, key)
+    _require_policy(replayed, policy)
+    if key is not None:
+        _require_chain(replayed)
     count = 0
     with atomic_directory(out) as folder:
         stage(Parts(Path(onnx) / ONNX_NAME, Path(model), replayed.folder), folder)
@@ -87,6 +104,30 @@ def _require_key(replayed: DecisionFolder, key: SigningKey | None) -> None:
             expected=f"{KEY_VARIABLE} to name a private key",
             got="nothing",
             hint="Make a pair with `quarantine keygen --out DIR`, or mount the secret into the sign step",
+        )
+
+
+def _require_policy(replayed: DecisionFolder, asked: str) -> None:
+    if not asked:
+        return
+    expected = parse_policy(parse_json(asked, "policy")).digest
+    if replayed.policy.digest != expected:
+        raise EvidenceMismatch(
+            "another policy decided than the run was asked for",
+            expected=expected,
+            got=f"{replayed.policy.digest}, which is called {replayed.policy.name}",
+            hint="Nothing was signed; find out who wrote the decision, and run again",
+        )
+
+
+def _require_chain(replayed: DecisionFolder) -> None:
+    problems = chain_problems(replayed.evidence, sha256_file(replayed.folder / DECISION))
+    if problems:
+        raise EvidenceMismatch(
+            "the evidence is no chain from what was fetched to what was decided",
+            expected=problems[0].expected,
+            got="; ".join(each.sentence for each in problems[:5]),
+            hint="Nothing was signed; the files are not all of one run, or somebody changed one",
         )
 
 

@@ -13,12 +13,20 @@ import pytest
 from components._runtime.envelopes import unseal
 from components._runtime.evidence import IMAGE_DIGEST_VARIABLE, Clock
 from components._runtime.release import ATTESTATIONS, BOM_FOLDER
-from components._runtime.signing_keys import KEY_VARIABLE, KeyPair, TrustedSigner, load_public_key
+from components._runtime.signing_keys import (
+    KEY_VARIABLE,
+    KeyPair,
+    TrustedSigner,
+    load_public_key,
+    load_signing_key,
+)
 from components._runtime.statements import LICENSED_FETCH_PREDICATE, PREDICATES, chain_order, parse_statement
+from components.gate_promotion.step import gate_promotion
 from components.promote_model.step import promote_model
+from components.sign_evidence.step import sign_evidence
 from defense_core import errors
 from defense_core.files import sha256_bytes, sha256_file
-from tests.finished_chain import Chain, decide_again, make_release
+from tests.finished_chain import DESTINATION, Chain, decide_again, make_release
 from tests.small_model import POLICY
 
 DEMANDING = {**POLICY, "require": {"signatures": ["model", "attestations"]}}
@@ -126,6 +134,26 @@ def test_other_files_than_decided_are_not_signed(damaged: str, chain: Chain, key
     data[-2] ^= 1
     chain[damaged].write_bytes(data)
     with pytest.raises(errors.QuarantineError):
+        make_release(chain, tmp_path / "release", keys.private)
+    assert not (tmp_path / "release").exists()
+
+
+def test_what_another_policy_decided_is_not_signed(chain: Chain, keys: KeyPair, tmp_path: Path) -> None:
+    asked = {**POLICY, "name": "asked"}
+    parts: Any = (chain["selected"], chain["onnx"], chain["decision"])
+    wishes: dict[str, Any] = {"destination": DESTINATION, "key": load_signing_key(keys.private)}
+    with pytest.raises(errors.EvidenceMismatch, match="another policy decided"):
+        sign_evidence(*parts, tmp_path / "release", policy=json.dumps(asked), **wishes)
+    assert not (tmp_path / "release").exists()
+    sign_evidence(*parts, tmp_path / "release", policy=json.dumps(POLICY), **wishes)
+
+
+def test_what_is_no_chain_is_not_signed(chain: Chain, keys: KeyPair, tmp_path: Path) -> None:
+    evidence = json.loads(json.dumps(chain.evidence))
+    evidence["purify.tsbd"]["inputs"]["model"] = "sha256:" + "0" * 64
+    shutil.rmtree(chain["decision"])
+    gate_promotion(evidence, dict(chain.plan.policy), chain["decision"])
+    with pytest.raises(errors.EvidenceMismatch, match=r"no chain.*purify\.tsbd\.json"):
         make_release(chain, tmp_path / "release", keys.private)
     assert not (tmp_path / "release").exists()
 
