@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from defense_core.errors import ConfigError, StorageError
 from pipelines.triggers.app import Hook, HookLimits, create_app
+from pipelines.triggers.connections import RequestInTime
 from pipelines.triggers.logs import ForwardedRecords
 from pipelines.triggers.metrics import Metrics
 from pipelines.triggers.orders import Registry, Submitter, WorkerSettings
@@ -85,6 +86,7 @@ def serve(
             server_header=False,
             # A header that anybody can send must not say who called.
             proxy_headers=False,
+            http=RequestInTime,
             ws="none",
             lifespan="on",
             limit_concurrency=MAX_CONNECTIONS,
