@@ -93,15 +93,15 @@ def test_the_promote_run_measures_nothing_again() -> None:
         "report",
     }
     inputs = document["components"]["comp-exit-handler-1"]["dag"]["tasks"]["gate-promotion"]["inputs"]
-    assert set(inputs["artifacts"]) == {"former"}
+    assert set(inputs["artifacts"]) == {"former", "reopened"}
     assert {"approvals", "approvers"} <= set(inputs["parameters"])
 
 
 def test_the_gate_of_a_whole_run_is_given_the_evidence_of_every_step(compiled: dict[str, Any]) -> None:
     dags = [part["dag"] for part in compiled["components"].values() if "dag" in part]
     (gate,) = [dag["tasks"]["gate-promotion"] for dag in dags if "gate-promotion" in dag["tasks"]]
-    wanted = set(compiled["components"]["comp-gate-promotion"]["inputDefinitions"]["artifacts"]) - {"former"}
-    assert set(gate["inputs"]["artifacts"]) == wanted
+    known = set(compiled["components"]["comp-gate-promotion"]["inputDefinitions"]["artifacts"])
+    assert set(gate["inputs"]["artifacts"]) == known - {"former", "reopened"}
     assert "policy" in gate["inputs"]["parameters"]
 
 
