@@ -3,8 +3,8 @@
 Clean accuracy alone would choose the gentlest method, which leaves the backdoor. So every candidate is also asked how
 far the universal perturbations that were found on the *given* model still work on it (:mod:`defense_core.universal`).
 The candidates together name the class whose perturbation lost most: where several purifiers agree that a shortcut went
-away, one was there. The candidate on which least is left of it is chosen; of those that leave about as little, the
-mean of several, whose errors are averaged too.
+away, one was there. The candidate on which least is left of it is chosen; but the mean of several, whose errors are
+averaged too, where so few images cannot tell that it leaves more.
 
 No tensor is touched here: the signals are measured by :func:`defense_core.universal.select_signals`.
 """
@@ -25,14 +25,17 @@ MAX_DROP = 0.03
 """Permitted drop of the cautious accuracy, where no drop was estimated."""
 TIE = 0.05
 """Shares of perturbed images within this are tied."""
+STANDARD_ERRORS = 2.0
+"""Of the difference between two shares: so much more may be left on the mean of several candidates."""
 
 RULE = (
     "Among the methods that ended well, the control left out: those that are expected to lose at most "
     f"{MAX_EXPECTED_DROP:g} of accuracy on the select split, by the given model's calibrated probabilities (all, "
     "where none is). Of these, the least success of the universal perturbation that was found on the given model for "
-    f"the suspected class; within {TIE:g}, the mean of several candidates' weights, if it is among them; then the "
-    "least success of the perturbations for all classes together; then the smallest expected drop; then the order in "
-    "which the methods were given. "
+    "the suspected class, but the mean of several candidates' weights, if it is among them, unless that leaves more by "
+    f"{STANDARD_ERRORS:g} standard errors of the difference between two shares of so many images (at least {TIE:g}); "
+    f"within {TIE:g}, the least success of the perturbations for all classes together; then the smallest expected "
+    "drop; then the order in which the methods were given. "
     "The suspected class is the one whose perturbation lost most, averaged over the candidates."
 )
 
@@ -138,8 +141,13 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
         return None
     least = min(_residual(each) for each in accurate)
     tied = [each for each in accurate if _residual(each) <= least + TIE]
-    means = [each for each in tied if each.averaged > 1]
+    means = [each for each in accurate if each.averaged > 1 and _residual(each) <= least + _undecided(each.signals)]
     return min(means or tied, key=_left)  # the first of equals, which is the one that was given first
+
+
+def _undecided(signals: Signals | None) -> float:
+    """A difference between two shares that the images cannot tell: ``STANDARD_ERRORS`` of it, for shares of a half."""
+    return TIE if signals is None else max(TIE, STANDARD_ERRORS * math.sqrt(0.5 / signals.images))
 
 
 def _left(candidate: Candidate) -> tuple[float, float]:
