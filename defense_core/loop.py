@@ -99,16 +99,32 @@ def finished(model: nn.Module, method: str) -> nn.Module:
 def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
     """Random numbers that a network draws by itself (dropout, drop path) follow ``seed`` inside.
 
-    Outside, the process's random state is what it was.
+    Outside, the process's random state is what it was. On a GPU, convolutions are the same each time inside.
     """
     place = torch.device(device)
     cuda = [place] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda), same_each_time(place):
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(place):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def same_each_time(device: torch.device | str) -> Iterator[None]:
+    """cuDNN takes no convolution inside whose sums depend on the order in which threads end; on a CPU nothing changes.
+    Outside, its settings are what they were."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def tune(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.inference import autocast, channels_last, correct
-from defense_core.loop import working_copy
+from defense_core.loop import same_each_time, working_copy
 from defense_core.progress import Phase, Progress
 from defense_core.purify.choice import calibrating_temperature, cautious_accuracy, chooser, expected_drop
 from defense_core.selection import Signals
@@ -90,7 +90,8 @@ def universal_perturbations(
         parameter.requires_grad_(False)
     images = clean.images.to(device)
     targets = torch.arange(clean.num_classes)
-    with progress.phase("universal perturbations") as phase:
+    # Compared between candidates of several processes: a run that is resumed has to find the same again.
+    with progress.phase("universal perturbations") as phase, same_each_time(device):
 
         def found(targets: Tensor, steps: int) -> tuple[Tensor, Tensor]:
             parts = []

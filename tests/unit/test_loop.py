@@ -14,7 +14,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import Cancelled, ConfigError, MethodDiverged
 from defense_core.gradient_steps import plain_step
 from defense_core.inference import accuracy, autocast, predictions
-from defense_core.loop import Tuning, finished, seeded, tune, working_copy
+from defense_core.loop import Tuning, finished, same_each_time, seeded, tune, working_copy
 from defense_core.progress import NullProgress
 from defense_core.task import ImageClassification
 
@@ -166,6 +166,26 @@ def test_the_seed_decides_and_the_process_keeps_its_own_randomness() -> None:
         torch.rand(3)
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize(("device", "inside"), [("cuda:0", (True, False)), ("cpu", (False, True))])
+def test_convolutions_on_a_gpu_are_the_same_each_time_and_settings_come_back(
+    device: str, inside: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    seen = []
+
+    def stopped() -> None:
+        with same_each_time(device):
+            seen.append((cudnn.deterministic, cudnn.benchmark))
+            raise Cancelled("asked to stop")
+
+    with pytest.raises(Cancelled):
+        stopped()
+    assert seen == [inside]
+    assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
 
 
 def test_seeded_restores_the_random_state_after_an_exception() -> None:
