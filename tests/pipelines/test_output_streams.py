@@ -12,6 +12,8 @@ import pytest
 from safetensors.torch import save
 from torch import ones
 
+from defense_core.errors import visible
+
 ROOT = Path(__file__).parents[2]
 ODD = os.fsdecode(b"b\xff.pkl")
 
@@ -60,7 +62,7 @@ def test_a_path_that_is_not_there_is_bad_usage_under_any_name(encoding: str, tmp
         missing = str(tmp_path / name)
         done = _quarantine("inspect", missing, "--json", encoding=encoding)
         assert done.returncode == 3
-        assert json.loads(done.stdout.decode(encoding))["what"] == f"{missing} does not exist"
+        assert json.loads(done.stdout.decode(encoding))["what"] == visible(f"{missing} does not exist")
         plain = _quarantine("inspect", missing, encoding=encoding)
         assert (plain.returncode, b"Traceback" in plain.stderr) == (3, False)
 
