@@ -150,7 +150,7 @@ def coverage(
     }[regime]
     sentences = [looked]
     if missing:
-        sentences.append(f"Without what {', '.join(missing)} would have looked for: they did not finish on this model")
+        sentences.append(f"Without what {', '.join(missing)} would have looked for: they were not read on this model")
     if regime != "many":
         sentences.append(
             "Says nothing about backdoors from single classes or to every class: that takes 100 clean images"

@@ -344,7 +344,7 @@ def test_what_saw_the_references_and_not_the_model_keeps_it_from_a_pass(detector
 def test_a_scan_cut_short_states_no_probability_and_claims_no_search_that_did_not_end() -> None:
     report = judged(observed(without=("generator", "pairs")))
     assert report.probability is None
-    assert "Without what generator, pairs would have looked for: they did not finish on this model" in report.coverage
+    assert "Without what generator, pairs would have looked for: they were not read on this model" in report.coverage
     broken = judged(replace(observed(), observations={}, covariates={}, failure="it answers NaN"))
     assert broken.coverage == ("Looked for nothing: the model could not be observed",)
 
