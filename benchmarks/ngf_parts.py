@@ -75,9 +75,11 @@ def main() -> None:
     wanted = options.attack.split(",") if options.attack else None
     everything = [(key_of(job), setting, job) for setting, job in masked_jobs()]
     for key, setting, job in everything:
+        if wanted and job["attack"] not in wanted:
+            continue
         # Rows of other settings than today's are left out.
         known = {key_of(row): row for row in read_rows(NAME)}
-        if (wanted and job["attack"] not in wanted) or key in known:
+        if key in known:
             continue
         known[key] = measure(job, setting, train, test)
         rows = [known[each] for each, _, _ in everything if each in known]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from defense_core.compressed import expand
+from defense_core.compressed import expand, free
 from defense_core.errors import CorruptArtifact, StorageError, UnsafeArtifact
 from defense_core.files import CHUNK_BYTES
 from defense_core.limits import LoadLimits
@@ -38,10 +38,6 @@ _DAMAGE = (
     struct.error,
     OSError,
 )
-
-
-def _free(count: int) -> None:
-    """What is unpacked costs nothing."""
 
 
 @contextmanager
@@ -76,7 +72,7 @@ def checked_zip(path: Path, limits: LoadLimits, *, stored_only: bool) -> Iterato
 
 
 @contextmanager
-def unpacked(path: Path, limits: LoadLimits, *, spend: Callable[[int], None] = _free) -> Iterator[Path]:
+def unpacked(path: Path, limits: LoadLimits, *, spend: Callable[[int], None] = free) -> Iterator[Path]:
     """A temporary folder with the files of the zip or tar archive at ``path``.
 
     Directories, and one folder around everything, are allowed; the yielded path is inside that folder.

@@ -23,13 +23,11 @@ _MAGIC_BYTES = 6
 _MAX_STREAMS = 20_000  # packers that work in parallel end a stream every 900 kB
 
 
-def _free(count: int) -> None:
+def free(count: int) -> None:
     """What is expanded costs nothing."""
 
 
-def expand(
-    path: Path, sink: BinaryIO, max_bytes: int, *, bare_zlib: bool, spend: Callable[[int], None] = _free
-) -> None:
+def expand(path: Path, sink: BinaryIO, max_bytes: int, *, bare_zlib: bool, spend: Callable[[int], None] = free) -> None:
     """Write to ``sink`` what the file at ``path`` holds.
 
     Args:

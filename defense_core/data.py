@@ -63,10 +63,15 @@ class CleanSet:
         """For each image the number of the first one with the same pixels; its own where no earlier one has them."""
         return torch.from_numpy(_first_copies(self.images.cpu().numpy()))
 
+    @property
+    def distinct(self) -> Tensor:
+        """The numbers of the images that no earlier one equals, in order, int64."""
+        return torch.nonzero(self.first_copies == torch.arange(len(self))).flatten()
+
     def without_copies(self) -> CleanSet:
         """The first of all samples with the same pixels; itself where there are no copies."""
-        first = self.first_copies == torch.arange(len(self))
-        return self if bool(first.all()) else self.subset(torch.nonzero(first).flatten())
+        distinct = self.distinct
+        return self if len(distinct) == len(self) else self.subset(distinct)
 
     @cached_property
     def class_counts(self) -> tuple[int, ...]:
@@ -141,8 +146,7 @@ def split_clean_set(clean: CleanSet, *, seed: int, select: float = 0.2, report: 
         (select, report),
     )
     generator = torch.Generator().manual_seed(seed)
-    first = clean.first_copies
-    different = torch.nonzero(first == torch.arange(len(first))).flatten()
+    different = clean.distinct
     order = different[torch.randperm(len(different), generator=generator)]
     labels = clean.labels.cpu()[order]
     part_of = torch.zeros(len(clean), dtype=torch.int64)
@@ -153,7 +157,7 @@ def split_clean_set(clean: CleanSet, *, seed: int, select: float = 0.2, report: 
         for_report = _share(count, report, reserved=1 + for_select)
         part_of[members[:for_select]] = 1
         part_of[members[for_select : for_select + for_report]] = 2
-    part_of = part_of[first]
+    part_of = part_of[clean.first_copies]
     fit, chosen, reported = (clean.subset(torch.nonzero(part_of == part).flatten()) for part in range(3))
     return Splits(fit, chosen, reported)
 

@@ -23,7 +23,7 @@ from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify import method_named, purify
 from defense_core.scan.calibrate import rejects
-from defense_core.scan.detectors import regime_of
+from defense_core.scan.detectors import regime_for, regime_of
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.pool import Pool
 from defense_core.scan.report import ScanReport
@@ -193,8 +193,9 @@ def positive_control(
 
 def _to_scan_with(clean: Splits) -> CleanSet:
     """A copy knows the images that it was planted with, trigger included."""
-    whole = joined(clean.fit, clean.unfitted)
-    return clean.unfitted if regime_of(clean.unfitted) == regime_of(whole) else whole
+    others = clean.unfitted
+    same = regime_of(others) == regime_for(len(clean.fit) + len(others))
+    return others if same else joined(clean.fit, others)
 
 
 def _side(config: ControlConfig, task: ImageClassification) -> int:

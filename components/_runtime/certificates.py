@@ -46,15 +46,17 @@ def require_signer(certificate: Certificate, name: str, where: str) -> None:
     Raises:
         EvidenceMismatch: it is not for code signing, or has other names.
     """
+    names = names_of(certificate)
+    got = ", ".join(names)[:200] or "a certificate without names"
     if not is_for_code_signing(certificate):
         raise EvidenceMismatch(
             f"{where} is signed with a certificate for other uses",
             expected=CODE_SIGNING,
-            got=", ".join(names_of(certificate))[:200] or "a certificate without names",
+            got=got,
         )
-    if name and name not in names_of(certificate):
+    if name and name not in names:
         raise EvidenceMismatch(
             f"{where} is signed by somebody else under the same root",
             expected=name,
-            got=", ".join(names_of(certificate))[:200] or "a certificate without names",
+            got=got,
         )

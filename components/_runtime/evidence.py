@@ -143,13 +143,22 @@ def read_folder(folder: Path) -> dict[str, dict[str, Any]]:
     )
     found = {path.name.removesuffix(".json"): read_evidence(path) for path in files}
     for name, evidence in found.items():
-        if evidence["name"] != name:
-            raise _damaged(str(Path(folder) / f"{name}.json"), f"evidence of {name}", f"evidence of {evidence['name']}")
+        require_named(evidence, name, str(Path(folder) / f"{name}.json"))
     if not found:
         raise EvidenceMissing(
             f"no evidence in {folder}", expected="<step>.json files", hint="Name the run's evidence folder"
         )
     return found
+
+
+def require_named(evidence: Mapping[str, Any], name: str, where: str) -> None:
+    """Refuse evidence that calls itself otherwise than its file is called: what reads it makes paths and names of both.
+
+    Raises:
+        EvidenceMismatch: it does.
+    """
+    if evidence["name"] != name:
+        raise _damaged(where, f"evidence of {name}", f"evidence of {evidence['name']}"[:200])
 
 
 def is_absent(path: Path) -> bool:

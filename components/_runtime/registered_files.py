@@ -107,10 +107,8 @@ def resolve_model_uri(connection: MlflowConnection, uri: str, destination: Path,
     with mlflow_errors(f"look up {uri}", connection.settings):
         number = match["version"] or _aliased(connection, match["name"], match["alias"])
         version = connection.client.get_model_version(match["name"], number)
-    what = f"models:/{version.name}/{version.version}"
-    with atomic_directory(destination) as folder, mlflow_errors(f"download {what}", connection.settings):
-        address = _files_address(connection, version, what)
-        manifest = download_files(connection, address, folder, what, max_bytes=max_bytes)
+    with atomic_directory(destination) as folder:
+        address, manifest = _downloaded(connection, version, folder, max_bytes=max_bytes)
     return RegisteredModel(
         name=version.name,
         version=str(version.version),
@@ -146,10 +144,17 @@ def download_version(
     Raises:
         as :func:`resolve_model_uri`.
     """
+    return _downloaded(connection, version, folder, max_bytes=max_bytes, part=part)[1]
+
+
+def _downloaded(
+    connection: MlflowConnection, version: ModelVersion, folder: Path, *, max_bytes: int, part: str = ""
+) -> tuple[str, Manifest]:
+    """Where a version's files lay, and their digests in ``folder``; see :func:`download_version`."""
     what = f"models:/{version.name}/{version.version}"
     with mlflow_errors(f"download {what}", connection.settings):
-        uri = _files_address(connection, version, what)
-        return download_files(connection, uri, folder, what, max_bytes=max_bytes, part=part)
+        address = _files_address(connection, version, what)
+        return address, download_files(connection, address, folder, what, max_bytes=max_bytes, part=part)
 
 
 def download_files(

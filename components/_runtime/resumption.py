@@ -86,9 +86,8 @@ def check_former(folder: Path, request: Resumption, trusted: TrustedSigner | Non
             _verify(folder, request, TrustedSigner(public_key=public))
     if trusted is not None:
         _verify(folder, request, trusted)
-    if request.public_key or trusted is not None:
-        return replayed
-    if replayed.requires_signature or (folder / SIGNATURE).is_file():
+    named = bool(request.public_key) or trusted is not None
+    if not named and (replayed.requires_signature or (folder / SIGNATURE).is_file()):
         raise ConfigError(
             "nobody was named whose signature on the former release would count",
             expected="a public key",

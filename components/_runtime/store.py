@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components._runtime.addresses import local_path, split_address
-from components._runtime.evidence import BESIDE, FAILED, parse_evidence
+from components._runtime.evidence import BESIDE, FAILED, parse_evidence, require_named
 from defense_core.config import canonical_json
 from defense_core.errors import AccessDenied, EvidenceMismatch, SourceNotFound, StorageError
 from defense_core.files import reading, write_atomic
@@ -200,12 +200,9 @@ def _s3_shelf(root: str, run: str) -> Shelf:
 
 
 def _named_evidence(data: bytes, name: str) -> dict[str, Any]:
-    """Evidence that must call itself as its file is called: what reads it makes paths and names of both."""
+    """The evidence in ``<name>.json``, which must call itself so."""
     evidence = parse_evidence(data, f"{name}.json")
-    if evidence["name"] != name:
-        raise EvidenceMismatch(
-            f"{name}.json is damaged", expected=f"evidence of {name}", got=f"evidence of {evidence['name']!r}"[:200]
-        )
+    require_named(evidence, name, f"{name}.json")
     return evidence
 
 
