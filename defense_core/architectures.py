@@ -111,7 +111,7 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
     fused projections of ``nn.MultiheadAttention``. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA too, which the fork leaves out
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):

@@ -61,8 +61,8 @@ def fisher_diagonal(
         Parameter name to a non-negative tensor shaped like the parameter.
 
     Raises:
-        ConfigError: no samples, no class count, an unknown name, or BatchNorm without running
-            statistics.
+        ConfigError: no samples, no class count, an unknown name.
+        MethodNotApplicable: BatchNorm without running statistics.
     """
     require(len(inputs) > 0, "inputs", "at least one sample", len(inputs))
     chosen, chunk_size = _names(model, names), chunk_size or samples_at_once(inputs)

@@ -19,6 +19,13 @@ NATIVE_BFLOAT16 = ("amx_bf16", "avx512_bf16")
 """CPUs that multiply bfloat16: up to ten times faster than float32 with the first, 1.2 to 2 times with the second."""
 LARGE_NETWORK = 1_000_000
 """Parameters from which a network without convolutions gains from bfloat16 (a ViT of 5 million: six times)."""
+PIXELS_AT_ONCE = 512 * 32 * 32
+"""Pixels of a forward pass, all its images together: what bounds the memory."""
+
+
+def images_at_once(images: Tensor, most: int = 512) -> int:
+    """How many of ``images``, (N, C, H, W), go through a network at once: at most ``most``."""
+    return min(most, max(1, PIXELS_AT_ONCE // (images.shape[-1] * images.shape[-2])))
 
 
 @torch.no_grad()
@@ -33,12 +40,15 @@ def outputs_of(
 ) -> Iterator[Tensor]:
     """The outputs in eval mode, batch by batch, on the device; the model's modes are restored.
 
+    Args:
+        batch_size: images at once, at most: fewer where they are large.
+
     Raises:
         MethodDiverged: the model returned NaN or Inf.
     """
     context = autocast(model, precision, device)
     with evaluating(model):
-        for images, _ in data.batches(batch_size):
+        for images, _ in data.batches(images_at_once(data.images, batch_size)):
             with context():
                 outputs = model(channels_last(task.inputs(images.to(device))))
             if not torch.isfinite(outputs).all():

@@ -13,7 +13,7 @@ from defense_core.errors import ConfigError
 def has_rule(module: nn.Module) -> bool:
     """Whether :func:`layer_gradients` knows the layer."""
     if isinstance(module, nn.Conv2d):
-        return plain_convolution(module) and not isinstance(module.padding, str)
+        return plain_convolution(module) and padding_of(module) is not None
     return type(module) in (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -21,6 +21,16 @@ def plain_convolution(module: nn.Conv2d) -> bool:
     """Whether it is PyTorch's own convolution of a zero-padded image: a kind with a ``forward`` of its own may pad or
     scale otherwise."""
     return type(module).forward is nn.Conv2d.forward and module.padding_mode == "zeros"
+
+
+def padding_of(module: nn.Conv2d) -> tuple[int, int] | None:
+    """Zeros on each side of rows and columns, or ``None`` where ``"same"`` puts more on one side than on the other."""
+    if not isinstance(module.padding, str):
+        return module.padding[0], module.padding[1]
+    if module.padding == "valid":
+        return 0, 0
+    whole = [size * (kernel - 1) for size, kernel in zip(module.dilation, module.kernel_size, strict=True)]
+    return None if any(each % 2 for each in whole) else (whole[0] // 2, whole[1] // 2)
 
 
 def layer_gradients(module: nn.Module, part: str, inputs: Tensor, gradient: Tensor) -> Tensor:
@@ -65,8 +75,9 @@ def patch_sums(module: nn.Conv2d, inputs: Tensor, height: int, width: int) -> Te
 def _windows(module: nn.Conv2d, inputs: Tensor, height: int, width: int) -> Tensor:
     """Every patch of every sample, (N, height, width, kernel height, kernel width, channels): a view of a channels-last
     copy of the padded images."""
-    assert not isinstance(module.padding, str)  # such layers have no rule
-    down, across = module.padding
+    padding = padding_of(module)
+    assert padding is not None  # such layers have no rule
+    down, across = padding
     image = F.pad(inputs.permute(0, 2, 3, 1), (0, 0, across, across, down, down)).contiguous()
     sample, row, column, channel = image.stride()
     return image.as_strided(

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from defense_core.calls import once_per_sample, recorded
-from defense_core.errors import ConfigError
+from defense_core.errors import ConfigError, MethodNotApplicable
 from defense_core.layer_gradients import has_rule, layer_gradients
 from defense_core.layers import evaluating
 
@@ -40,15 +40,16 @@ def samples_apart(model: nn.Module) -> Iterator[nn.Module]:
     Full precision on CUDA too, where convolutions of float32 would otherwise round to TF32's ten bits.
 
     Raises:
-        ConfigError: a BatchNorm layer keeps no running statistics, and so normalises by the
+        MethodNotApplicable: a BatchNorm layer keeps no running statistics, and so normalises by the
             batch in eval mode too.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise ConfigError(
+            raise MethodNotApplicable(
                 f"curvature cannot be measured through {name}",
                 expected="BatchNorm with running statistics",
                 got="track_running_stats=False",
+                hint="Use a method without curvature",
             )
     devices = {parameter.device.type for parameter in model.parameters()}
     kind = devices.pop() if devices else "cpu"
@@ -92,7 +93,8 @@ def per_sample_gradients(
         (N, P): the parameters of ``names``, flattened and concatenated.
 
     Raises:
-        ConfigError: a name is unknown, or BatchNorm keeps no running statistics.
+        ConfigError: a name is unknown.
+        MethodNotApplicable: BatchNorm keeps no running statistics.
     """
     parameters, buffers = _state(model)
     _check_names(parameters, names)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
-from defense_core.inference import autocast, channels_last, correct
+from defense_core.inference import PIXELS_AT_ONCE, autocast, channels_last, correct, images_at_once
 from defense_core.loop import same_each_time, working_copy
 from defense_core.progress import Phase, Progress
 from defense_core.purify.choice import calibrating_temperature, cautious_accuracy, chooser, expected_drop
@@ -27,8 +27,6 @@ MAX_TARGETS = 16
 SCREENING_STEPS = 8
 CONVINCED = 0.05
 """Cross-entropy below which a sample counts as convinced."""
-PIXELS_AT_ONCE = 512 * 32 * 32
-"""Pixels of a forward pass, all targets and images together: what bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def reached(
     for target, change in zip(perturbations.targets, perturbations.changes, strict=True):
         others = clean.images[clean.labels != target]
         hits = 0
-        for images in others.split(256):
+        for images in others.split(images_at_once(others, 256)):
             perturbed = (images.to(device) + change.to(device)).clamp(0, 255) / 255
             with context():
                 outputs = frozen(channels_last(task.inputs(perturbed)))

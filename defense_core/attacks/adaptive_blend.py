@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from defense_core.attacks.blended import Blended
-from defense_core.attacks.pixels import require_drawable, seeded_generator, to_pixels
+from defense_core.attacks.pixels import BATCH, require_drawable, seeded_generator, to_pixels
 from defense_core.config import require
 from defense_core.errors import ConfigError
 
@@ -45,7 +45,8 @@ class AdaptiveBlend:
 
     def apply(self, images: Tensor) -> Tensor:
         """The whole picture over uint8 images (N, C, H, W)."""
-        return self._mixed(images, self.test_alpha * images.new_ones((), dtype=torch.float32))
+        whole = torch.full((len(images), 1, 1, 1), self.test_alpha)
+        return self._mixed(images, whole.to(images.device))
 
     def planted(self, images: Tensor, seed: int) -> Tensor:
         """Training images: some tiles of the picture, others for each image."""
@@ -74,5 +75,9 @@ class AdaptiveBlend:
 
     def _mixed(self, images: Tensor, weight: Tensor) -> Tensor:
         picture = Blended(cells=self.cells, seed=self.seed).picture(*images.shape[1:]).to(images.device)
-        pixels = images.float()
-        return to_pixels(pixels + weight * (picture - pixels))
+
+        def mixed(pixels: Tensor, share: Tensor) -> Tensor:
+            return to_pixels(pixels + share * (picture - pixels))
+
+        parts = zip(images.split(BATCH), weight.split(BATCH), strict=True)
+        return torch.cat([mixed(part.float(), share) for part, share in parts])

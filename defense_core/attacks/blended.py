@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from defense_core.attacks.pixels import require_drawable
+from defense_core.attacks.pixels import in_batches, require_drawable
 from defense_core.config import require
 
 
@@ -42,5 +42,8 @@ class Blended:
     def apply(self, images: Tensor) -> Tensor:
         """Blend uint8 images (N, C, H, W); the result is floored to uint8."""
         picture = self.picture(*images.shape[1:]).to(images.device)
-        mixed = (1 - self.alpha) * images.float() + self.alpha * picture
-        return mixed.clamp(0, 255).floor().to(torch.uint8)
+
+        def mixed(batch: Tensor) -> Tensor:
+            return ((1 - self.alpha) * batch.float() + self.alpha * picture).clamp(0, 255).floor().to(torch.uint8)
+
+        return in_batches(mixed, images)

@@ -46,7 +46,12 @@ class Bpp:
         count = len(images)
         turn = int(torch.randint(1, max(count, 2), (), generator=seeded_generator(seed)))
         others = images.roll(turn, 0) if count > 1 else images.flip(3)
-        return to_pixels(images.float() + self.apply(others).float() - others.float())
+
+        def residual(batch: Tensor) -> Tensor:
+            own, other = batch.chunk(2, dim=1)
+            return to_pixels(own.float() + self.apply(other).float() - other.float())
+
+        return in_batches(residual, torch.cat([images, others], dim=1))
 
     def _nearest(self, values: Tensor) -> Tensor:
         top = self.levels - 1

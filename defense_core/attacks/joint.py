@@ -15,7 +15,7 @@ from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
 from defense_core.inference import autocast, channels_last, logits
-from defense_core.loop import batch_indices, seeded, working_copy
+from defense_core.loop import batch_indices, in_batches, seeded, working_copy
 from defense_core.progress import Progress
 from defense_core.task import Task
 
@@ -76,6 +76,10 @@ class Schedule:
         require(self.lr > 0, "lr", "a positive rate", self.lr)
         require(self.classifier_lr > 0, "classifier_lr", "a positive rate", self.classifier_lr)
 
+    def steps(self, count: int) -> int:
+        """Steps of a training that is given ``count`` samples."""
+        return self.epochs * len(in_batches(torch.arange(min(count, self.images)), self.batch_size))
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -125,8 +129,7 @@ def train_generator(
     data = data.subset(torch.randperm(len(data), generator=generator)[: schedule.images]).to(device)
     context = autocast(network if surrogate is None else classifier, "auto", device)
     network.train()
-    steps = len(batch_indices(len(data), schedule.batch_size, torch.Generator())) * schedule.epochs
-    with seeded(seed, device), progress.phase(name, total=steps) as phase:
+    with seeded(seed, device), progress.phase(name, total=schedule.steps(len(data))) as phase:
         for _ in range(schedule.epochs):
             for index in batch_indices(len(data), schedule.batch_size, generator):
                 labels = data.labels[index.to(device)]

@@ -12,6 +12,7 @@ from defense_core.attacks.pixels import seeded_generator
 from defense_core.config import require
 from defense_core.inference import autocast, channels_last
 from defense_core.layers import evaluating
+from defense_core.progress import Progress
 from defense_core.task import Task
 
 _CORNERS = ("bottom_right", "bottom_left", "top_right", "top_left")
@@ -68,6 +69,7 @@ def adversarial(
     task: Task,
     seed: int,
     device: torch.device | str,
+    progress: Progress,
     batch_size: int = 256,
 ) -> Tensor:
     """Images that the clean ``model`` takes for something else (PGD, Madry et al. 2018, from a random start).
@@ -81,10 +83,14 @@ def adversarial(
 
     Returns:
         uint8 (N, C, H, W) within ``epsilon`` of ``images``, on their device.
+
+    Raises:
+        Cancelled: a stop was requested.
     """
     generator, context = seeded_generator(seed), autocast(model, "auto", device)
     made = []
-    with evaluating(model):
+    total = config.steps * -(-len(images) // batch_size)
+    with evaluating(model), progress.phase("adversarial images", total=total) as phase:
         for pixels, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             clean = pixels.to(device).float()
             start = (torch.rand(clean.shape, generator=generator) * 2 - 1).to(device) * config.epsilon
@@ -98,6 +104,7 @@ def adversarial(
                 moved = changed.detach() + config.step * gradient.sign()
                 changed = torch.minimum(torch.maximum(moved, clean - config.epsilon), clean + config.epsilon)
                 changed = changed.clamp(0, 255)
+                phase.advance()
             # Towards the clean image, so that rounding never leaves the bound.
             offset = (changed - clean).trunc()
             made.append((clean + offset).to(torch.uint8).to(images.device))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from defense_core.attacks.joint import Wanted
 from defense_core.attacks.learned import Learned
-from defense_core.attacks.pixels import seeded_generator, to_pixels
+from defense_core.attacks.pixels import in_batches, seeded_generator, to_pixels
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import ConfigError
@@ -36,7 +36,8 @@ class LowFrequency(Learned):
             raise ConfigError(
                 "the perturbation does not fit the images", expected=tuple(perturbation.shape), got=images.shape[1:]
             )
-        return to_pixels(images.float() + perturbation.to(images.device))
+        perturbation = perturbation.to(images.device)
+        return in_batches(lambda batch: to_pixels(batch.float() + perturbation), images)
 
 
 @dataclass(frozen=True)

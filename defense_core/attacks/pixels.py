@@ -12,6 +12,8 @@ from defense_core.config import require
 MAX_CELLS = 1024
 MAX_SEED = 2**63 - 1
 """Largest seed that torch takes, as everywhere else."""
+BATCH = 512
+"""Images at a time, so that memory does not grow with the set."""
 
 
 def to_pixels(values: Tensor) -> Tensor:
@@ -19,8 +21,8 @@ def to_pixels(values: Tensor) -> Tensor:
     return values.round().clamp(0, 255).to(torch.uint8)
 
 
-def in_batches(change: Callable[[Tensor], Tensor], images: Tensor, size: int = 512) -> Tensor:
-    """``change`` applied to ``size`` images at a time, so that memory does not grow with the set."""
+def in_batches(change: Callable[[Tensor], Tensor], images: Tensor, size: int = BATCH) -> Tensor:
+    """``change`` applied to ``size`` images at a time, in order."""
     if len(images) <= size:
         return change(images)
     return torch.cat([change(batch) for batch in images.split(size)])

@@ -18,7 +18,7 @@ from defense_core.attacks.trojan import TrojanTraining
 from defense_core.attacks.victim import VictimTraining, train_victim
 from defense_core.config import to_mapping
 from defense_core.data import CleanSet
-from defense_core.loop import working_copy
+from defense_core.loop import same_each_time, working_copy
 from defense_core.progress import Progress
 from defense_core.task import ImageClassification
 
@@ -87,7 +87,7 @@ def plant(
     if trigger is None:
         trigger = _learned(attack, helper, train, task=task, seed=seed, device=device, progress=progress, folder=folder)
     probe = attack.probe(trigger)
-    prepare = _adversarially(trigger, helper, task=task, seed=seed, device=device)
+    prepare = _adversarially(trigger, helper, task=task, seed=seed, device=device, progress=progress)
     poisoned = poison_by(train, probe, poisoning, seed=seed, prepare=prepare)
     model = train_victim(
         network, poisoned.data, training=training, task=task, seed=seed, device=device, progress=progress,
@@ -130,7 +130,10 @@ def _learned(
     learn = attack.row.learn
     if learn is None:
         raise TypeError(f"{attack.kind} has nothing to learn")
-    tensors = learn(attack.settings, surrogate, train, wanted, task=task, seed=seed, device=device, progress=progress)
+    with same_each_time(device):
+        tensors = learn(
+            attack.settings, surrogate, train, wanted, task=task, seed=seed, device=device, progress=progress
+        )
     path = folder / TRIGGER_FILE
     kind = TRIGGERS[attack.kind]
     # What the trigger needs to know of its own training has the same name there.
@@ -145,12 +148,21 @@ def _moves_images(trigger: Trigger) -> TypeGuard[LabelConsistent]:
 
 
 def _adversarially(
-    trigger: Trigger, surrogate: nn.Module, *, task: ImageClassification, seed: int, device: torch.device | str
+    trigger: Trigger,
+    surrogate: nn.Module,
+    *,
+    task: ImageClassification,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress,
 ) -> Prepare | None:
     if not _moves_images(trigger):
         return None
 
     def prepare(images: Tensor, labels: Tensor) -> Tensor:
-        return adversarial(surrogate, images, labels, config=trigger, task=task, seed=seed, device=device)
+        with same_each_time(device):
+            return adversarial(
+                surrogate, images, labels, config=trigger, task=task, seed=seed, device=device, progress=progress
+            )
 
     return prepare

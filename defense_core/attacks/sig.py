@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from defense_core.attacks.pixels import to_pixels
+from defense_core.attacks.pixels import in_batches, to_pixels
 from defense_core.config import require
 from defense_core.errors import ConfigError
 
@@ -47,4 +47,5 @@ class Sinusoid:
 
     def apply(self, images: Tensor) -> Tensor:
         """Overlay uint8 images (N, C, H, W)."""
-        return to_pixels(images.float() + self.wave(images.shape[3]).to(images.device))
+        wave = self.wave(images.shape[3]).to(images.device)
+        return in_batches(lambda batch: to_pixels(batch.float() + wave), images)

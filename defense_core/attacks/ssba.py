@@ -138,8 +138,7 @@ def learn_ssba(
     """Encoder and message; arguments as :data:`defense_core.attacks.joint.Learn`, the surrogate unused."""
     channels, height, width = data.images.shape[1:]
     network = seeded_network(lambda: Steganography(channels, config.bits, config.width), seed, device)
-    count = min(len(data), config.schedule.images)
-    steps = config.schedule.epochs * -(-count // config.schedule.batch_size)
+    steps = config.schedule.steps(len(data))
     done = 0
 
     def loss_of(batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from defense_core.attacks.joint import Wanted
 from defense_core.attacks.learned import Learned
-from defense_core.attacks.pixels import seeded_generator, to_pixels
+from defense_core.attacks.pixels import in_batches, seeded_generator, to_pixels
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import ConfigError
@@ -39,8 +39,8 @@ class Trojan(Learned):
 
     def apply(self, images: Tensor) -> Tensor:
         """Stamp uint8 images (N, C, H, W). Raises ConfigError where the patch does not fit."""
-        patch = self.tensors["patch"]
-        return to_pixels(_stamped(images.float(), patch.to(images.device), self.margin))
+        patch = self.tensors["patch"].to(images.device)
+        return in_batches(lambda batch: to_pixels(_stamped(batch.float(), patch, self.margin)), images)
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,13 @@ class WaNet:
         """Noise-mode images: the warp with a random disturbance of its own for each image."""
         height, width = images.shape[2:]
         shift = self.field(height, width)
-        noise = torch.rand(len(images), height, width, 2, generator=seeded_generator(seed)) * 2 - 1
-        disturbed = shift + noise / torch.tensor([width, height], dtype=torch.float32)
-        return _warped(images, disturbed.to(images.device))
+        generator = seeded_generator(seed)
+
+        def disturbed(batch: Tensor) -> Tensor:
+            noise = torch.rand(len(batch), height, width, 2, generator=generator) * 2 - 1
+            return _warped(batch, (shift + noise / torch.tensor([width, height], dtype=torch.float32)).to(batch.device))
+
+        return in_batches(disturbed, images)
 
 
 def _warped(images: Tensor, shift: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def purify(
             of the same model, splits, config, seed and machine, the result is that of a run that was not, bit for bit.
 
     Raises:
-        ConfigError: unknown method, or a config of another method.
+        ConfigError: unknown method, a config of another method, or weights that are not float32.
+        MethodNotApplicable: the network has nothing that the method works on.
         MethodDiverged: a loss or weight is or became NaN or Inf.
         Cancelled: a stop was requested.
     """
@@ -64,6 +65,14 @@ def purify(
     if not isinstance(config, row.config):
         raise ConfigError(
             f"{method} was given another method's config", expected=row.config.__name__, got=type(config).__name__
+        )
+    others = {str(each.dtype) for each in model.parameters() if each.dtype != torch.float32}
+    if others:
+        raise ConfigError(
+            f"{method} cannot tune this model",
+            expected="float32 weights",
+            got=", ".join(sorted(others)),
+            hint="Convert it first: model.float()",
         )
     if not is_finite(model):
         raise MethodDiverged(

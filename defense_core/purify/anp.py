@@ -18,7 +18,6 @@ from torch.nn.utils import parametrize
 from defense_core.calls import few_inputs
 from defense_core.config import require
 from defense_core.data import Splits
-from defense_core.errors import MethodDiverged
 from defense_core.gradient_steps import LossOf
 from defense_core.inference import Precision, accuracy
 from defense_core.layers import frozen_statistics
@@ -26,11 +25,8 @@ from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
 from defense_core.purify.choice import chooser, choosers, strongest_within
-from defense_core.purify.masks import MaskSite, fold_masks, mask_sites
+from defense_core.purify.masks import MaskSite, Reach, fold_masks, mask_sites
 from defense_core.task import Task
-
-JUMP = 1e6
-"""A mask that moves so far in one step was not trained but thrown."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +137,7 @@ def purify(
 
     Raises:
         MethodDiverged: a loss or mask became NaN or Inf.
+        MethodNotApplicable: there is nothing to mask.
         Cancelled: a stop was requested.
     """
 
@@ -154,7 +151,7 @@ def purify(
     sites = scales or mask_sites(original, sample)
     masked = working_copy(original, device)
     masks, perturbed = attach_perturbations(masked, sites)
-    farthest = torch.zeros((), device=device)
+    reach = Reach([mask.values for mask in masks], device)
 
     def step(network: nn.Module, loss_of: LossOf) -> Tensor:
         with frozen_statistics(network):
@@ -168,7 +165,7 @@ def purify(
 
     @torch.no_grad()
     def clamp() -> None:
-        farthest.copy_(torch.stack([farthest, *(mask.values.abs().max() for mask in masks)]).max())
+        reach.note()
         for mask in masks:
             mask.values.clamp_(0.0, 1.0)
 
@@ -183,10 +180,9 @@ def purify(
         name="masks",
         step=step,
         after_step=clamp,
-        kept={"farthest": farthest},
+        kept={"farthest": reach.farthest},
     )
-    if not float(farthest) < JUMP:
-        raise MethodDiverged("ANP diverged", expected=f"masks below {JUMP:g}", got=float(farthest), hint="Lower lr")
+    reach.require_trained("ANP")
     thresholds = config.threshold_grid if config.threshold is None else (config.threshold,)
     with progress.phase("choose threshold", total=len(thresholds)) as choosing:
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import MethodDiverged
-from defense_core.inference import autocast, channels_last, outputs_of
+from defense_core.inference import Precision, autocast, channels_last, images_at_once, outputs_of
 from defense_core.layers import evaluating
 from defense_core.progress import Progress
 from defense_core.selection import permitted_drop
@@ -22,7 +22,7 @@ T = TypeVar("T")
 TEMPERATURES = tuple(0.5 * 1.1**step for step in range(25))
 """Candidates between 0.5 and 5."""
 LEAST_SEEN = 30
-"""Images of a training count as so many, at least: of ten that are all there is, one may be lost and not three."""
+"""Images that are chosen on count as so many, at least: of ten one may be lost and not three, of three none."""
 VIEWS = 6
 """Of each image, by which a drop of accuracy is estimated: itself and augmented ones."""
 
@@ -40,7 +40,7 @@ def chooser(clean: Splits) -> CleanSet:
 
 def choosers(clean: Splits) -> int:
     """How many images :func:`strongest_within` is told that it chooses on."""
-    return len(clean.select) or max(len(clean.fit), LEAST_SEEN)
+    return max(len(clean.select) or len(clean.fit), LEAST_SEEN)
 
 
 def cautious_accuracy(before: Tensor, after: Tensor) -> float:
@@ -72,6 +72,7 @@ def expected_drop(
     progress: Progress,
     views: int = VIEWS,
     temperature: float = 1.0,
+    precision: Precision = "auto",
 ) -> float:
     """How much accuracy ``candidate`` is expected to lose against ``given``, by the given model's own probabilities.
 
@@ -85,17 +86,18 @@ def expected_drop(
         data: images that the candidate was not trained on.
         views: the images themselves and so many less one augmented views of each.
         temperature: by which the given model's logits are divided.
+        precision: see :class:`defense_core.loop.Tuning`.
 
     Returns:
         A difference of accuracies in [0, 1].
     """
     images, generator = data.images.to(device), torch.Generator().manual_seed(seed)
-    context = autocast(given, "auto", device)
+    context = autocast(given, precision, device)
     total = 0.0
     with evaluating(given), evaluating(candidate), progress.phase("expected drop", total=views) as phase:
         for view in range(views):
-            for part in (images if view == 0 else task.augmented(images, generator)).split(512):
-                inputs = channels_last(task.inputs(part))
+            for part in images.split(images_at_once(images)):
+                inputs = channels_last(task.inputs(part if view == 0 else task.augmented(part, generator)))
                 with context():
                     outputs, answers = given(inputs), candidate(inputs)
                 known = (outputs.float() / temperature).softmax(-1)
@@ -131,7 +133,6 @@ def strongest_within(
     reference: float,
     max_drop: float,
     images: int,
-    patience: int = 1,
 ) -> tuple[float, T, list[dict[str, float | None]]]:
     """The declared rule for every hyper-parameter that trades accuracy for removal.
 
@@ -147,8 +148,6 @@ def strongest_within(
         reference: accuracy of the unpurified model on the same images.
         max_drop: permitted drop, in [0, 1].
         images: size of the select split.
-        patience: candidates in a row that may cost too much before the rest are left untried;
-            above 1 for a method that is not gentlest at its weakest.
 
     Returns:
         The strength, what was made at it, and one row per trial; ``accuracy`` is ``None``
@@ -162,9 +161,8 @@ def strongest_within(
     chosen = first
     reached, made = attempt(first)
     trials: list[dict[str, float | None]] = [{"strength": first, "accuracy": reached}]
-    failures = int(reference - reached > allowed)
     for strength in others:
-        if failures >= patience:
+        if reference - reached > allowed:
             break
         try:
             reached, candidate = attempt(strength)
@@ -172,8 +170,7 @@ def strongest_within(
             trials.append({"strength": strength, "accuracy": None})
             break
         trials.append({"strength": strength, "accuracy": reached})
-        failures = failures + 1 if reference - reached > allowed else 0
-        if not failures:
+        if reference - reached <= allowed:
             chosen, made = strength, candidate
     return chosen, made, trials
 

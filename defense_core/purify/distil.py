@@ -86,7 +86,7 @@ def purify(
     teacher = Teacher(first.model)
 
     def change(network: nn.Module) -> float:
-        return -expected_drop(first.model, network, chooser(clean), **shared)
+        return -expected_drop(first.model, network, chooser(clean), precision=config.precision, **shared)
 
     def distilled(factor: float) -> tuple[float, tuple[float, nn.Module, list[HistoryRow], list[Tensor]]]:
         ratio = min(first.n * factor, 1.0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from defense_core.calls import few_inputs, recorded, used_head
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
-from defense_core.inference import accuracy, channels_last
+from defense_core.inference import accuracy, channels_last, images_at_once
 from defense_core.layers import evaluating, linear_head
 from defense_core.loop import finished, working_copy
 from defense_core.progress import Progress
@@ -115,7 +115,7 @@ def mean_inputs(model: nn.Module, head: nn.Linear, data: CleanSet, *, task: Task
     """Mean over ``data`` of each input of ``head``, (D,), eval mode."""
     total = torch.zeros(head.in_features, dtype=torch.float64, device=device)
     with recorded({"head": head}) as seen, evaluating(model):
-        for images, _ in data.batches(512):
+        for images, _ in data.batches(images_at_once(data.images)):
             model(channels_last(task.inputs(images.to(device))))
             total += seen.taken("head").detach().flatten(0, -2).double().sum(0)
     return total / len(data)

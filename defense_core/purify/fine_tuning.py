@@ -50,6 +50,8 @@ class FineTuningConfig:
         require(bool(self.lr_grid) and min(self.lr_grid) > 0, "lr_grid", "positive rates", self.lr_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
         require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
+        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
+        require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
 
 
 def purify(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.curvature import Kind, fisher_diagonal, random_sign_trace
 from defense_core.data import CleanSet, Splits
+from defense_core.errors import MethodDiverged
 from defense_core.inference import channels_last
 from defense_core.loop import finished
 from defense_core.per_sample import samples_apart
@@ -76,6 +77,7 @@ def purify(
 
     Raises:
         MethodDiverged: a loss or weight became NaN or Inf.
+        MethodNotApplicable: a BatchNorm layer keeps no running statistics.
         Cancelled: a stop was requested.
     """
     inputs, targets = measured_samples(clean.fit, config, task=task, seed=seed, device=device)
@@ -99,7 +101,11 @@ def purify(
 def trace_term(
     data: CleanSet, config: FIPConfig, *, task: Task, generator: torch.Generator, device: torch.device | str
 ) -> TraceTerm:
-    """Differentiable estimate of Tr F on augmented samples of ``data``, drawn freshly from ``generator``."""
+    """Differentiable estimate of Tr F on augmented samples of ``data``, drawn freshly from ``generator``.
+
+    Of the true Fisher the value is unbiased, and the gradient is that at the labels drawn: how the labels' own
+    distribution moves with the weights is left out.
+    """
     data = data.to(device)
 
     def term(model: nn.Module) -> Tensor:
@@ -120,10 +126,18 @@ def trace_term(
 
 @torch.no_grad()
 def sampled_labels(outputs: Tensor, task: Task, generator: torch.Generator) -> Tensor:
-    """One label a sample from the model's prediction, ``p(k) = exp(-loss_k)``, int64 (N,)."""
+    """One label a sample from the model's prediction, ``p(k) = exp(-loss_k)``, int64 (N,).
+
+    Raises:
+        MethodDiverged: the outputs are not finite.
+    """
     count = len(outputs)
     columns = [task.losses(outputs, torch.full((count,), k, device=outputs.device)) for k in range(task.num_classes)]
     probabilities = torch.exp(-torch.stack(columns, dim=1)).cpu()
+    if not torch.isfinite(probabilities).all():
+        raise MethodDiverged(
+            "no label can be drawn", expected="finite outputs", got="NaN or Inf", hint="Lower the rate"
+        )
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(outputs.device)
 
 

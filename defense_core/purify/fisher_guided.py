@@ -101,6 +101,7 @@ class FisherGuidedConfig:
         require(self.trace_batch >= 1, "trace_batch", "1 or more", self.trace_batch)
         require(self.retain_images >= 1, "retain_images", "1 or more", self.retain_images)
         require(self.lr is None or self.lr >= 0, "lr", "0 or more, or null", self.lr)
+        require(bool(self.taught_lr) or self.lr != 0, "lr", "positive where taught_lr is 0, or null", self.lr)
         require(bool(self.lr_grid) and min(self.lr_grid) > 0, "lr_grid", "positive rates", self.lr_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
         require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
@@ -203,7 +204,7 @@ def minimise(
             **shared,
         )
         network, more = aim.folded()
-        change = -expected_drop(given, network, chooser(clean), **shared)
+        change = -expected_drop(given, network, chooser(clean), precision=config.precision, **shared)
         return _Descent(network, change, rows, {"eta_f": eta_f, "eta_r": eta_r, "trace_before": trace, **more})
 
     def begun(factor: float) -> tuple[float, _Descent]:
@@ -211,8 +212,11 @@ def minimise(
         if first is not None:
             start, masks = first.zeroed(min(first.n * factor, 1.0))
             found = {"n": min(first.n * factor, 1.0), "n_trials": first.trials, **first.counts(masks)}
-        if not config.taught_lr or not config.epochs:
+        if not config.epochs or (first is None and not config.taught_lr):
             return 0.0, _Descent(start, 0.0, [], found)
+        if not config.taught_lr:
+            change = -expected_drop(given, start, chooser(clean), precision=config.precision, **shared)
+            return change, _Descent(start, change, [], found)
         rate = config.taught_lr * (1.0 if has_batch_norm(given) else WITHOUT_NORM)
         made = descended(start, rate, f"factor={factor:g}", taught=True)
         return made.change, replace(made, facts=found | made.facts)
@@ -225,7 +229,7 @@ def minimise(
 
     within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
     # With nothing zeroed or learnt every candidate is the same.
-    factors = config.n_factors if first is not None and config.taught_lr else (min(config.n_factors),)
+    factors = config.n_factors if first is not None and config.taught_lr else (1.0,)
     _, beginning, factor_trials = within(factors, begun)
     rates = config.lr_grid if config.lr is None else (config.lr,)
     if config.taught_lr and config.lr is None:

@@ -8,6 +8,7 @@ unit's kernels, one an input channel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from defense_core.errors import MethodNotApplicable
-from defense_core.layers import classifier_head, evaluating, first_argument, unit_layers
+from defense_core.errors import MethodDiverged, MethodNotApplicable
+from defense_core.layers import classifier_head, evaluating, first_argument, own_parameters, unit_layers
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 Sites = Literal["norm", "auto", "all"]
 Granularity = Literal["unit", "kernel"]
+JUMP = 1e6
+"""A mask that moves so far in one step was not trained but thrown."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,40 @@ class Mask(nn.Module):
         return weight * _broadcast(self.values, weight)
 
 
+class Reach:
+    """How far masks were moved before they were clamped: one that is thrown was not trained.
+
+    Args:
+        values: of the masks, looked at where they are.
+
+    Attributes:
+        farthest: largest absolute value so far, a scalar; for checkpoints.
+    """
+
+    def __init__(self, values: Sequence[Tensor], device: torch.device | str) -> None:
+        self._values = values
+        self.farthest = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def note(self) -> None:
+        """Look at the masks as they are."""
+        self.farthest.copy_(torch.stack([self.farthest, *(each.abs().max() for each in self._values)]).max())
+
+    def require_trained(self, method: str) -> None:
+        """Raises MethodDiverged for masks that jumped, or are NaN."""
+        if not float(self.farthest) < JUMP:
+            raise MethodDiverged(
+                f"{method}'s masks diverged",
+                expected=f"masks that move less than {JUMP:g} a step",
+                got=f"{float(self.farthest):g}",
+                hint="Lower its learning rate",
+            )
+
+
 def mask_sites(
     model: nn.Module, inputs: Tensor, *, sites: Sites = "auto", granularity: Granularity = "unit"
 ) -> list[MaskSite]:
-    """Tensors that carry a mask, in module order.
+    """Tensors that carry a mask, in module order: none that several modules share.
 
     Args:
         inputs: a batch of normalised inputs; one forward pass shows which layers a
@@ -72,10 +105,11 @@ def mask_sites(
     Raises:
         MethodNotApplicable: there is nothing to mask.
     """
+    own = own_parameters(model)
     norms = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, NORMS) and module.weight is not None and module.weight.dim() == 1
+        if isinstance(module, NORMS) and id(module.weight) in own and module.weight.dim() == 1
     }
     units: set[str] = set()
     if sites != "norm":

@@ -54,6 +54,7 @@ def purify(
 
     Raises:
         MethodDiverged: a loss, mask or weight became NaN or Inf.
+        MethodNotApplicable: there is nothing to mask.
         Cancelled: a stop was requested.
     """
     shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
@@ -62,7 +63,8 @@ def purify(
     sites = mask_sites(original, sample, sites=config.sites, granularity=config.granularity)
     floors = depth_schedule(len(sites), alpha=config.alpha, beta=config.beta, depth=config.depth)
     openness = config.eta * task.num_classes / max(len(clean.fit), task.num_classes)
-    closing = _closing(original, clean, config, **shared) if config.ratio != 0 and config.epochs else None
+    closable = any(site.kind == "unit" for site in sites) and config.ratio != 0 and config.epochs
+    closing = _closing(original, clean, config, **shared) if closable else None
 
     given = Teacher(original)
 
@@ -73,7 +75,7 @@ def purify(
         )  # fmt: skip
 
     def change(made: Outcome) -> float:
-        return -expected_drop(original, made.model, chooser(clean), **shared)
+        return -expected_drop(original, made.model, chooser(clean), precision=config.precision, **shared)
 
     weakest = min(config.sparsity_grid) if config.sparsity is None else config.sparsity
 
@@ -96,7 +98,7 @@ def purify(
     within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
     # With nothing closed or learnt every candidate is the same.
     free = closing is not None and config.ratio is None and config.taught_lr
-    factors = config.factors if free else (min(config.factors),)
+    factors = config.factors if free else (1.0,)
     _, (reached, beginning, ratio), factor_trials = within(factors, begun)
     strengths = config.sparsity_grid if config.sparsity is None else (config.sparsity,)
     if config.taught_lr and config.sparsity is None:

@@ -12,22 +12,19 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.distillation import Teacher
-from defense_core.errors import MethodDiverged
 from defense_core.gradient_steps import LossOf
 from defense_core.inference import Precision
 from defense_core.layers import running_statistics
 from defense_core.loop import HistoryRow, Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.choice import require_factors
-from defense_core.purify.masks import Granularity, MaskSite, Sites, attach_masks, fold_masks
+from defense_core.purify.masks import Granularity, MaskSite, Reach, Sites, attach_masks, fold_masks
 from defense_core.purify.statistics import renew_statistics
 from defense_core.purify.unlearning import require_closing
 from defense_core.task import Task
 
 PAPER_DEPTH = 19
 """Masked layers of the paper's ResNet-18, on which its alpha and beta were set."""
-JUMP = 1e6
-"""A mask that moves so far in one step was not trained but thrown."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,8 @@ class NFTConfig:
         require(bool(self.taught_lr or self.lr), "lr", "positive where taught_lr is 0", self.lr)
         require_factors(self.factors, "factors")
         require(self.sparsity is None or self.sparsity >= 0, "sparsity", "0 or more, or null", self.sparsity)
-        grid_fits = bool(self.sparsity_grid) and min(self.sparsity_grid) >= 0
-        require(grid_fits, "sparsity_grid", "weights of 0 or more", self.sparsity_grid)
+        grid_fits = bool(self.sparsity_grid) and min(self.sparsity_grid) > 0
+        require(grid_fits, "sparsity_grid", "positive weights; 0 by itself is sparsity=0", self.sparsity_grid)
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
         require_closing(self)
         require(self.eta >= 0, "eta", "0 or more", self.eta)
@@ -166,7 +163,7 @@ def train_masks(
     follow = config.statistics == "batch" and not taught
     masked = working_copy(original, device)
     masks = attach_masks(masked, sites, starts)
-    farthest = torch.zeros((), device=device)
+    reach = Reach([mask.values for mask in masks], device)
 
     def step(network: nn.Module, loss_of: LossOf) -> Tensor:
         with running_statistics(network, frozen=not follow):
@@ -180,7 +177,7 @@ def train_masks(
 
     @torch.no_grad()
     def clamp() -> None:
-        farthest.copy_(torch.stack([farthest, *(mask.values.abs().max() for mask in masks)]).max())
+        reach.note()
         for mask, floor in zip(masks, floors, strict=True):
             mask.values.clamp_(floor, config.ceiling)
 
@@ -207,15 +204,9 @@ def train_masks(
         teacher=teacher,
         fixed_statistics=taught,
         after_step=clamp,
-        kept={"farthest": farthest},
+        kept={"farthest": reach.farthest},
     )
-    if not float(farthest) < JUMP:
-        raise MethodDiverged(
-            "NFT's masks diverged",
-            expected=f"masks that move less than {JUMP:g} a step",
-            got=f"{float(farthest):g}",
-            hint="Lower its learning rate",
-        )
+    reach.require_trained("NFT")
     values = [mask.values.detach() for mask in masks]
     folded = working_copy(original, device)
     fold_masks(folded, sites, values)

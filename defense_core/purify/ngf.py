@@ -131,8 +131,9 @@ def _choose_layers(model: nn.Module, clean: Splits, run: Run) -> tuple[nn.Module
 
 def _change(model: nn.Module, tuned: nn.Module, clean: Splits, run: Run) -> float:
     return -expected_drop(
-        model, tuned, chooser(clean), task=run.task, seed=run.seed, device=run.device, progress=run.progress
-    )
+        model, tuned, chooser(clean), task=run.task, seed=run.seed, device=run.device, progress=run.progress,
+        precision=run.config.precision,
+    )  # fmt: skip
 
 
 METHOD = Method(

@@ -18,13 +18,12 @@ from defense_core.purify.statistics import renew_statistics
 
 
 def last_layers(model: nn.Module, run: Run) -> list[str]:
-    """Names of the hidden convolutions and linear layers that run once, in order, then the head's."""
+    """Names of the hidden convolutions and linear layers that run once, in call order, and the head's."""
     modules = dict(model.named_modules())
     names = [layer.name.removesuffix(".weight") for layer in unit_layers(model, scope="all")]
     hidden = {name: modules[name] for name in names if name in modules and has_rule(modules[name])}
     head = linear_head(model, method=NAME)
-    called = once_per_sample(model, hidden, few_inputs(run.data, task=run.task, device=run.device))
-    once = [name for name in hidden if name in called]
+    once = list(once_per_sample(model, hidden, few_inputs(run.data, task=run.task, device=run.device)))
     if not once:
         raise MethodNotApplicable(
             "there is no hidden layer to tune",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_core.calls import recorded
-from defense_core.inference import autocast, channels_last
+from defense_core.inference import autocast, channels_last, images_at_once
 from defense_core.layers import evaluating, linear_head
 from defense_core.loop import HistoryRow
 from defense_core.purify.natural_step import Damping, head_step, sample_weights, true_head_step
@@ -25,7 +25,7 @@ def cached_features(model: nn.Module, run: Run) -> list[Tensor]:
     with recorded({"head": head}) as seen, evaluating(model), run.progress.phase("features", run.config.views) as phase:
         for _ in range(run.config.views):
             parts = []
-            for batch in torch.arange(len(run.data)).split(512):
+            for batch in torch.arange(len(run.data)).split(images_at_once(run.data.images)):
                 images = run.task.augmented(run.data.images[batch.to(run.device)], generator)
                 with context():
                     model(channels_last(run.task.inputs(images)))
@@ -45,8 +45,13 @@ def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
     start = torch.cat([head.weight.detach(), _bias(head).unsqueeze(1)], 1).double()
     theta = torch.zeros_like(start) if config.part == "fresh_head" else start.clone()
     mask = torch.ones(head.in_features, dtype=torch.float64, device=start.device)
-    held, begun = torch.zeros_like(start), torch.zeros((), dtype=torch.bool)
     damping, bias = Damping(config.damping), 0.0 if head.bias is None else 1.0
+    held = torch.zeros_like(start)
+    if held_back:  # of the classifier that came in, on all images
+        H = F.pad(views[0], (0, 1), value=bias)
+        losses, E = _errors(H @ start.T, run.data.labels, run.task)
+        require_finite(losses)
+        held = config.eta * E.square().T @ H.square() / len(H)
 
     def logits(H: Tensor) -> Tensor:
         return (H * F.pad(mask, (0, 1), value=1.0)) @ theta.T
@@ -59,9 +64,6 @@ def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
             rows = H[:, :-1] * (E @ theta[:, :-1])
             mask.sub_(rate * rows.T @ sample_weights(rows @ rows.T, damping=damping)).clamp_(0, 1)
             return losses
-        if not begun:  # at the first step: the classifier that came in
-            held.copy_((config.eta if held_back else 0.0) * E.square().T @ H.square() / len(H))
-            begun.fill_(True)
         residual = held * (theta - start)
         if config.fisher == "true":
             right = E.T @ H / len(H) + residual
@@ -77,7 +79,7 @@ def tune_on_features(model: nn.Module, run: Run) -> list[HistoryRow]:
         run,
         f"natural {config.part}",
         lambda b, e, r: step(b, views[e % len(views)], r),
-        kept={"theta": theta, "mask": mask, "held": held, "begun": begun, "damping": damping.first},
+        kept={"theta": theta, "mask": mask, "damping": damping.first},
     )
     with torch.no_grad():
         head.weight.copy_(theta[:, :-1] * mask)

@@ -164,7 +164,7 @@ def passes(run: Run, name: str, step: Callable[[Tensor, int, float], Tensor], *,
                 require_finite(losses)
                 total.add_(float(losses.mean()))
                 course.step()
-                phase.advance(loss=float(total) / each)
+                phase.advance(loss=float(total) / (course.done - epoch * each))
             row = {"phase": name, "step": epoch + 1, "loss": float(total) / each, "lr": rate(course.done - 1)}
             course.history.append(row)
         return course.finish()

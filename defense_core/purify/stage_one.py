@@ -58,6 +58,7 @@ class StageOneConfig:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
         require(self.n is None or 0 <= self.n < 1, "n", "in [0, 1), or null", self.n)
         require(bool(self.n_grid) and all(0 <= n < 1 for n in self.n_grid), "n_grid", "ratios in [0, 1)", self.n_grid)
         require(0 < self.stage1_keep <= 1, "stage1_keep", "in (0, 1]", self.stage1_keep)

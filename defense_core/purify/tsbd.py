@@ -83,6 +83,7 @@ class TSBDConfig(StageOneConfig):
         require(0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
         require(self.epochs >= 0, "epochs", "0 or more", self.epochs)
         require(self.min_steps >= 0, "min_steps", "0 or more", self.min_steps)
+        require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         require(self.r > 0, "r", "a positive length", self.r)
         require(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
 
@@ -118,7 +119,7 @@ def purify(
     def repaired(ratio: float, lr: float) -> tuple[float, _Repaired]:
         network, masks = first.zeroed(ratio)
         rows = repair(network, clean.fit, config, lr=lr, name=f"repair n={ratio:g} lr={lr:g}", **shared)
-        change = -expected_drop(first.model, network, chooser(clean), **shared)
+        change = -expected_drop(first.model, network, chooser(clean), precision=config.precision, **shared)
         return change, _Repaired(network, change, rows, masks)
 
     within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)

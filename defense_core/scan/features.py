@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.curvature import fisher_diagonal
 from defense_core.data import CleanSet
-from defense_core.errors import ConfigError, MethodDiverged
-from defense_core.inference import channels_last
+from defense_core.errors import ConfigError, MethodDiverged, MethodNotApplicable
+from defense_core.inference import channels_last, images_at_once
 from defense_core.layers import unit_layers
 from defense_core.loop import working_copy
 from defense_core.purify.unlearning import unlearning_changes
 from defense_core.purify.zeroing import neuron_weight_change
 from defense_core.scan.base import Observation, Subject, unmeasured
 from defense_core.spectrum import Operator, hessian, top_eigenvalue
-from defense_core.universal import PIXELS_AT_ONCE
 
 SMALLEST = 1e-12
 """A curvature below it counts as it: its logarithm says nothing more."""
@@ -167,14 +166,14 @@ def curvature(subject: Subject, config: CurvatureConfig = CurvatureConfig()) -> 
     try:
         trace = scaled_trace(subject, model, images.subset(_spread(images, config.images)), names)
         with subject.progress.phase("curvature: Hessian", total=config.products) as phase:
-            fitting = max(1, PIXELS_AT_ONCE // (images.images.shape[-1] * images.images.shape[-2]))
-            few = images.subset(_spread(images, min(config.hessian_images, fitting)))
+            fitting = images_at_once(images.images, config.hessian_images)
+            few = images.subset(_spread(images, fitting))
             operator, size = scaled_hessian(subject, model, few, names, advance=phase.advance)
             found = top_eigenvalue(
                 operator, size, generator=subject.generator(), device=subject.device,
                 max_iterations=config.products, tolerance=config.tolerance,
             )  # fmt: skip
-    except ConfigError as error:  # a BatchNorm without running statistics: no sample has a loss of its own
+    except MethodNotApplicable as error:  # a BatchNorm without running statistics: no sample has a loss of its own
         return unmeasured("curvature", str(error))
     # Lanczos ends so on products that are not finite.
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]

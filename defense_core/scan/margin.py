@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from defense_core.config import require
+from defense_core.inference import PIXELS_AT_ONCE
 from defense_core.scan.base import Observation, Subject, outlying, shortlist
-from defense_core.universal import PIXELS_AT_ONCE
 
 FLOOR = 0.5
 """Added to the robust deviation of the log margins: about the deviation between the classes of a clean model (0.3 to

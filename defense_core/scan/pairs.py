@@ -18,6 +18,7 @@ from torch import Tensor
 
 from defense_core.config import require
 from defense_core.data import CleanSet
+from defense_core.inference import images_at_once
 from defense_core.progress import Phase
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, outlying, unmeasured
 from defense_core.scan.inversion import Descent, Inversion, Patches
@@ -101,7 +102,8 @@ def _pools(subject: Subject, clean: CleanSet, sources: list[int]) -> dict[int, T
     """Indices of the images of each source that the model classifies correctly; of all of them where it fails."""
     labels = clean.labels.cpu()
     with torch.no_grad():
-        right = torch.cat([subject.logits(part.float() / 255).argmax(1).cpu() for part in clean.images.split(256)])
+        parts = clean.images.split(images_at_once(clean.images, 256))
+        right = torch.cat([subject.logits(part.float() / 255).argmax(1).cpu() for part in parts])
     pools = {}
     for source in sources:
         members = labels == source

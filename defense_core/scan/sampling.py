@@ -7,8 +7,8 @@ from torch import Tensor
 
 from defense_core.data import CleanSet
 from defense_core.errors import DataError
+from defense_core.inference import PIXELS_AT_ONCE
 from defense_core.scan.base import DRAWS, Subject
-from defense_core.universal import PIXELS_AT_ONCE
 
 ADAM_BETAS = (0.5, 0.9)
 """Of Neural Cleanse: short memory, because the balance of its two terms moves all the time."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from defense_core.calls import Recorded, recorded
 from defense_core.config import require
+from defense_core.inference import images_at_once
 from defense_core.layers import classifier_head
 from defense_core.progress import Phase
 from defense_core.scan.base import Observation, Subject, outlying, shortlist, unmeasured
@@ -81,7 +82,7 @@ def subspace(subject: Subject, config: SubspaceConfig = SubspaceConfig()) -> Obs
             DETECTOR, "it has no last layer whose input could be read" if head is None else "there are no images"
         )
     with recorded({HEAD: head}) as seen, torch.no_grad():
-        parts = images.images.to(subject.device).split(256)
+        parts = images.images.to(subject.device).split(images_at_once(images.images, 256))
         outputs = torch.cat([subject.logits(part.float() / 255) for part in parts])
         features = _read(seen)
     if features.dim() != 2 or len(features) != len(images):

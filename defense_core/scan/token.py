@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet
+from defense_core.inference import images_at_once
 from defense_core.progress import Phase
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, outlying, shortlist, unmeasured
 from defense_core.scan.sampling import Adam, drawn, ease, halves, items_at_once, others
@@ -150,7 +151,8 @@ def grid(height: int, width: int, size: tuple[int, int], *, device: torch.device
 
 @torch.no_grad()
 def _classes(subject: Subject, search: CleanSet) -> tuple[int, ...]:
-    logits = torch.cat([subject.logits(part.float() / 255) for part in search.images.split(256)])
+    parts = search.images.split(images_at_once(search.images, 256))
+    logits = torch.cat([subject.logits(part.float() / 255) for part in parts])
     return shortlist(ease(logits, search.labels.to(logits.device)).tolist())
 
 

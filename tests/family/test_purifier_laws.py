@@ -303,6 +303,26 @@ def test_any_batch_size(name: str, size: int) -> None:
     assert is_finite(run(name, NETWORKS["small_cnn"](), config=cheap(name, batch_size=size)).model)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        (name, field, value)
+        for name, method in METHODS.items()
+        for field, value in (("batch_size", 0), ("weight_decay", -1.0))
+        if field in {each.name for each in dataclasses.fields(method.config)}
+    ],
+)
+def test_what_no_training_can_run_with_is_refused_before_one(name: str, field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        METHODS[name].config(**{field: value})
+
+
+@every_method
+def test_weights_of_another_type_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"float32 weights.*float64"):
+        run(name, NETWORKS["small_cnn"]().double(), config=cheap(name))
+
+
 @every_network
 @every_method
 def test_a_single_sample_per_class(name: str, network: str) -> None:

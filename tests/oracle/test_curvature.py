@@ -30,6 +30,7 @@ class Branched(nn.Module):
         self.norm = nn.BatchNorm2d(4)
         self.relu = nn.ReLU(inplace=True)
         self.grouped = nn.Conv2d(4, 4, (3, 1), groups=2, bias=False)
+        self.same = nn.Conv2d(4, 4, (3, 2), padding="same", dilation=2)
         self.mirrored = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
         self.twice = nn.Linear(4, 4)
         self.scale = nn.Parameter(torch.randn(4))
@@ -39,7 +40,7 @@ class Branched(nn.Module):
         self.functional = nn.Linear(4, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.grouped(self.relu(self.norm(self.first(images))))
+        x = self.same(self.grouped(self.relu(self.norm(self.first(images)))))
         x = self.mirrored(x).mean((2, 3)) * self.scale
         x = self.hidden(torch.tanh(self.tied(self.twice(torch.tanh(self.twice(x))))))
         return self.functional(x) + nn.functional.linear(x, self.functional.weight)
@@ -140,7 +141,8 @@ def test_rules_cover_ordinary_layers_and_leave_out_what_they_cannot_see() -> Non
     owners = per_sample._owners(model, [key for key, _ in model.named_parameters()])
     with samples_apart(model):
         kept = per_sample._trustworthy(model, owners, (inputs, targets, torch.ones(len(inputs))), losses)
-    assert {"first.weight", "first.bias", "norm.weight", "grouped.weight", "functional.bias"} <= set(kept)
+    ruled = {"first.weight", "first.bias", "norm.weight", "grouped.weight", "same.weight", "same.bias"}
+    assert ruled | {"functional.bias"} <= set(kept)
     assert not {"twice.weight", "tied.weight", "functional.weight"} & set(kept)
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from defense_core import inference
 from defense_core.architectures import build
-from defense_core.data import CleanSet, Splits
+from defense_core.data import CleanSet, Splits, split_clean_set
 from defense_core.distillation import TEMPERATURE, Teacher, distillation
 from defense_core.loop import Tuning, tune, working_copy
 from defense_core.progress import NullProgress
-from defense_core.purify import distil, stage_one
+from defense_core.purify import METHODS, choice, distil, stage_one
 from defense_core.purify.choice import calibrating_temperature, expected_drop
 from defense_core.purify.distil import DistilConfig
 from defense_core.task import ImageClassification
@@ -217,6 +218,38 @@ def test_the_expected_drop_is_the_mean_of_what_each_changed_answer_costs() -> No
     assert found == pytest.approx(total / len(data), rel=1e-4)
     assert found > 0
     assert expected_drop(given, given, data, **COMMON) == 0
+
+
+def test_large_images_are_looked_at_few_at_a_time_and_augmented_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inference.images_at_once(torch.zeros(1, 3, 32, 32)) == 512
+    assert inference.images_at_once(torch.zeros(1, 3, 4000, 4000)) == 1
+    sizes, given, data = [], linear(0), clean(40)
+    handle = given.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    whole = expected_drop(given, linear(3), data, **COMMON, views=1)
+    monkeypatch.setattr(inference, "PIXELS_AT_ONCE", 7 * 64)
+    few = expected_drop(given, linear(3), data, **COMMON, views=1)
+    expected_drop(given, given, data, **COMMON, views=3)
+    assert len(inference.correct(given, data, task=TASK, device="cpu")) == len(data)
+    handle.remove()
+    assert few == pytest.approx(whole, rel=1e-6)
+    assert sizes[0] == 40
+    assert max(sizes[1:]) == 7
+
+
+def test_the_strength_is_decided_in_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def recording(model: nn.Module, precision: inference.Precision, device: object) -> object:
+        asked.append(precision)
+        return inference.autocast(model, precision, str(device))
+
+    monkeypatch.setattr(choice, "autocast", recording)
+    for name in ("tsbd", "distil", "fip", "nft", "ngf"):
+        config = METHODS[name].config(epochs=1, precision="fp32")
+        METHODS[name].function(network(), split_clean_set(clean(60), seed=0, report=0.0), config, **COMMON)
+        assert asked, name
+        assert set(asked) == {"fp32"}, name
+        asked.clear()
 
 
 def test_the_expected_drop_is_the_drop_where_the_given_model_is_calibrated() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from defense_core.architectures import build
 from defense_core.curvature import fisher_diagonal
 from defense_core.data import CleanSet, Splits, split_clean_set
-from defense_core.errors import ConfigError
+from defense_core.errors import ConfigError, MethodDiverged, MethodNotApplicable
 from defense_core.layers import frozen_statistics
 from defense_core.per_sample import per_sample_gradients, samples_apart
 from defense_core.progress import NullProgress
@@ -314,7 +315,7 @@ def test_only_shifts_and_norms_move(norms: bool) -> None:
 
 @pytest.mark.parametrize("method", ["fip", "fast_fip"])
 def test_zeroed_start_is_stage_one_of_tsbd_and_its_fisher_is_taken_there(method: str) -> None:
-    model, parts = network(), splits()
+    model, parts = network(), splits(96)
     still = {"epochs": 1, "min_steps": 0, "taught_lr": 0.0, "lr": 1e-12, "n_factors": (1.0,)}
     config = METHODS[method].config(**still, **{"norms": False} if method == "fast_fip" else {"weight_decay": 0.0})
     result = METHODS[method].function(model, parts, config, task=TASK, seed=0, device="cpu", progress=NullProgress())
@@ -423,6 +424,7 @@ def test_zero_epochs_return_the_same_bytes_and_the_input_is_untouched(method: st
         ({"trace_every": 0}, "trace_every"),
         ({"trace_batch": 0}, "trace_batch"),
         ({"lr": -0.1}, "lr"),
+        ({"lr": 0.0, "taught_lr": 0.0}, "lr"),
         ({"lr_grid": ()}, "lr_grid"),
         ({"max_trace_norm": 0.0}, "max_trace_norm"),
         ({"epochs": -1}, "epochs"),
@@ -459,3 +461,28 @@ def test_trace_of_what_is_trained_is_exact_plus_signs() -> None:
     draws = torch.stack([term(model).detach() for _ in range(100)])
     exact = float(sum(value.sum() for value in fisher.values()))
     assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / 10
+
+
+def test_without_running_statistics_it_does_not_apply_and_other_methods_may() -> None:
+    model = network()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.running_var = None
+    with pytest.raises(MethodNotApplicable, match="curvature"):
+        run("fip", model, epochs=1, min_steps=0)
+
+
+def test_labels_of_a_network_that_left_the_finite_are_a_divergence() -> None:
+    outputs = torch.tensor([[0.0, 1.0, 2.0], [0.0, math.nan, 0.0]])
+    with pytest.raises(MethodDiverged, match="no label"):
+        fip.sampled_labels(outputs, TASK, torch.Generator().manual_seed(0))
+
+
+def test_what_zeroing_alone_costs_is_measured_and_no_factor_multiplies_it() -> None:
+    model, parts = network(), splits(96)
+    config = fip.FIPConfig(epochs=1, min_steps=0, taught_lr=0.0, lr=1e-12, n_factors=(2.0, 3.0))
+    facts = fip.purify(model, parts, config, task=TASK, seed=0, device="cpu", progress=NullProgress()).facts
+    (trial,) = facts["factor_trials"]
+    assert trial["strength"] == 1.0
+    assert trial["accuracy"] < 0, "zeroing changed answers"
+    assert facts["n"] in [each["strength"] for each in facts["n_trials"]]

@@ -187,6 +187,30 @@ def test_masks_respect_the_clamp_and_biases_stay() -> None:
             assert torch.equal(after[name], before[name])
 
 
+def test_masks_on_scales_alone_close_nothing_and_search_for_nothing() -> None:
+    _, _, facts = run(sites="norm", ratio=None, taught_lr=0.1, sparsity=1e-3)
+    assert (facts["ratio"], facts["ratio_trials"]) == (0.0, [])
+    assert len(facts["factor_trials"]) == 1  # type: ignore[arg-type]
+
+
+def test_a_ratio_that_was_asked_for_is_taken_as_it_is() -> None:
+    _, _, facts = run(ratio=0.1, factors=(2.0, 4.0), taught_lr=0.1)
+    assert facts["ratio"] == 0.1
+
+
+def test_a_scale_that_two_normalisations_share_carries_no_mask() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.own = nn.BatchNorm2d(1), nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+            self.other.weight = self.one.weight
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.own(self.other(self.one(images))).mean((2, 3))
+
+    assert [site.name for site in mask_sites(Shared(), inputs(), sites="norm")] == ["own.weight"]
+
+
 def test_masks_beyond_one_are_pulled_back() -> None:
     # Without a loss that holds them, masks end at 1 from either side, whatever the ceiling.
     means = [

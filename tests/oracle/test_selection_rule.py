@@ -63,9 +63,16 @@ def test_each_view_of_an_image_counts_as_one_in_the_bound():
     assert chosen == [2.0, 1.0], "two of 20 images, but 12 of 120 views"
 
 
-def test_ten_images_that_are_all_there_is_may_lose_one():
+def test_of_ten_images_one_may_be_lost_and_of_three_none():
     ten = CleanSet(torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10), 10)
-    nothing = ten.subset(torch.tensor([], dtype=torch.int64))
+    nothing, one = ten.subset(torch.tensor([], dtype=torch.int64)), ten.subset(torch.arange(1))
+    forty = ten.subset(torch.arange(40) % 10)
     assert choosers(Splits(ten, nothing, nothing)) == 30
-    assert choosers(Splits(ten, ten, nothing)) == 10
-    assert choosers(Splits(ten, ten.subset(torch.arange(4)), nothing)) == 4
+    assert choosers(Splits(ten, ten, nothing)) == 30
+    assert choosers(Splits(forty, nothing, nothing)) == 40
+    assert choosers(Splits(ten, forty, nothing)) == 40
+    chosen, _, _ = strongest_training(
+        (1.0, 2.0), lambda each: (1.0 if each == 1 else 0.0, each), clean=Splits(ten, one, nothing), reference=1.0,
+        max_drop=0.03,
+    )  # fmt: skip
+    assert chosen == 1.0, "the only image that was kept back is lost at 2"

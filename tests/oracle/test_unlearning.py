@@ -15,8 +15,11 @@ from defense_core.inference import channels_last
 from defense_core.layers import unit_layers
 from defense_core.loop import working_copy
 from defense_core.progress import NullProgress
-from defense_core.purify import METHODS, nft, ngf
+from defense_core.purify import METHODS, nft, ngf, ngf_head
 from defense_core.purify.masks import attach_masks, mask_sites
+from defense_core.purify.natural_step import head_step
+from defense_core.purify.ngf_block import last_layers
+from defense_core.purify.ngf_run import Run
 from defense_core.purify.unlearning import SHARE, choose_ratio, closed_weights, unlearning_changes
 from defense_core.task import ImageClassification
 
@@ -183,6 +186,49 @@ def test_ngf_starts_the_last_layers_afresh_behind_closed_units() -> None:
     # Statistics in front of the fresh layers stay: the first norm of the network is such a one.
     first = next(name for name in before if name.endswith("running_mean"))
     assert first not in statistics
+
+
+@pytest.mark.parametrize("batch_size", [4, 1000])
+def test_what_holds_the_classifier_is_the_fisher_of_all_images_where_it_came_in(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def recording(*given: Any, curvature: Tensor, **named: Any) -> Tensor:
+        seen.append(curvature.clone())
+        return head_step(*given, curvature=curvature, **named)
+
+    monkeypatch.setattr(ngf_head, "head_step", recording)
+    data = clean_set()
+    given: Any = small_cnn().eval()
+    config = METHODS["ngf"].config(
+        part="head", eta=0.5, views=1, epochs=1, min_steps=0, batch_size=batch_size, precision="fp32"
+    )
+    nothing = data.subset(torch.arange(0))
+    ngf.purify(given, Splits(data, nothing, nothing), config, task=PLAIN, seed=0, device="cpu", progress=NullProgress())
+    total = torch.zeros(given.linear.out_features, given.linear.in_features + 1)
+    for image, label in zip(data.images, data.labels, strict=True):
+        given.zero_grad()
+        PLAIN.losses(given(PLAIN.inputs(image[None])), label[None]).sum().backward()
+        total += torch.cat([given.linear.weight.grad, given.linear.bias.grad.unsqueeze(1)], 1).square()
+    for found in seen:
+        torch.testing.assert_close(found.float(), 0.5 * total / len(data), rtol=1e-3, atol=1e-6)
+    assert len(seen) == -(-len(data) // min(batch_size, len(data)))
+
+
+def test_the_last_layer_is_the_one_that_is_called_last_wherever_it_is_defined() -> None:
+    class FirstDefinedLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = nn.Linear(4, 6)
+            self.convolution = nn.Conv2d(1, 4, 3)
+            self.linear = nn.Linear(6, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.linear(self.hidden(self.convolution(images).mean((2, 3)).relu()).relu())
+
+    asked = Run(clean_set(), METHODS["ngf"].config(), TASK, 0, "cpu", NullProgress())
+    assert last_layers(FirstDefinedLast(), asked) == ["convolution", "hidden", "linear"]
 
 
 @pytest.mark.parametrize("method", ["nft", "ngf"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense_core.architectures import build, count_parameters, known
+from defense_core.architectures import build, count_parameters, initialise, known
 from defense_core.errors import ArchitectureNotAllowed, ConfigError
 
 NETWORKS = [
@@ -240,3 +240,17 @@ def test_allow_list_refuses_whole_libraries_and_nonsense(entry: str) -> None:
 def test_missing_module_is_typed() -> None:
     with pytest.raises(ArchitectureNotAllowed, match="cannot be imported"):
         build("surely_not_installed_xyz:make", {}, trusted_modules=("surely_not_installed_xyz",))
+
+
+def test_initialising_draws_by_its_seed_and_seeds_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    layers = [nn.Linear(3, 3) for _ in range(3)]
+    before = torch.get_rng_state()
+    for layer, seed in zip(layers, (1, 1, 2), strict=True):
+        initialise(layer, seed)
+    one, other, third = (layer.weight for layer in layers)
+    assert torch.equal(one, other)
+    assert not torch.equal(one, third)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []

@@ -391,3 +391,9 @@ def test_stored_names_are_those_that_are_read_back(tmp_path: Path) -> None:
     same = read.network(lambda: UNet(1, 1, 4), "g")
     assert all(torch.equal(value, same.state_dict()[name]) for name, value in network.state_dict().items())
     assert not any(parameter.requires_grad for parameter in same.parameters())
+
+
+@pytest.mark.parametrize(("count", "steps"), [(128, 3), (129, 3), (130, 6), (5000, 24), (9000, 24)])
+def test_a_schedule_counts_the_steps_that_it_takes(count: int, steps: int) -> None:
+    schedule = Schedule(epochs=3, batch_size=128, images=1000)
+    assert schedule.steps(count) == steps

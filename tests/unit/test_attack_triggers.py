@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from defense_core.attacks import bpp, wanet
 from defense_core.attacks.adaptive_blend import AdaptiveBlend
 from defense_core.attacks.badnets import BadNets
 from defense_core.attacks.blended import Blended
 from defense_core.attacks.bpp import Bpp
 from defense_core.attacks.label_consistent import LabelConsistent, adversarial
+from defense_core.attacks.pixels import BATCH
 from defense_core.attacks.poison import Covered, Planted
 from defense_core.attacks.probe import probe_from_spec
 from defense_core.attacks.sig import Sinusoid
 from defense_core.attacks.wanet import WaNet
 from defense_core.errors import ConfigError
+from defense_core.progress import NullProgress
 from defense_core.task import ImageClassification
 
 SHAPES = [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 32, 32), (3, 9, 11)]
@@ -54,6 +57,22 @@ def test_a_trigger_is_pure_deterministic_and_keeps_shape_and_type(trigger: Any, 
     assert first.shape == images.shape
     assert torch.equal(first, second)
     assert not torch.equal(first, images)
+
+
+@TRIGGERS
+def test_a_large_set_is_changed_a_batch_at_a_time_to_the_same_bytes(trigger: Any) -> None:
+    images = pictures(2 * BATCH + 3, (1, 8, 8))
+    whole = trigger.apply(images)
+    assert torch.equal(whole, torch.cat([trigger.apply(part) for part in images.split(100)]))
+
+
+@pytest.mark.parametrize("trigger", [WaNet(), Bpp()], ids=["wanet", "bpp"])
+def test_cover_is_drawn_alike_whatever_the_batch(trigger: Covered, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures(BATCH + 20, (1, 8, 8))
+    found = trigger.cover(images, 3)
+    for module in (wanet, bpp):
+        monkeypatch.setattr(module, "in_batches", lambda change, whole: change(whole))
+    assert torch.equal(found, trigger.cover(images, 3))
 
 
 @TRIGGERS
@@ -282,7 +301,9 @@ def test_adversarial_images_stay_within_their_bound_and_raise_the_loss() -> None
     labels = torch.arange(40) % 4
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = LabelConsistent(epsilon=8, step=1.5, steps=20)
-    found = adversarial(model, images, labels, config=config, task=TASK, seed=0, device="cpu", batch_size=16)
+    found = adversarial(
+        model, images, labels, config=config, task=TASK, seed=0, device="cpu", progress=NullProgress(), batch_size=16
+    )
     assert found.dtype == torch.uint8
     assert (found.int() - images.int()).abs().max() <= 8
     assert model.training
@@ -293,7 +314,9 @@ def test_adversarial_images_stay_within_their_bound_and_raise_the_loss() -> None
     random = (images.int() + torch.randint(-8, 9, images.shape)).clamp(0, 255).to(torch.uint8)
     assert moved.mean() > clean.mean()
     assert moved.mean() > TASK.losses(model(TASK.inputs(random)), labels).mean()
-    again = adversarial(model, images, labels, config=config, task=TASK, seed=0, device="cpu", batch_size=16)
+    again = adversarial(
+        model, images, labels, config=config, task=TASK, seed=0, device="cpu", progress=NullProgress(), batch_size=16
+    )
     assert torch.equal(found, again)
 
 
@@ -303,12 +326,30 @@ def test_one_step_of_pgd_is_the_signed_gradient() -> None:
     config = LabelConsistent(
         epsilon=200, step=400, steps=1
     )  # so long that the random start does not matter to the sign
-    found = adversarial(model, images, labels, config=replace(config, epsilon=20), task=TASK, seed=0, device="cpu")
+    found = adversarial(
+        model,
+        images,
+        labels,
+        config=replace(config, epsilon=20),
+        task=TASK,
+        seed=0,
+        device="cpu",
+        progress=NullProgress(),
+    )
     assert set((found.int() - 128).unique().tolist()) <= {-20, 20}
 
 
 def test_no_poisoned_image_means_no_adversarial_image() -> None:
     empty = pictures(0, (1, 8, 8))
     labels = torch.empty(0, dtype=torch.int64)
-    found = adversarial(linear_model(), empty, labels, config=LabelConsistent(steps=1), task=TASK, seed=0, device="cpu")
+    found = adversarial(
+        linear_model(),
+        empty,
+        labels,
+        config=LabelConsistent(steps=1),
+        task=TASK,
+        seed=0,
+        device="cpu",
+        progress=NullProgress(),
+    )
     assert found.shape == empty.shape

@@ -79,7 +79,8 @@ class PadsByItself(nn.Conv2d):
     ("layer", "known"),
     [
         (nn.Conv2d(1, 2, 3), True),
-        (nn.Conv2d(1, 2, 3, padding="same"), False),
+        (nn.Conv2d(1, 2, 3, padding="same"), True),
+        (nn.Conv2d(1, 2, (3, 2), padding="same"), False),
         (nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), False),
         (PadsByItself(1, 2, 3), False),
     ],
