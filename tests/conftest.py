@@ -1,4 +1,4 @@
-"""Fixtures that several areas share: a real S3 server on loopback."""
+"""Fixtures that several areas share: a real S3 server on loopback, a backdoored network."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from components._runtime.s3 import S3Settings
+from tests.float32 import in_float32
+from tests.integration.mlflow_stores import mlflow_server, mlflow_sqlite, mlflow_template
 from tests.integration.swift_server import SwiftMissing, SwiftServer
+
+if TYPE_CHECKING:
+    from pipelines.demo import DemoInputs
+
+__all__ = ["mlflow_server", "mlflow_sqlite", "mlflow_template"]
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +31,15 @@ def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SwiftServer]:
         pytest.fail(str(error), pytrace=False)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def digits_victim() -> DemoInputs:
+    """The demo's backdoored digits classifier, trained once a session. No test may change it."""
+    from pipelines.demo import make_inputs
+
+    with in_float32():
+        return make_inputs(seed=0)
 
 
 @pytest.fixture(autouse=True)

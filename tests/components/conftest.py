@@ -9,10 +9,18 @@ import pytest
 import safetensors.torch
 import torch
 
+from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.plan import Plan
 from components._runtime.signing_keys import KeyPair, generate_key_pair
 from tests.finished_chain import Chain, make_chain, make_release
+from tests.integration.mlflow_stores import copied_store
 from tests.small_model import PLAN_OPTIONS, make_inputs
+
+
+@pytest.fixture(scope="module")
+def connection(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> MlflowConnection:
+    """An MLflow store that the tests of a module share."""
+    return copied_store(mlflow_template, tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from components._runtime import registry_tags as tag
 from components._runtime.evidence import write_evidence
 from components._runtime.fleet import folder_versions, registry_versions, report_of_folder
-from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.model_card import MAX_CHARACTERS, model_card
 from components._runtime.promotion import promote
 from components._runtime.registry_prompts import PROMPT_TAG
@@ -161,11 +161,6 @@ def test_a_folder_without_evidence_is_refused(tmp_path: Path) -> None:
 
 
 # -- registry --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def connection(tmp_path_factory: pytest.TempPathFactory) -> MlflowConnection:
-    return connect(MlflowSettings(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"))
 
 
 def register(connection: MlflowConnection, folder: Path, name: str, *, floor: float = 0.5, **scan: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from components._runtime.journal import parent_run
-from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.release import ATTESTATIONS
 from components._runtime.signing_keys import (
     PUBLIC_KEY_VARIABLE,
@@ -31,8 +31,8 @@ DEMANDING = {**POLICY, "require": {"signatures": ["model", "attestations"]}}
 
 
 @pytest.fixture
-def connection(tmp_path: Path) -> MlflowConnection:
-    return connect(MlflowSettings(f"sqlite:///{tmp_path / 'mlflow.db'}"))
+def connection(mlflow_sqlite: MlflowConnection) -> MlflowConnection:
+    return mlflow_sqlite
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from components._runtime import journal
 from components._runtime import registry_tags as tag
 from components._runtime.envelopes import seal, unseal
 from components._runtime.evidence import PROMOTION
-from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.outcome import outcome_of
 from components._runtime.plan import RunSettings, identity_of
 from components._runtime.promotion_files import keep_promotion
@@ -38,11 +38,6 @@ from defense_core.files import sha256_file
 from defense_core.verdict import Verdict
 from tests.finished_chain import Chain, decide_again, make_release
 from tests.small_model import DENYING
-
-
-@pytest.fixture(scope="module")
-def connection(tmp_path_factory: pytest.TempPathFactory) -> MlflowConnection:
-    return connect(MlflowSettings(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from components._runtime import registry_tags as tag
-from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.signing_keys import KeyPair, TrustedSigner
 from components._runtime.statements import Destination
 from components._runtime.verification import Verification
@@ -17,11 +17,6 @@ from defense_core.errors import RegistryConflict, SourceNotFound
 from defense_core.verdict import Verdict
 from tests.finished_chain import Chain, decide_again, make_release
 from tests.small_model import DENYING
-
-
-@pytest.fixture(scope="module")
-def connection(tmp_path_factory: pytest.TempPathFactory) -> MlflowConnection:
-    return connect(MlflowSettings(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"))
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,8 @@ from defense_core.evaluate import evaluate
 from defense_core.progress import NullProgress
 from defense_core.purify import purify
 from defense_core.task import ImageClassification
-from pipelines.demo import TASK, make_inputs
+from pipelines.demo import TASK, DemoInputs
+from tests.float32 import in_float32
 
 TINY_TASK = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,))
 
@@ -90,14 +90,6 @@ def tiny_splits(per_class: int = 8, *, seed: int = 0) -> Splits:
     return Splits(parts.fit, parts.select, Untouchable())  # type: ignore[arg-type]
 
 
-@contextmanager
-def in_float32() -> Iterator[None]:
-    """Without bfloat16, which not every processor multiplies: a comparison must not be of other victims there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("defense_core.inference.NATIVE_BFLOAT16", ())
-        yield
-
-
 @dataclass(frozen=True, eq=False)
 class Planted:
     """A backdoored digits classifier, what a buyer has for cleaning it, and what figures are quoted on."""
@@ -123,7 +115,6 @@ class Planted:
 
 
 @pytest.fixture(scope="session")
-def planted() -> Planted:
-    with in_float32():
-        inputs = make_inputs(seed=0)
-    return Planted(inputs.model, split_clean_set(inputs.clean, seed=0, report=0.0), inputs.test, inputs.probe)
+def planted(digits_victim: DemoInputs) -> Planted:
+    clean = split_clean_set(digits_victim.clean, seed=0, report=0.0)
+    return Planted(digits_victim.model, clean, digits_victim.test, digits_victim.probe)

@@ -1,6 +1,6 @@
 """MLflow for tests: SQLite stores copied from one template, and one real server a session.
 
-Import the fixtures in a ``conftest.py``. A store's migrations take seconds, a copy none.
+``tests/conftest.py`` imports the fixtures. A store's migrations take seconds, a copy none.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,13 +66,18 @@ def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def copied_store(template: Path, folder: Path, **settings: Any) -> MlflowConnection:
+    """A store without a server: a copy of ``template`` in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "mlflow.db"
+    shutil.copyfile(template, path)
+    return connect(MlflowSettings(tracking_uri=f"sqlite:///{path}", **settings))
+
+
 @pytest.fixture
 def mlflow_sqlite(mlflow_template: Path, tmp_path: Path) -> MlflowConnection:
     """A store of the test's own, without a server."""
-    path = tmp_path / "mlflow" / "mlflow.db"
-    path.parent.mkdir()
-    shutil.copyfile(mlflow_template, path)
-    return connect(MlflowSettings(tracking_uri=f"sqlite:///{path}", experiment="tests"))
+    return copied_store(mlflow_template, tmp_path / "mlflow", experiment="tests")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from defense_core.progress import NullProgress
 from defense_core.scan.base import Deadline, OutOfTime, Subject, subject_of
 from defense_core.scan.margin import MarginConfig, log_margins, margin, margins_of
 from defense_core.task import ImageClassification
-from pipelines.demo import TASK, make_inputs
+from pipelines.demo import TASK, DemoInputs
 
 SMALL = MarginConfig(starts=2, steps=4, screening_steps=2)
 
@@ -107,9 +107,8 @@ def test_settings_out_of_range_are_refused(values: dict[str, float]) -> None:
         MarginConfig(**values)  # type: ignore[arg-type]
 
 
-def test_a_planted_backdoor_is_named() -> None:
-    model = make_inputs(seed=0).model
-    subject = subject_of(model, None, task=TASK, seed=0, device="cpu", progress=NullProgress())
+def test_a_planted_backdoor_is_named(digits_victim: DemoInputs) -> None:
+    subject = subject_of(digits_victim.model, None, task=TASK, seed=0, device="cpu", progress=NullProgress())
     observation = margin(subject)
     assert observation.targets[0] == 0
     assert observation.class_scores[0] == max(observation.class_scores)

@@ -20,7 +20,7 @@ from defense_core.scan.transfer import (
     size_residuals,
     transfer_residuals,
 )
-from pipelines.demo import ARCHITECTURE, ARGUMENTS, TASK, _digits, make_inputs
+from pipelines.demo import ARCHITECTURE, ARGUMENTS, TASK, DemoInputs, _digits
 
 FIVE = torch.tensor([(source, target) for source in range(5) for target in range(5) if source != target])
 
@@ -69,8 +69,8 @@ def test_a_column_counts_what_its_patches_do_on_each_others_images() -> None:
     assert scores == pytest.approx((0.0, 0.0, 0.8, 0.0, 0.0))
 
 
-def test_an_all_to_one_backdoor_is_one_column() -> None:
-    inputs = make_inputs(0)
+def test_an_all_to_one_backdoor_is_one_column(digits_victim: DemoInputs) -> None:
+    inputs = digits_victim
     subject = subject_of(
         inputs.model, inputs.clean.subset(torch.arange(100)), task=TASK, seed=0, device="cpu", progress=NullProgress()
     )

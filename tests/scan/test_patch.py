@@ -13,7 +13,7 @@ from defense_core.scan.base import subject_of
 from defense_core.scan.inversion import Patches
 from defense_core.scan.patch import MISS_COST, PatchConfig, _log_size, anomaly_index, patch
 from defense_core.scan.sampling import ADAM_BETAS, Adam, halves
-from pipelines.demo import TASK, make_inputs
+from pipelines.demo import TASK, DemoInputs
 
 
 def test_the_published_index_is_the_distance_below_the_median_in_mads() -> None:
@@ -65,8 +65,8 @@ def test_the_halves_are_disjoint_complete_and_even_in_each_class() -> None:
     assert search.class_counts == judge.class_counts == (4, 4, 4)
 
 
-def test_a_planted_patch_is_found_with_its_target() -> None:
-    inputs = make_inputs(0)
+def test_a_planted_patch_is_found_with_its_target(digits_victim: DemoInputs) -> None:
+    inputs = digits_victim
     subject = subject_of(
         inputs.model, inputs.clean.subset(torch.arange(100)), task=TASK, seed=0, device="cpu", progress=NullProgress()
     )

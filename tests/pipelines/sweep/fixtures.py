@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.mlflow_connection import MlflowConnection
 from defense_core.policy import Policy
 from pipelines.sweep import SweepReport, open_memory, sweep
 from pipelines.sweep_memory import SweepMemory
@@ -22,19 +21,9 @@ from tests.pipelines.sweep.registry import NOW_S, decided, incoming, policy, pol
 RULE = {"models": ["vis*"], "register": "clean", "plan": {"clean": "c.npz", "policy": policy_mapping()}}
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    connect(MlflowSettings(f"sqlite:///{path}")).client.search_experiments(max_results=1)
-    return path
-
-
 @pytest.fixture
-def connection(template: Path, tmp_path: Path) -> MlflowConnection:
-    path = tmp_path / "mlflow" / "mlflow.db"
-    path.parent.mkdir()
-    shutil.copyfile(template, path)
-    return connect(MlflowSettings(f"sqlite:///{path}", experiment="tests"))
+def connection(mlflow_sqlite: MlflowConnection) -> MlflowConnection:
+    return mlflow_sqlite
 
 
 @pytest.fixture
