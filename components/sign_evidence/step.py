@@ -71,6 +71,7 @@ def sign_evidence(
     _require_policy(replayed, policy)
     if key is not None:
         _require_chain(replayed)
+    identity = identity_of_decision(replayed)
     count = 0
     with atomic_directory(out) as folder:
         stage(Parts(Path(onnx) / ONNX_NAME, Path(model), replayed.folder), folder)
@@ -90,7 +91,7 @@ def sign_evidence(
             "source": replayed.decision.subject.source,
             "model": release.bundle_digest,
             "onnx": release.onnx_digest,
-            "policy": identity_of_decision(replayed).policy,
+            "policy": identity.policy,
         },
         results={"signed": signed, "key_id": key.key_id if key is not None else None, "statements": count},
         findings=[Finding("sign.signed", Verdict.PASS, signed, "a key, where the policy demands one", f"{said}.")],

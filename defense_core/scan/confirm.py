@@ -198,7 +198,7 @@ def _tried(
 ) -> Confirmation:
     """Everything but the unlearning, which is for those that stand the rest."""
     hits, labels = success(subject, held_out, trigger)
-    share = float(hits.float().mean()) if len(hits) else 0.0
+    share = int(hits.sum()) / max(1, len(hits))  # exactly: in float32, 27 of 30 are less than 0.9
     sources = {label: hits[labels == label] for label in labels.unique().tolist()}
     sources = {label: each for label, each in sources.items() if len(each) >= MIN_SOURCE_IMAGES}
     masked, square = size_of(trigger, held_out, device=subject.device)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from components._runtime import journal
-from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.plan import RunSettings, identity_of
 from components._runtime.statements import Destination
 from components._runtime.step import failure_record
@@ -22,13 +22,9 @@ from components.gate_promotion.step import gate_promotion
 from components.promote_model.step import promote_model
 from components.report.step import report_run
 from defense_core import errors
+from defense_core.policy import parse_policy
 from tests.finished_chain import Chain, make_release
 from tests.small_model import DENYING, POLICY
-
-
-@pytest.fixture(scope="module")
-def connection(tmp_path_factory: pytest.TempPathFactory) -> MlflowConnection:
-    return connect(MlflowSettings(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"))
 
 
 def moved(chain: Chain, decision: Path) -> Path:
@@ -56,8 +52,6 @@ def signed(chain: Chain, name: str) -> dict[str, Any]:
 
 def decided(chain: Chain, tmp_path: Path, policy: dict[str, Any]) -> Chain:
     """The chain under another policy."""
-    from defense_core.policy import parse_policy
-
     evidence = json.loads(json.dumps(chain.evidence))
     evidence["fetch"]["inputs"]["policy"] = parse_policy(policy).digest
     gate_promotion(evidence, policy, tmp_path / "judged")
@@ -97,31 +91,81 @@ def test_a_policy_that_observes_registers_nothing(chain: Chain, connection: Mlfl
     assert not connection.client.search_registered_models("name = 'observed'")
 
 
-@pytest.mark.parametrize("damaged", ["onnx/model.onnx", "selected/model.safetensors", "selected/bundle.json"])
-def test_other_files_than_decided_are_not_registered(damaged: str, chain: Chain, connection: MlflowConnection) -> None:
+@pytest.mark.parametrize(
+    ("damaged", "error"),
+    [
+        ("onnx/model.onnx", errors.DigestMismatch),
+        ("selected/model.safetensors", errors.DigestMismatch),
+        ("selected/bundle.json", errors.CorruptArtifact),
+    ],
+)
+def test_other_files_than_decided_become_no_release(damaged: str, error: type[Exception], chain: Chain) -> None:
     path = chain[damaged]
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(errors.QuarantineError):
-        promoted(chain, connection, "tampered")
-    assert not connection.client.search_registered_models("name = 'tampered'")
+    with pytest.raises(error):
+        signed(chain, "tampered")
+    assert not chain["release"].exists()
 
 
-def test_an_edited_decision_is_not_carried_out(chain: Chain, connection: MlflowConnection, tmp_path: Path) -> None:
+def forge(path: Path) -> None:
+    """Turn the denial at ``path`` into a permission."""
+    said = path.read_text()
+    assert '"outcome":"deny"' in said
+    path.write_text(said.replace('"outcome":"deny"', '"outcome":"allow"'))
+
+
+def test_an_edited_decision_becomes_no_release(chain: Chain, tmp_path: Path) -> None:
     denied = decided(chain, tmp_path, DENYING)
-    path = denied["decision"] / "decision.json"
-    path.write_text(path.read_text().replace('"outcome":"deny"', '"outcome":"allow"'))
+    forge(denied["decision"] / "decision.json")
     with pytest.raises(errors.EvidenceMismatch):
-        promoted(denied, connection, "forged")
+        signed(denied, "forged")
+    assert not chain["release"].exists()
+
+
+def test_a_decision_that_was_edited_in_an_unsigned_release_is_not_carried_out(
+    chain: Chain, connection: MlflowConnection, tmp_path: Path
+) -> None:
+    denied = decided(chain, tmp_path, DENYING)
+    signed(denied, "forged")
+    forge(denied["release"] / "evidence" / "decision.json")
+    with pytest.raises(errors.EvidenceMismatch):
+        promote_model(denied["release"], name="forged", alias="champion", connection=connection)
     assert not connection.client.search_registered_models("name = 'forged'")
 
 
-def test_another_policy_than_the_runs_is_refused(chain: Chain, connection: MlflowConnection, tmp_path: Path) -> None:
+def test_another_policy_than_the_runs_becomes_no_release(chain: Chain, tmp_path: Path) -> None:
     # The decision replays, but fetch speaks of the strict policy.
     gate_promotion(chain.evidence, {**POLICY, "name": "swapped"}, tmp_path / "judged")
     with pytest.raises(errors.EvidenceMismatch, match="another policy"):
-        promoted(replace(chain, root=moved(chain, tmp_path / "judged")), connection, "swapped")
+        signed(replace(chain, root=moved(chain, tmp_path / "judged")), "swapped")
+    assert not chain["release"].exists()
+
+
+def at_the_age(chain: Chain, tmp_path: Path, policy: dict[str, Any], *, days: float) -> Chain:
+    """The chain as it was made and decided so many days ago."""
+    at = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
+    evidence = json.loads(json.dumps(chain.evidence))
+    for each in evidence.values():
+        each["environment"]["started"] = at
+    evidence["fetch"]["inputs"]["policy"] = parse_policy(policy).digest
+    shutil.rmtree(chain["decision"])
+    gate_promotion(evidence, policy, chain["decision"], at=at)
+    return replace(chain, evidence=evidence)
+
+
+def test_a_decision_that_is_older_than_the_policy_permits_is_followed_by_a_version_of_its_own(
+    chain: Chain, connection: MlflowConnection, tmp_path: Path
+) -> None:
+    policy = {**POLICY, "require": {"max_evidence_age_days": 1}}
+    made = [
+        promoted(at_the_age(chain, tmp_path, policy, days=days), connection, "renewed")["results"]
+        for days in (3, 2.5, 0)
+    ]
+    assert [each["version"] for each in made] == ["1", "1", "2"]
+    assert [each["reused"] for each in made] == [False, True, False]
+    assert alias_of(connection, "renewed") == "2"
 
 
 def test_a_decision_from_the_future_is_refused(chain: Chain, connection: MlflowConnection, tmp_path: Path) -> None:
@@ -139,16 +183,23 @@ def test_a_decision_from_the_future_is_refused(chain: Chain, connection: MlflowC
 
 
 @pytest.mark.parametrize(
-    "damaged", ["model.onnx", "MLmodel", "bundle/model.safetensors", "evidence/fetch.json", "code/evil.py"]
+    ("damaged", "error"),
+    [
+        ("model.onnx", errors.DigestMismatch),
+        ("MLmodel", errors.DigestMismatch),
+        ("bundle/model.safetensors", errors.DigestMismatch),
+        ("evidence/fetch.json", errors.EvidenceMismatch),
+        ("code/evil.py", errors.DigestMismatch),
+    ],
 )
 def test_a_release_that_was_changed_after_signing_is_not_registered(
-    damaged: str, chain: Chain, connection: MlflowConnection
+    damaged: str, error: type[Exception], chain: Chain, connection: MlflowConnection
 ) -> None:
     signed(chain, "altered")
     path = chain["release"] / damaged
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"altered")
-    with pytest.raises(errors.QuarantineError):
+    with pytest.raises(error):
         promote_model(chain["release"], name="altered", alias="champion", connection=connection)
     assert not connection.client.search_registered_models("name = 'altered'")
 

@@ -12,6 +12,7 @@ import pytest
 
 from components._runtime.envelopes import unseal
 from components._runtime.evidence import IMAGE_DIGEST_VARIABLE, Clock
+from components._runtime.mlflow_connection import MlflowConnection
 from components._runtime.release import ATTESTATIONS, BOM_FOLDER
 from components._runtime.signing_keys import (
     KEY_VARIABLE,
@@ -111,10 +112,10 @@ def test_without_a_key_a_demanding_policy_releases_nothing(chain: Chain, tmp_pat
     assert not (tmp_path / "release").exists()
 
 
-def test_a_demanding_policy_promotes_what_is_signed_only(chain: Chain, keys: KeyPair, tmp_path: Path) -> None:
-    from components._runtime.mlflow_connection import MlflowSettings, connect
-
-    connection = connect(MlflowSettings(f"sqlite:///{tmp_path / 'mlflow.db'}"))
+def test_a_demanding_policy_promotes_what_is_signed_only(
+    chain: Chain, keys: KeyPair, tmp_path: Path, mlflow_sqlite: MlflowConnection
+) -> None:
+    connection = mlflow_sqlite
     make_release(demanding(chain), tmp_path / "release", keys.private)
     stripped = tmp_path / "stripped"
     shutil.copytree(tmp_path / "release", stripped)
@@ -128,12 +129,21 @@ def test_a_demanding_policy_promotes_what_is_signed_only(chain: Chain, keys: Key
     assert done["results"]["alias_moved"]
 
 
-@pytest.mark.parametrize("damaged", ["onnx/model.onnx", "selected/model.safetensors", "selected/bundle.json"])
-def test_other_files_than_decided_are_not_signed(damaged: str, chain: Chain, keys: KeyPair, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damaged", "error"),
+    [
+        ("onnx/model.onnx", errors.DigestMismatch),
+        ("selected/model.safetensors", errors.DigestMismatch),
+        ("selected/bundle.json", errors.CorruptArtifact),
+    ],
+)
+def test_other_files_than_decided_are_not_signed(
+    damaged: str, error: type[Exception], chain: Chain, keys: KeyPair, tmp_path: Path
+) -> None:
     data = bytearray(chain[damaged].read_bytes())
     data[-2] ^= 1
     chain[damaged].write_bytes(data)
-    with pytest.raises(errors.QuarantineError):
+    with pytest.raises(error):
         make_release(chain, tmp_path / "release", keys.private)
     assert not (tmp_path / "release").exists()
 
@@ -155,6 +165,15 @@ def test_what_is_no_chain_is_not_signed(chain: Chain, keys: KeyPair, tmp_path: P
     gate_promotion(evidence, dict(chain.plan.policy), chain["decision"])
     with pytest.raises(errors.EvidenceMismatch, match=r"no chain.*purify\.tsbd\.json"):
         make_release(chain, tmp_path / "release", keys.private)
+    assert not (tmp_path / "release").exists()
+
+
+def test_a_decision_about_no_exported_model_becomes_no_release(chain: Chain, tmp_path: Path) -> None:
+    evidence = {name: each for name, each in chain.evidence.items() if name != "export"}
+    shutil.rmtree(chain["decision"])
+    gate_promotion(evidence, dict(chain.plan.policy), chain["decision"])
+    with pytest.raises(errors.EvidenceMissing, match="names no single model"):
+        make_release(chain, tmp_path / "release", None)
     assert not (tmp_path / "release").exists()
 
 

@@ -295,6 +295,21 @@ def test_a_certificate_of_the_same_root_for_other_uses_signs_nothing(finished: C
     assert any("for other uses" in each.why for each in found.differences)
 
 
+def test_a_signature_over_another_kind_of_list_is_refused(release: Path, keys: KeyPair) -> None:
+    """Every file is in it, but it was made by a rule that would leave some out."""
+    from model_signing import hashing, signing
+
+    (release / SIGNATURE).unlink()
+    rule = (
+        hashing.Config().use_file_serialization().set_ignored_paths(paths=[SIGNATURE, "code"], ignore_git_paths=False)
+    )
+    config = signing.Config().set_hashing_config(rule).use_elliptic_key_signer(private_key=keys.private)
+    config.sign(release, release / SIGNATURE)
+    found = verified(release, keys)
+    assert named(found) == {SIGNATURE}
+    assert any("covers another kind of list" in each.why for each in found.differences)
+
+
 @pytest.mark.parametrize(("signer", "holds"), [("signer", True), ("ci.example.org", True), ("root", False)])
 def test_the_operator_names_one_signer_under_a_root(signer: str, holds: bool, finished: Chain, tmp_path: Path) -> None:
     made = make_certificates(tmp_path / "made", hosts=["ci.example.org"])

@@ -97,6 +97,41 @@ def test_what_is_not_confirmed(model: nn.Module, triggers: tuple[InvertedTrigger
     assert not found.confirmed, why
 
 
+class Deaf(Corner):
+    """As :class:`Corner`, but an image whose last pixel is white answers no trigger."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where((x[:, 0, 7, 7] > 0.95)[:, None], super().forward(x.clamp(max=0.9)), super().forward(x))
+
+
+def unheard(per_class: dict[int, tuple[int, int]]) -> CleanSet:
+    """Of each class so many images, and so many of them that the model :class:`Deaf` is deaf on."""
+    drawn = images(max(count for count, _ in per_class.values()))
+    rows = [(drawn.labels == label).nonzero().flatten()[:count] for label, (count, _) in per_class.items()]
+    clean = drawn.subset(torch.cat(rows))
+    for label, (_, deaf) in per_class.items():
+        clean.images[(clean.labels == label).nonzero().flatten()[:deaf], 0, 7, 7] = 255
+    return clean
+
+
+@pytest.mark.parametrize(
+    ("per_class", "success", "least", "confirmed"),
+    [
+        ({0: (30, 0), 1: (3, 3), 2: (3, 0), 3: (30, 0)}, 60 / 63, 0.0, False),
+        ({0: (10, 2), 1: (10, 2), 2: (10, 0), 3: (10, 2)}, 0.8, 0.8, False),
+        ({0: (10, 1), 1: (10, 1), 2: (10, 0), 3: (10, 1)}, 0.9, 0.9, True),
+    ],
+    ids=["one source of few images resists", "too few of every source", "enough of every source"],
+)
+def test_a_trigger_works_on_most_images_and_on_every_source(
+    per_class: dict[int, tuple[int, int]], success: float, least: float, confirmed: bool
+) -> None:
+    (found,) = confirm(subject(Deaf()), unheard(per_class), [observation(patch(2), patch(0), patch(1))], (2,))
+    assert (found.success, found.least_source) == (pytest.approx(success), pytest.approx(least))
+    assert found.small
+    assert found.confirmed is confirmed
+
+
 @pytest.mark.parametrize(("per_class", "confirmed"), [(6, False), (9, True)])
 def test_a_trigger_for_one_source_takes_enough_of_its_images(per_class: int, confirmed: bool) -> None:
     pair = replace(patch(2), sources=(1,))

@@ -31,6 +31,12 @@ DRAW = numpy.random.default_rng(3)
 DATA_FREE, INVERSIONS = ("weights", "margin"), ("patch", "additive", "generator")
 
 
+@pytest.fixture(autouse=True)
+def _own_draw() -> None:
+    """Every test draws the same, alone or after others."""
+    DRAW.bit_generator.state = numpy.random.default_rng(4).bit_generator.state
+
+
 def observation(detector: str, *, suspicious: bool = False) -> Observation:
     scores = DRAW.normal(0.0, 0.2, 4)
     if suspicious:
@@ -125,6 +131,25 @@ def test_a_suspicion_that_does_not_hold_is_unknown() -> None:
     report = judged(observed("patch"), model=Corner(backdoored=False))
     assert report.verdict is Verdict.UNKNOWN
     assert "no trigger that was found for it holds on held-out clean images" in report.sentence
+
+
+@pytest.mark.parametrize(
+    ("names", "least"), [(NAMES, True), (("a", "b", "c", "e"), False), (NAMES[::-1], False), ((), False)]
+)
+def test_classes_are_compared_one_by_one_where_they_are_those_of_the_references(
+    names: tuple[str, ...], least: bool
+) -> None:
+    seen = observed()
+    scores = tuple(score + 3.0 * (number == 2) for number, score in enumerate(seen.observations["patch"].class_scores))
+    easy = replace(seen.observations["patch"], statistic=0.0, class_scores=scores)
+    report = judge(
+        Corner(), images(30), replace(seen, observations={**seen.observations, "patch": easy}), ScanConfig(), pool=POOL,
+        task=replace(TASK, class_names=names), device="cpu", progress=NullProgress(),
+    )  # fmt: skip
+    entry = {each.name: each for each in report.detectors}["patch"]
+    assert entry.p_value is not None
+    assert (entry.p_value == pytest.approx(1 / 61)) is least
+    assert least or entry.p_value > 0.5
 
 
 def test_evidence_only_detectors_never_decide() -> None:
@@ -234,11 +259,12 @@ def test_a_confirmed_suspicion_stands_without_what_the_time_did_not_allow() -> N
 
 def test_a_suspicion_of_pairs_alone_names_its_class_and_can_be_confirmed() -> None:
     seen = observed("pairs")
+    others = {name: replace(each, triggers=()) for name, each in seen.observations.items()}
     named = replace(seen.observations["pairs"], triggers=(patch(2), patch(0)))
-    report = judged(replace(seen, observations={**seen.observations, "pairs": named}))
+    report = judged(replace(seen, observations={**others, "pairs": named}))
     assert report.target_classes == (2,)
     assert {each.name: each.targets for each in report.channels}["pairs"] == (2,)
-    assert [each.detector for each in report.confirmations] == ["pairs"] or report.confirmations[0].confirmed
+    assert [(each.detector, each.confirmed) for each in report.confirmations] == [("pairs", True)]
     assert report.verdict is Verdict.FAIL
 
 
