@@ -18,6 +18,7 @@ from components._runtime.registered_sources import require_allowed_source
 from components._runtime.registry_prompts import PROMPT_TAG
 from components._runtime.release import Release
 from components._runtime.tracking import open_run
+from defense_core.config import digest
 from defense_core.errors import (
     ArtifactTooLarge,
     ConfigError,
@@ -398,6 +399,24 @@ def test_damage_after_promotion_is_found_by_the_next_run(mlflow_sqlite: MlflowCo
     with pytest.raises(RegistryConflict, match=r"model\.onnx changed"):
         promoted(mlflow_sqlite, make_release(tmp_path / "b"))
     assert tags_of(mlflow_sqlite, "1")[tag.REASON] == "bytes_differ"
+
+
+def test_a_version_beside_files_that_a_rewritten_tag_covers_gets_no_further_alias(
+    mlflow_sqlite: MlflowConnection, tmp_path: Path
+) -> None:
+    promoted(mlflow_sqlite, make_release(tmp_path / "a"))
+    files = stored_files(mlflow_sqlite, "1")
+    (files / "code").mkdir()
+    (files / "code" / "evil.py").write_text("print('loaded with the model')")
+    covered = digest(dict(registered_files.folder_manifest(files)))
+    mlflow_sqlite.client.set_model_version_tag(NAME, "1", tag.FILES_DIGEST, covered)
+    with pytest.raises(RegistryConflict, match=r"beside other files.*code/evil\.py"):
+        promoted(mlflow_sqlite, make_release(tmp_path / "b"), alias="challenger")
+    assert alias_of(mlflow_sqlite, alias="challenger") is None
+    assert tags_of(mlflow_sqlite, "1")[tag.DECISION] == "allow"
+    # An older layout is no damage where no alias is asked for.
+    again = promoted(mlflow_sqlite, make_release(tmp_path / "c"))
+    assert (again.reused, again.alias_moved, again.alias_version) == (True, False, "1")
 
 
 def test_local_files_that_contradict_the_evidence_are_not_registered(

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from defense_core.architectures import build
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import ConfigError
-from defense_core.loop import working_copy
+from defense_core.loop import Tuning, tune, working_copy
 from defense_core.progress import NullProgress
 from defense_core.purify.masks import attach_masks, fold_masks, mask_sites
 from defense_core.purify.nft import purify
 from defense_core.purify.nft_masks import NFTConfig, depth_schedule
 from defense_core.purify.statistics import renew_statistics
-from defense_core.task import ImageClassification
+from defense_core.task import ImageClassification, Mixed
 
 TASK = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,))
 
@@ -262,8 +262,21 @@ def test_mixup_weights_follow_the_beta_distribution() -> None:
 
 
 def test_mixup_loss_in_the_loop_is_the_weighted_sum() -> None:
-    # Two equal labels mixed with themselves: the loss is the plain one, whatever the weight.
-    logits = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
-    mixed = TASK.mixup(torch.ones(1, 1, 8, 8), torch.tensor([0]), 1.0, torch.Generator().manual_seed(0))
-    whole = mixed.weight * TASK.losses(logits, mixed.targets) + (1 - mixed.weight) * TASK.losses(logits, mixed.partners)
-    torch.testing.assert_close(whole, F.cross_entropy(logits, torch.tensor([0]), reduction="none"))
+    seen: list[Mixed] = []
+
+    class Remembering(ImageClassification):
+        def mixup(self, inputs: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> Mixed:
+            seen.append(super().mixup(inputs, targets, alpha, generator))
+            return seen[-1]
+
+    task, twin = Remembering((1, 8, 8), 4, mean=(0.5,), std=(0.5,)), working_copy(small_cnn(), "cpu").train()
+    (row,) = tune(
+        working_copy(small_cnn(), "cpu"), clean_set(), task=task, seed=0, device="cpu", progress=NullProgress(),
+        tuning=Tuning(1, batch_size=24, lr=1e-9, precision="fp32"), name="mixed", mixup=1.0,
+    )  # fmt: skip
+    (mixed,) = seen
+    assert 0.05 < mixed.weight < 0.95
+    outputs = twin(mixed.inputs)
+    own, partners = (float(F.cross_entropy(outputs, labels)) for labels in (mixed.targets, mixed.partners))
+    assert abs(own - partners) > 1e-3
+    assert row["loss"] == pytest.approx(mixed.weight * own + (1 - mixed.weight) * partners, rel=1e-5)

@@ -31,8 +31,8 @@ from defense_core.errors import (
     StorageError,
 )
 from defense_core.export import Exported, export_onnx
-from defense_core.parity import ParityBounds, check_parity
-from defense_core.plain_onnx import cleaned, plain_onnx_problems
+from defense_core.parity import ParityBounds, _spread, check_parity
+from defense_core.plain_onnx import checked_bytes, cleaned, plain_onnx_problems
 from defense_core.progress import NullProgress
 from defense_core.task import ImageClassification
 from defense_core.verdict import Verdict
@@ -407,3 +407,65 @@ def test_everything_beyond_plain_onnx_is_named() -> None:
     for words in ("set 'evil'", "mine::f", "evil::Secret", "x in another file", "w with NaN", "['image', 'second']"):
         assert words in problems
     assert b"someone" not in cleaned(proto).SerializeToString()
+
+
+def graph_of(*nodes: onnx.NodeProto) -> onnx.ModelProto:
+    """``image`` to ``logits`` by ``nodes``, with a condition ``yes`` that is true."""
+    value = onnx.helper.make_tensor_value_info
+    yes = onnx.helper.make_tensor("yes", onnx.TensorProto.BOOL, [], [True])
+    graph = onnx.helper.make_graph(list(nodes), "g", [value("image", 1, [2])], [value("logits", 1, [2])], [yes])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+
+
+def branch(operator: str, domain: str = "") -> onnx.NodeProto:
+    """An operator that stands in both branches of a condition."""
+    body = onnx.helper.make_graph(
+        [onnx.helper.make_node(operator, ["image"], ["inner"], domain=domain)], "b", [],
+        [onnx.helper.make_tensor_value_info("inner", 1, [2])],
+    )  # fmt: skip
+    return onnx.helper.make_node("If", ["yes"], ["logits"], then_branch=body, else_branch=body)
+
+
+@pytest.mark.parametrize("node", [onnx.helper.make_node("Relu", ["image"], ["logits"]), branch("Relu")])
+def test_the_bytes_of_a_plain_graph_are_given(node: onnx.NodeProto) -> None:
+    proto = graph_of(node)
+    assert checked_bytes(proto) == proto.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        (branch("Secret", "evil"), r"not plain ONNX.*evil::Secret"),
+        (onnx.helper.make_node("Relu", ["nowhere"], ["logits"]), "not valid"),
+    ],
+    ids=["an operator of others in a branch", "an input that nobody gives"],
+)
+def test_no_bytes_of_a_graph_that_is_not_plain_or_not_valid(node: onnx.NodeProto, why: str) -> None:
+    with pytest.raises(ExportError, match=why):
+        checked_bytes(graph_of(node))
+
+
+def test_no_more_images_are_compared_than_asked_for_spread_over_all(digits: tuple[nn.Module, Exported]) -> None:
+    model, exported = digits
+    seen: set[int] = set()
+
+    class Watched(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.update(((inputs[:, 0, 0, 0] * 0.25 + 0.45) * 255).round().int().tolist())
+            answer: Tensor = model(inputs)
+            return answer
+
+    flat = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, *DIGITS).contiguous()
+    clean = CleanSet(flat, torch.arange(10), 10)
+    with NullProgress().phase("parity") as phase:
+        found = check_parity(
+            exported.path.read_bytes(), Watched().eval(), task=task_of(DIGITS), clean=clean, probes=(),
+            bounds=ParityBounds(max_images=4), phase=phase,
+        )  # fmt: skip
+    assert [row.images for row in found.rows] == [4]
+    assert seen == {0, 2, 5, 7}
+
+
+def test_a_small_set_is_compared_as_a_whole() -> None:
+    assert _spread(3, 4).tolist() == [0, 1, 2]
+    assert _spread(4, 4).tolist() == [0, 1, 2, 3]
