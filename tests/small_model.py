@@ -34,6 +34,7 @@ DENYING: dict[str, Any] = {
     "name": "severe",
     "rules": [{**POLICY["rules"][0], "min": 1.1, "why": "No model is that good."}],
 }
+DEMANDING: dict[str, Any] = {**POLICY, "require": {"signatures": ["model", "attestations"]}}
 
 
 @dataclass(frozen=True)

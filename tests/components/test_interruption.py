@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import components.attest_promotion.step
+import components.control_model.step
 import components.evaluate_model.step
 import components.export_onnx.step
 import components.fetch_model.step
@@ -25,6 +26,7 @@ import components.promote_model.step
 import components.purify_model.step
 import components.reopen_release.step
 import components.report.step
+import components.scan_backdoor.step
 import components.select_model.step
 import components.sign_evidence.step
 from components._runtime.evidence import DECISION, Clock, compose, write_evidence
@@ -33,6 +35,7 @@ from components._runtime.plan import RunSettings
 from components._runtime.step import interruptible, step_scope
 from components._runtime.store import open_store
 from components.attest_promotion.component import attest_promotion
+from components.control_model.component import control_model
 from components.evaluate_model.component import evaluate_model
 from components.export_onnx.component import export_onnx
 from components.fetch_model.component import fetch_model
@@ -41,6 +44,7 @@ from components.promote_model.component import promote_model
 from components.purify_model.component import purify_model
 from components.reopen_release.component import reopen_release
 from components.report.component import report
+from components.scan_backdoor.component import scan_backdoor
 from components.select_model.component import select_model
 from components.sign_evidence.component import sign_evidence
 from defense_core.errors import EXIT_UNKNOWN, EXIT_USAGE, Cancelled
@@ -80,6 +84,16 @@ def call_of(step: str, chain: Chain, tmp_path: Path) -> tuple[Callable[..., None
                 "device": "cpu",
             }
             | {"purified": out["one"]},
+        ),
+        "scan": (
+            scan_backdoor,
+            {**given, "bundle": artifact(chain["bundle"]), "name": "scan", "device": "cpu", "methods": ["tsbd"]}
+            | {"scan": arguments["scan"], "policy": arguments["policy"], "scanned": out["one"]},
+        ),
+        "control": (
+            control_model,
+            {**given, "bundle": artifact(chain["bundle"]), "device": "cpu", "scan": arguments["scan"]}
+            | {"policy": json.dumps({**POLICY, "require": {"positive_control": True}})},
         ),
         "evaluate.before": (
             evaluate_model,
@@ -138,6 +152,8 @@ MIDDLE = {
     "fetch": (components.fetch_model.step, "save_bundle"),
     "purify.tsbd": (components.purify_model.step, "select_signals"),
     "evaluate.before": (components.evaluate_model.step, "evaluate"),
+    "scan": (components.scan_backdoor.step, "write_evidence"),
+    "control": (components.control_model.step, "positive_control"),
     "select": (components.select_model.step, "bundle_digest"),
     "export": (components.export_onnx.step, "write_evidence"),
     "gate": (components.gate_promotion.step, "write_decision"),
@@ -158,7 +174,7 @@ def test_a_signal_in_the_middle_of_a_step(
     real = getattr(module, name)
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        done = real(*arguments, **options) if step != "promote" else None
+        done = real(*arguments, **options) if step not in ("promote", "control") else None
         os.kill(os.getpid(), number)
         return done
 

@@ -25,9 +25,7 @@ from components.sign_evidence.step import sign_evidence
 from defense_core import errors
 from tests.certificates import make_certificates
 from tests.finished_chain import Chain, decide_again, make_release
-from tests.small_model import POLICY
-
-DEMANDING = {**POLICY, "require": {"signatures": ["model", "attestations"]}}
+from tests.small_model import DEMANDING, POLICY
 
 
 @pytest.fixture

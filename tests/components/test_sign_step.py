@@ -28,9 +28,7 @@ from components.sign_evidence.step import sign_evidence
 from defense_core import errors
 from defense_core.files import sha256_bytes, sha256_file
 from tests.finished_chain import DESTINATION, Chain, decide_again, make_release
-from tests.small_model import POLICY
-
-DEMANDING = {**POLICY, "require": {"signatures": ["model", "attestations"]}}
+from tests.small_model import DEMANDING, POLICY
 
 
 def statements(release: Path, keys: KeyPair) -> list[dict[str, Any]]:

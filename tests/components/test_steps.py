@@ -23,7 +23,7 @@ from components._runtime.plan import Loading, Plan, plan_from_arguments, run_set
 from components.evaluate_model.step import evaluate_candidate, evaluate_model
 from components.export_onnx.step import export_onnx
 from components.fetch_model.step import fetch_model
-from components.gate_promotion.step import gate_promotion
+from components.gate_promotion.step import decide_given, gate_promotion
 from components.purify_model import step as purify_step
 from components.purify_model.step import purify_candidate, purify_model
 from components.select_model.step import select_model
@@ -448,6 +448,21 @@ def test_two_candidates_are_compared_by_what_they_leave(chain: Chain, tmp_path: 
     assert [row["residual"] for row in results["candidates"]] == [each["reached"][suspect] for each in signals]
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("order", [("tsbd", "nft"), ("nft", "tsbd")])
+def test_among_equals_the_operators_order_decides_and_not_that_of_the_folders(
+    order: tuple[str, str], turned: bool, chain: Chain, tmp_path: Path
+) -> None:
+    shutil.copytree(chain["tsbd"], chain["nft"])
+    evidence = json.loads((chain["nft"] / "result.json").read_text())
+    evidence["results"]["method"] = "nft"
+    (chain["nft"] / "result.json").write_text(json.dumps(evidence))
+    folders = [chain["tsbd"], chain["nft"]]
+    results = select_model(folders[::-1] if turned else folders, tmp_path / "out", order=order)["results"]
+    assert results["method"] == order[0]
+    assert tuple(row["method"] for row in results["candidates"]) == order
+
+
 def test_select_refuses_another_runs_candidate(chain: Chain, tmp_path: Path) -> None:
     result = chain["fine_tuning"] / "result.json"
     evidence = json.loads(result.read_text())
@@ -545,6 +560,16 @@ def test_a_folder_without_evidence_is_missing(tmp_path: Path) -> None:
 
 
 # -- weight of the imports -------------------------------------------------------------
+
+
+def test_two_files_of_the_same_evidence_are_refused(finished: Chain, tmp_path: Path) -> None:
+    files = []
+    for number, name in enumerate(("fetch", "evaluate.tsbd", "fetch")):
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(finished.evidence[name]))
+    with pytest.raises(errors.EvidenceMismatch, match="two files of evidence fetch"):
+        decide_given(files, json.dumps(POLICY), tmp_path / "decision", former=None, approvals=())
+    assert not (tmp_path / "decision").exists()
 
 
 @pytest.mark.parametrize("name", ["select_model", "gate_promotion", "promote_model", "report"])

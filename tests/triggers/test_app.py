@@ -106,9 +106,9 @@ def test_unread_body_is_not_waited_for_where_the_headers_are_bad(queue):
         answer = await client.call(head={"X-MLflow-Timestamp": "1"}, parts=(b"x",), hang=True)
         return answer.status, time.monotonic() - started
 
-    status, seconds = ask(queue, calls)
+    status, seconds = ask(queue, calls, body_timeout_s=20.0)
     assert status == 401
-    assert seconds < 0.25
+    assert seconds < 10.0
 
 
 @pytest.mark.parametrize("declared", ["5000", "9" * 5000, "-1", "abc", "\xb2", "1,1", ""])

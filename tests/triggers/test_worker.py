@@ -220,21 +220,34 @@ def test_work_that_waited_is_compared_with_the_registry_again(queue, ledger):
     assert queue.counts()["failed"] == 3
 
 
-def test_lease_is_renewed_while_a_submission_takes_long(queue, ledger):
+def test_lease_is_renewed_while_a_submission_takes_long(queue, ledger, monkeypatch):
+    now, renewed, seen = [time.time()], threading.Semaphore(0), []
+    queue.clock = lambda: now[0]
+    renew = queue.renew
+
+    def counted(*arguments, **options):
+        renew(*arguments, **options)
+        renewed.release()
+
     class Slow(Ledger):
         def submit(self, order):
-            time.sleep(2.5)
+            for _ in range(3):
+                now[0] += 0.7
+                while renewed.acquire(blocking=False):
+                    pass
+                # The first may have looked at the clock before it went on.
+                assert renewed.acquire(timeout=60)
+                assert renewed.acquire(timeout=60)
+            seen.append((queue.counts()["claimed"], step(other)))
             return super().submit(order)
 
+    monkeypatch.setattr(queue, "renew", counted)
     deliver(queue)
     slow = make_worker(queue, FakeRegistry(entry()), Slow(ledger.path), lease_s=1.0)
+    slow._monotonic = lambda: 0.0
     other = make_worker(queue, FakeRegistry(entry()), ledger, lease_s=1.0)
-    thread = threading.Thread(target=step, args=(slow,))
-    thread.start()
-    time.sleep(1.7)
-    assert queue.counts()["claimed"] == 1
-    assert step(other) == 0
-    thread.join()
+    step(slow)
+    assert seen == [(1, 0)]
     assert queue.counts()["submitted"] == 1
 
 

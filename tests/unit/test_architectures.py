@@ -113,8 +113,9 @@ def test_build_is_deterministic_and_leaves_the_random_state() -> None:
 
 
 def test_small_cnn_learns_digits() -> None:
-    datasets = pytest.importorskip("sklearn.datasets")
-    digits = datasets.load_digits()
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16 - 0.5
     labels = torch.from_numpy(digits.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
