@@ -78,7 +78,7 @@ def hostile_files() -> Iterator[HostileFile]:
         yield HostileFile(name, label, make)
 
 
-def judge_hostile(file: HostileFile, folder: Path) -> Judged:
+def judge_hostile(file: HostileFile, folder: Path, limits: LoadLimits = SCAN_LIMITS) -> Judged:
     """Make the file in the empty ``folder``, scan it, try to load it, and look for the canary."""
     canary = folder / "canary"
     inside = folder / "file"
@@ -87,7 +87,7 @@ def judge_hostile(file: HostileFile, folder: Path) -> Judged:
     verdict, crashed, loaded = "crashed", "", False
     rules: tuple[str, ...] = ()
     try:
-        scan = scan_artifact(path, SCAN_LIMITS)
+        scan = scan_artifact(path, limits)
         verdict, rules = scan.state.value, tuple(finding.rule for finding in scan.findings)
         load_model_file(path, SPEC, limits=LOAD_LIMITS)
         loaded = True

@@ -10,6 +10,7 @@ import pytest
 
 from tests.hostile.benign_files import BENIGN
 from tests.hostile.corpus import (
+    BENIGN_LIMITS,
     LOAD_LIMITS,
     SCAN_LIMITS,
     HostileFile,
@@ -26,6 +27,8 @@ RUNS = [name for name, (_, _, runs) in PICKLES.items() if runs]
 CODE = ("pickle opcodes", "indirect calls", "gadget names", "polyglots")
 # A name that is no ASCII is refused by the unpickler too; an attribute of a mapping calls nothing.
 SELF_DEFEATING = ("confusable-module-name", "build-dict-of-class")
+# These are made to keep a reader busy; nothing else may go unread because the time was up.
+ENDLESS = ("deeply-nested-lists", "exponential-hash")
 # Unpickles each file of a folder as a careless reader would, whatever becomes of it.
 _CARELESS = """
 import contextlib, io, pathlib, pickle, sys
@@ -77,6 +80,10 @@ def test_hostile_file_is_never_clean_never_run_and_never_a_crash(file: HostileFi
     else:
         assert judged.verdict in ("dangerous", "inconclusive")
     assert not judged.loaded
+    if "too-slow" in judged.rules and not file.name.startswith(ENDLESS):
+        # On a busy machine the time may be up for any file, so it is given more.
+        again = judge_hostile(file, tmp_path / "again", BENIGN_LIMITS)
+        assert "too-slow" not in again.rules
     assert SCAN_LIMITS.timeout_s < LOAD_LIMITS.timeout_s
 
 
