@@ -136,14 +136,16 @@ def read_folder(folder: Path) -> dict[str, dict[str, Any]]:
 
     Raises:
         EvidenceMissing: the folder is not there, or holds none.
+        AccessDenied: this account may not read it.
         EvidenceMismatch: a file is damaged or stands under another name.
     """
-    files = sorted(
-        path for path in Path(folder).glob("*.json") if path.name not in BESIDE and not path.name.endswith(FAILED)
-    )
-    found = {path.name.removesuffix(".json"): read_evidence(path) for path in files}
+    folder = Path(folder)
+    with reading(folder, EvidenceMissing, "a readable folder", denied=AccessDenied):
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    kept = (name for name in names if name.endswith(".json") and name not in BESIDE and not name.endswith(FAILED))
+    found = {name.removesuffix(".json"): read_evidence(folder / name) for name in kept}
     for name, evidence in found.items():
-        require_named(evidence, name, str(Path(folder) / f"{name}.json"))
+        require_named(evidence, name, str(folder / f"{name}.json"))
     if not found:
         raise EvidenceMissing(
             f"no evidence in {folder}", expected="<step>.json files", hint="Name the run's evidence folder"

@@ -96,16 +96,17 @@ class Scope:
     store: EvidenceStore
 
     def finish(self, evidence: Mapping[str, Any] | None, path: str | Path) -> None:
-        """Put the step's evidence into the store and write it to ``path``, the component's output.
+        """Put the step's evidence into the store and write what stands there to ``path``, the component's output.
 
+        That is the evidence of an earlier attempt whose outputs were never taken: what later steps are given, and
+        sign, is what the store keeps.
         ``None`` where nothing was asked of the step: it leaves no record, and an empty file, for an output must be one.
         """
         if evidence is None:
             self.store.settle(self.name)
             Path(path).write_bytes(b"")
             return
-        self.store.put(evidence)
-        write_evidence(Path(path), evidence)
+        write_evidence(Path(path), self.store.put(evidence))
         logger.info("%s: %s", self.name, evidence["verdict"])
 
 

@@ -71,8 +71,11 @@ class EvidenceStore:
 
     shelf: Shelf
 
-    def put(self, evidence: Mapping[str, Any]) -> None:
+    def put(self, evidence: Mapping[str, Any]) -> Mapping[str, Any]:
         """Add a step's evidence. A retried step whose inputs, outputs and verdict are the same keeps the first.
+
+        Returns:
+            The evidence that stands in the store now: ``evidence``, or what the first attempt left.
 
         Raises:
             EvidenceMismatch: there is other evidence of this name; evidence never changes.
@@ -80,7 +83,7 @@ class EvidenceStore:
         name = str(evidence["name"])
         data = canonical_json(evidence) + b"\n"
         if self.shelf.put_new(f"{name}.json", data):
-            return
+            return evidence
         present = _named_evidence(self.shelf.get(f"{name}.json"), name)
         differing = [key for key in ("inputs", "outputs", "verdict") if present.get(key) != evidence.get(key)]
         if differing:
@@ -90,6 +93,7 @@ class EvidenceStore:
                 got="others",
                 hint="Start a new run; a run's evidence never changes",
             )
+        return present
 
     def earlier(self, name: str) -> dict[str, Any] | None:
         """The evidence that an earlier attempt of the step ``name`` left; ``None``: there is none to be seen.
@@ -188,7 +192,8 @@ class _FolderShelf:
 
     def names(self) -> list[str]:
         with reading(self.folder, EvidenceMismatch, "a readable folder", denied=AccessDenied):
-            files = [path for path in self.folder.glob("*") if path.is_file()]
+            found = self.folder.iterdir() if self.folder.is_dir() else ()
+            files = [path for path in found if path.is_file()]
         return sorted(path.name for path in files if not path.name.startswith("."))
 
 

@@ -128,6 +128,8 @@ def gate_promotion(
         verdict=decision.verdict,
         findings=decision.findings,
     )
+    if at is None and earlier is not None and _without_clock(earlier) == _without_clock(gate):
+        gate = dict(earlier)  # the store keeps the first, and the release holds what the store does
     if out is not None:
         with atomic_directory(out) as folder:
             write_decision(folder, {**evidence, "gate": gate}, policy, decision, approvals)
@@ -146,6 +148,14 @@ def _inputs(decision: Decision) -> dict[str, str | None]:
 
 def _outputs(decision: Decision) -> dict[str, str]:
     return {"decision": sha256_bytes(decision_bytes(decision))}
+
+
+def _without_clock(gate: Mapping[str, Any]) -> dict[str, Any]:
+    """``gate`` without when the step began and how long it took, which no attempt shares with another."""
+    environment = gate.get("environment")
+    if not isinstance(environment, Mapping):
+        return dict(gate)
+    return {**gate, "environment": {**environment, "started": None, "seconds": None}}
 
 
 def _as_before(

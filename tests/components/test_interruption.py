@@ -218,6 +218,10 @@ def test_a_gate_that_was_killed_after_its_record_comes_to_the_same_decision(
     gate = store.earlier("gate")
     assert gate is not None
     assert gate["results"]["decided_at"] == first
+    kept = (tmp_path / "store" / "run" / "gate.json").read_bytes()
+    for attempt in ("first", "again"):
+        written = (tmp_path / attempt / "out").rglob("gate.json")
+        assert [path.read_bytes() for path in written] == [kept], "the release holds what the store does"
     with pytest.raises(SystemExit):
         gate_at(hour, finished, tmp_path / "other", monkeypatch, policy=json.dumps({**POLICY, "name": "other"}))
 
