@@ -151,7 +151,7 @@ def _version_of(run_name: str) -> tuple[str, str]:
 @contextmanager
 def servers(folder: Path, queue_folder: Path, *, seed: int | None) -> Iterator[tuple[Burst, Relay | None]]:
     """MLflow, KFP and the hook; with ``seed`` the unreliable way between them."""
-    package = compile_to(folder)[0]
+    package = compile_to(folder).written[0]
     watch = folder / "watch.yaml"
     watch.write_text(json.dumps(WATCH))
     with ExitStack() as stack:

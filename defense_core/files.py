@@ -98,6 +98,26 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         _fsync_directory(path.parent)
 
 
+def require_writable(path: Path) -> None:
+    """Refuse a place that :func:`write_atomic` could not write to, before the work whose result is to lie there.
+
+    Raises:
+        OutputExists: a folder is there.
+        StorageError: the folder that it is to lie in cannot be made or written.
+    """
+    path = Path(path)
+    with _storage_errors(path):
+        in_use = path.is_dir()
+        if not in_use:
+            # Nothing is made, for the work may fail: it is asked of what is there of the way.
+            there = next(folder for folder in path.absolute().parents if folder.exists())
+            tempfile.TemporaryFile(dir=there).close()
+    if in_use:
+        raise OutputExists(
+            f"{path} is a folder", expected="a file to write", got="a folder", hint="Choose another --out"
+        )
+
+
 @contextmanager
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes ``path`` when the block ends without an exception.

@@ -189,9 +189,11 @@ def evaluate(
     from components._runtime.evidence import write_evidence
     from components._runtime.step import interruptible
     from components.evaluate_model.step import evaluate_model
+    from defense_core.files import require_writable
     from defense_core.progress import default_progress
     from pipelines.console import print_comparison
 
+    require_writable(out)
     with interruptible() as stop:
         evidence = evaluate_model(
             Path(model),
@@ -259,12 +261,14 @@ def compile_pipeline(
     from pipelines.console import print_json
     from pipelines.node_pools import read_node_pools
 
-    written = [str(path) for path in compile_to(out, read_node_pools(node_pools) if node_pools else None)]
+    done = compile_to(out, read_node_pools(node_pools) if node_pools else None)
     if as_json:
-        print_json({"written": written})
+        print_json({"written": [str(path) for path in done.written], "removed": [str(path) for path in done.removed]})
         return
-    for path in written:
+    for path in done.written:
         typer.echo(path)
+    for path in done.removed:
+        typer.echo(f"removed {path}, of an earlier compilation: this one has no admission policies")
 
 
 @app.command(rich_help_panel=panels.STEP)

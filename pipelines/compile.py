@@ -13,10 +13,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defense_core.errors import EXIT_FAIL, EXIT_PASS
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, StorageError
 from defense_core.files import write_atomic
 from pipelines.node_pools import POOLS, NodePools, read_node_pools
 
@@ -71,13 +72,43 @@ def compiled_files(pools: NodePools | None = None) -> Mapping[str, bytes]:
     return {**pipelines, **({ADMISSION_NAME: policies} if policies else {})}
 
 
-def compile_to(folder: Path, pools: NodePools | None = None) -> list[Path]:
-    """Write :func:`compiled_files` into ``folder``; their paths, the pipeline first. Raises StorageError."""
-    written = []
-    for name, content in compiled_files(pools).items():
+@dataclass(frozen=True)
+class Compiled:
+    """What a compilation did.
+
+    Attributes:
+        written: files, the pipeline first.
+        removed: admission policies of an earlier compilation, which this one has none of.
+    """
+
+    written: tuple[Path, ...]
+    removed: tuple[Path, ...] = ()
+
+
+def compile_to(folder: Path, pools: NodePools | None = None) -> Compiled:
+    """Write :func:`compiled_files` into ``folder``; what an earlier call left and this one does not write is removed.
+
+    Raises:
+        StorageError: a file cannot be written or removed.
+    """
+    files = compiled_files(pools)
+    for name, content in files.items():
         write_atomic(Path(folder) / name, content)
-        written.append(Path(folder) / name)
-    return written
+    stale = [Path(folder) / ADMISSION_NAME] if ADMISSION_NAME not in files else []
+    return Compiled(tuple(Path(folder) / name for name in files), tuple(path for path in stale if _removed(path)))
+
+
+def _removed(path: Path) -> bool:
+    """Whether there was a file to remove."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageError(
+            f"cannot remove {path}", expected="a file of an earlier compilation, or none", got=error.strerror
+        ) from error
+    return True
 
 
 def golden_pools() -> Mapping[str, NodePools | None]:
@@ -111,8 +142,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _check()
     targets = {GOLDEN / name: pools for name, pools in golden_pools().items()} if chosen.update else {chosen.out: None}
     for folder, pools in targets.items():
-        for path in compile_to(folder, pools):
+        done = compile_to(folder, pools)
+        for path in done.written:
             logger.info("wrote %s", path)
+        for path in done.removed:
+            logger.info("removed %s, of an earlier compilation", path)
     return EXIT_PASS
 
 

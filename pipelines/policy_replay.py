@@ -10,7 +10,8 @@ from typing import Any
 from components._runtime.decision_files import stated_circumstances
 from components._runtime.evidence import DECISION, read_folder
 from defense_core.config import canonical_json
-from defense_core.errors import EvidenceMismatch, EvidenceMissing, QuarantineError
+from defense_core.errors import AccessDenied, EvidenceMismatch, EvidenceMissing, QuarantineError
+from defense_core.files import reading, walk
 from defense_core.policy import Decision, Policy, decide
 from defense_core.report_text import at as value_at
 from defense_core.report_text import items_at
@@ -50,9 +51,11 @@ def find_runs(folder: Path) -> list[Path]:
 
     Raises:
         EvidenceMissing: there is none.
+        AccessDenied: this account may not read a folder: what lies there would be left out without a word.
     """
-    candidates = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
-    found = [path for path in candidates if (path / "fetch.json").is_file() or (path / DECISION).is_file()]
+    with reading(folder, EvidenceMissing, "a folder of runs", denied=AccessDenied):
+        below = sorted(Path(parent) / name for parent, names, _ in walk(folder) for name in names)
+        found = [path for path in (folder, *below) if (path / "fetch.json").is_file() or (path / DECISION).is_file()]
     if not found:
         raise EvidenceMissing(
             f"no run in {folder}", expected="a folder with fetch.json, or folders of such", hint="Name evidence folders"
@@ -83,10 +86,11 @@ def replay_run(policy: Policy, folder: Path, at: str | None = None) -> Replayed:
 
 def _former(folder: Path, evidence: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     path = folder / DECISION
-    if path.is_file():
+    with reading(path, EvidenceMismatch, "a readable file", denied=AccessDenied):
+        data = path.read_bytes() if path.is_file() else None
+    if data is not None:
         import json
 
-        data = path.read_bytes()
         given = stated_circumstances(data, str(path))
         return {**json.loads(data), "approvals": given["approvals"]}
     results = evidence["gate"].get("results") if "gate" in evidence else None

@@ -202,10 +202,12 @@ def control(
     from components._runtime.evidence import write_evidence
     from components._runtime.step import interruptible
     from components.control_model.step import control_model
+    from defense_core.files import require_writable
     from defense_core.progress import default_progress
     from pipelines.console import coloured, print_json
     from pipelines.console import out as console
 
+    require_writable(out)
     with interruptible() as stop:
         evidence = control_model(
             Path(model),

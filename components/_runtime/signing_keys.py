@@ -7,14 +7,15 @@ Nothing of a private key is ever logged, put into evidence or into an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components._runtime.certificates import CODE_SIGNING, is_for_code_signing
 from defense_core.errors import ConfigError, OutputExists, StorageError
-from defense_core.files import sha256_file
+from defense_core.files import reading, sha256_file
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
@@ -222,16 +223,17 @@ def generate_key_pair(folder: Path) -> KeyPair:
     from securesystemslib.signer import CryptoSigner
 
     private, public = Path(folder) / PRIVATE_NAME, Path(folder) / PUBLIC_NAME
-    for path in (private, public):
-        if path.exists():
-            raise OutputExists(
-                f"{path} exists", expected="a folder without keys", got="a key", hint="Choose another --out"
-            )
     signer = CryptoSigner.generate_ecdsa()
+    public_pem = signer.public_key.keyval["public"].encode()
     try:
+        for path in (private, public):
+            if path.exists():
+                raise OutputExists(
+                    f"{path} exists", expected="a folder without keys", got="a key", hint="Choose another --out"
+                )
         private.parent.mkdir(parents=True, exist_ok=True)
-        _write_new(private, signer.private_bytes, 0o600)
-        _write_new(public, signer.public_key.keyval["public"].encode(), 0o644)
+        with _new_file(private, signer.private_bytes, 0o600), _new_file(public, public_pem, 0o644):
+            pass
     except OSError as error:
         raise StorageError(
             f"cannot write {folder}", got=os.strerror(error.errno or 0), hint="Choose another --out"
@@ -240,20 +242,37 @@ def generate_key_pair(folder: Path) -> KeyPair:
 
 
 def existing_or_new_pair(folder: Path) -> KeyPair:
-    """The pair that an earlier call left in ``folder``, or a new one. Raises as :func:`generate_key_pair`."""
+    """The pair that an earlier call left in ``folder``, or a new one.
+
+    Raises:
+        ConfigError: the keys there are no pair.
+        OutputExists, StorageError: as :func:`generate_key_pair`.
+    """
     private, public = Path(folder) / PRIVATE_NAME, Path(folder) / PUBLIC_NAME
-    if private.is_file() and public.is_file():
-        return KeyPair(private, public, load_signing_key(private).key_id)
-    return generate_key_pair(folder)
+    with reading(folder, StorageError, "a folder for keys"):
+        both = private.is_file() and public.is_file()
+    if not both:
+        return generate_key_pair(folder)
+    key = load_signing_key(private)
+    if load_public_key(public).keyid != key.key_id:
+        raise _unusable("public key", public, f"the public half of {private}", "one of another key")
+    return KeyPair(private, public, key.key_id)
 
 
-def _write_new(path: Path, data: bytes, mode: int) -> None:
+@contextmanager
+def _new_file(path: Path, data: bytes, mode: int) -> Iterator[None]:
+    """Write a file that must not be there; it is taken away again if that, or the block, fails."""
     # The mode is there from the first byte on: a key that was readable for a moment is no secret.
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(handle)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(handle)
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _read(path: Path, what: str) -> bytes:

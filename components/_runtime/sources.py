@@ -18,7 +18,7 @@ from defense_core.errors import (
 from defense_core.files import reading, sha256_file
 from defense_core.progress import Progress
 
-MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pt2")
+MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2")
 DESCRIPTION = "bundle.json"
 COMPANIONS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "README.md")
 

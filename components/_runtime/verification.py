@@ -38,12 +38,9 @@ from components._runtime.signing_keys import TrustedSigner
 from components._runtime.verification_approvals import approval_findings
 from components._runtime.verification_chain import chain_problems, read_statements
 from components._runtime.verification_files import Check, FileFinding, check_files
-from defense_core.errors import (
-    EvidenceMismatch,
-    EvidenceMissing,
-    SourceNotFound,
-)
+from defense_core.errors import AccessDenied, EvidenceMismatch, EvidenceMissing, SourceNotFound
 from defense_core.evidence import parse_evidence
+from defense_core.files import reading
 from defense_core.policy import Policy, signature_findings
 from defense_core.verdict import Verdict, combine
 
@@ -107,11 +104,14 @@ def verify_release(
 
     Raises:
         SourceNotFound: there is no such folder.
+        AccessDenied: this account may not look for it.
         ConfigError: the key or certificate that is trusted is not usable.
     """
     folder = Path(folder)
     trusted.check()
-    if not folder.is_dir():
+    with reading(folder, SourceNotFound, "a release", denied=AccessDenied):
+        there = folder.is_dir()
+    if not there:
         raise SourceNotFound(f"{folder} is no folder", expected="a release", got="nothing", hint="Name its folder")
     check = Check(folder, trusted)
     check_files(check)

@@ -15,8 +15,8 @@ from defense_core import __version__, architectures
 from defense_core.bundle import untrained_bundle
 from defense_core.config import canonical_json, digest, from_mapping, require
 from defense_core.data import CleanSet, load_clean_set, require_apart
-from defense_core.errors import ConfigError
-from defense_core.files import write_atomic
+from defense_core.errors import ConfigError, StorageError
+from defense_core.files import reading, require_writable, write_atomic
 from defense_core.progress import NullProgress, Progress
 from defense_core.scan.detectors import Settings
 from defense_core.scan.pool import MIN_REFERENCES, Pool, Reference, Stratum, save_pool
@@ -50,8 +50,11 @@ def calibrate_pool(
         ConfigError: neither training images nor references, or both; no reference to train; a bad setting.
         DataError: among others, a clean image that references would be trained on: their statistics on it are not
             those of a scan.
+        OutputExists: ``out`` is a folder.
+        StorageError: ``out``, or what is kept beside it, cannot be written or read.
         ArtifactError, SourceError, MethodDiverged, Cancelled: of the kind that fits.
     """
+    require_writable(out)
     if bool(train) == bool(given):
         raise ConfigError(
             "nothing to calibrate with", expected="either --train or --reference", got="both" if given else "neither"
@@ -82,8 +85,9 @@ def calibrate_pool(
         for number in range(count):
             made = digest({**asked, "train": data.digest, "recipe": recipe.varied(number)})
             kept = shelf / f"{made.removeprefix('sha256:')[:16]}-{number:04}.json"
-            if kept.is_file():
-                yield from_mapping(Reference, json.loads(kept.read_text("utf-8")), where=kept.name)
+            earlier = _earlier(kept)
+            if earlier is not None:
+                yield earlier
                 continue
             spec = models[number % len(models)]
             network = architectures.build(spec.architecture, spec.architecture_args, trusted_modules=trusted)
@@ -92,7 +96,6 @@ def calibrate_pool(
             )
             recorded = {**facts, "architecture_args": spec.architecture_args}
             reference = read(f"reference-{number:04}", number, model, recorded)
-            shelf.mkdir(parents=True, exist_ok=True)
             write_atomic(kept, canonical_json(reference))
             yield reference
 
@@ -113,3 +116,20 @@ def calibrate_pool(
     # Whatever a killed run left half-written there goes too.
     shutil.rmtree(shelf, ignore_errors=True)
     return pool
+
+
+def _earlier(kept: Path) -> Reference | None:
+    """The reference that an earlier run kept in the file ``kept``; ``None``: it kept none."""
+    with reading(kept, StorageError, "a reference that was kept, or none"):
+        if not kept.is_file():
+            return None
+        data = kept.read_bytes()
+    try:
+        return from_mapping(Reference, json.loads(data), where=kept.name)
+    except (ConfigError, ValueError, RecursionError) as error:
+        raise StorageError(
+            f"{kept} is damaged",
+            expected="a reference that was kept",
+            got=str(error)[:200],
+            hint="Delete it and run again; its reference is made anew",
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from components.scan_backdoor import calibrate
-from defense_core.errors import Cancelled, DataError
+from defense_core.errors import Cancelled, DataError, OutputExists, StorageError
 from defense_core.loop import Tuning
 from defense_core.scan import references
 from defense_core.scan.observe import Observed
@@ -30,6 +31,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(calibrate, "train_reference", counted)
     return numbers
+
+
+def denied(self: Path) -> bytes:
+    """Reads like a file of somebody else."""
+    raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
 
 def made(folder: Path) -> Pool:
@@ -91,6 +97,29 @@ def test_a_second_start_trains_what_the_first_had_not_read(
     assert not (tmp_path / "pool.json.partial").exists()
     (tmp_path / "pool.json").unlink()
     assert made(tmp_path) == resumed
+
+
+@pytest.mark.parametrize(("data", "said"), [("{", "is damaged"), ("{}", "is damaged"), (None, "cannot be read")])
+def test_a_kept_reference_that_is_damaged_is_named(
+    data: str | None, said: str, tmp_path: Path, trained: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path, 1, monkeypatch)
+    (kept,) = (tmp_path / "pool.json.partial").glob("*.json")
+    if data is not None:
+        kept.write_text(data)
+    else:
+        monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(StorageError, match=said):
+        made(tmp_path)
+    assert trained == [0, 1], "nothing is trained before it is said"
+
+
+def test_where_the_pool_is_to_lie_is_looked_at_first(tmp_path: Path, trained: list[int]) -> None:
+    make_inputs(tmp_path)
+    (tmp_path / "pool.json").mkdir()
+    with pytest.raises(OutputExists, match="is a folder"):
+        made(tmp_path)
+    assert trained == []
 
 
 def test_what_another_recipe_left_is_not_taken(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -58,6 +61,40 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
         generate_key_pair(tmp_path)
     assert pair.private.read_bytes() == before
     assert existing_or_new_pair(tmp_path) == pair
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_full_disk_leaves_no_half_of_a_pair(failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="No space left"):
+            generate_key_pair(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert existing_or_new_pair(tmp_path).private.is_file()
+
+
+def test_keys_that_are_no_pair_are_refused(tmp_path: Path) -> None:
+    pair, other = generate_key_pair(tmp_path / "one"), generate_key_pair(tmp_path / "other")
+    pair.public.write_bytes(other.public.read_bytes())
+    with pytest.raises(ConfigError, match="one of another key"):
+        existing_or_new_pair(tmp_path / "one")
+
+
+@pytest.mark.parametrize("make", [generate_key_pair, existing_or_new_pair])
+def test_a_folder_that_may_not_be_entered(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path, **options: object) -> os.stat_result:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", denied)
+    with pytest.raises(StorageError, match="Permission denied"):
+        make(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,10 @@ from components._runtime import copies
 from components._runtime.addresses import local_path, split_address
 from components._runtime.checkpoint_store import files_below
 from components._runtime.evidence import read_evidence, read_folder
-from components._runtime.sources import Acquired, acquire
+from components._runtime.signing_keys import TrustedSigner
+from components._runtime.sources import Acquired, _model_within, acquire
 from components._runtime.store import open_store
+from components._runtime.verification import verify_release
 from defense_core.artifact_scan import scan_artifact
 from defense_core.errors import (
     EXIT_USAGE,
@@ -32,6 +35,7 @@ from defense_core.progress import NullProgress
 from pipelines.cluster_options import require_reachable
 from pipelines.local import _reached
 from pipelines.options import read_policy
+from pipelines.policy_replay import find_runs
 
 LONG = "x" * 300
 
@@ -155,6 +159,41 @@ def test_a_file_in_a_folder_that_may_not_be_entered_is_not_called_absent(
         fetched(tmp_path / "model.pt", tmp_path)
     with pytest.raises(AccessDenied, match="Permission denied"):
         read_evidence(tmp_path / "fetch.json")
+    with pytest.raises(AccessDenied, match="Permission denied"):
+        read_folder(tmp_path / "evidence")
+    keys = Path(__file__).parents[1] / "formats" / "v1"
+    with pytest.raises(AccessDenied, match="Permission denied"):
+        verify_release(tmp_path / "release", TrustedSigner(public_key=keys / "signing.pub"))
+
+
+@pytest.mark.parametrize("locked", ["run", "below"])
+def test_a_folder_that_may_not_be_listed_is_not_called_empty(
+    locked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "below").mkdir(parents=True)
+
+    def refusing(real: Any) -> Any:
+        def listed(path: Any) -> Any:
+            if Path(path).name == locked:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        return listed
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    with pytest.raises(AccessDenied, match="Permission denied"):
+        find_runs(tmp_path / "run")
+    with pytest.raises(AccessDenied, match="Permission denied"):
+        read_folder(tmp_path / "run" if locked == "run" else tmp_path / "run" / "below")
+    if locked == "run":
+        with pytest.raises(AccessDenied, match="Permission denied"):
+            open_store(str(tmp_path), "run").records()
+
+
+def test_a_registered_checkpoint_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "net.ckpt").write_bytes(b"weights")
+    assert _model_within(tmp_path, "models:/net/1") == tmp_path / "net.ckpt"
 
 
 def test_a_folder_in_the_place_of_evidence_is_damage(tmp_path: Path) -> None:

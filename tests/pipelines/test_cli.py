@@ -153,7 +153,10 @@ def test_compile_writes_the_pipeline(tmp_path: Path, quarantine: Call) -> None:
     assert [path.name for path in written] == ["quarantine.yaml", "promote.yaml"]
     assert all(path.read_text().startswith("# PIPELINE DEFINITION") for path in written)
     told = quarantine("compile", "--out", tmp_path, "--json")
-    assert told.json == {"written": [str(path) for path in written]}
+    assert told.json == {"written": [str(path) for path in written], "removed": []}
+    (tmp_path / "admission.yaml").write_text("of an earlier compilation with node pools")
+    assert f"removed {tmp_path / 'admission.yaml'}" in quarantine("compile", "--out", tmp_path).out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["promote.yaml", "quarantine.yaml"]
 
 
 def test_compile_writes_what_node_pools_need(tmp_path: Path, quarantine: Call) -> None:

@@ -317,6 +317,20 @@ def test_control_refuses_bad_options(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [calibrate, control])
+def test_where_the_result_is_to_lie_is_looked_at_before_the_work(
+    command: Any, inputs: Path, tmp_path: Path, quarantine: Call
+) -> None:
+    for out in (tmp_path, tmp_path / "."):
+        answer = quarantine(*command(inputs, out))
+        assert answer.code == 3, answer
+        assert "is a folder" in " ".join(answer.err.split())
+    (tmp_path / "file").write_text("")
+    answer = quarantine(*command(inputs, tmp_path / "file" / "result.json"))
+    assert answer.code == 2
+    assert "cannot write" in answer.err
+
+
 def test_a_control_is_kept_where_the_option_says(
     inputs: Path, tmp_path: Path, monkeypatch: Any, quarantine: Call
 ) -> None:

@@ -29,7 +29,7 @@ def server():
 def package(tmp_path_factory):
     from pipelines.compile import compile_to
 
-    return compile_to(tmp_path_factory.mktemp("compiled"))[0]
+    return compile_to(tmp_path_factory.mktemp("compiled")).written[0]
 
 
 def submitter(server, package, log=None, **settings):

@@ -3,12 +3,13 @@
 import errno
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from defense_core.errors import EXIT_UNKNOWN, OutputExists, StorageError
-from defense_core.files import atomic_directory, sha256_bytes, sha256_file, write_atomic
+from defense_core.files import atomic_directory, require_writable, sha256_bytes, sha256_file, write_atomic
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -210,3 +211,24 @@ def test_replace_that_fails_at_the_last_moment_restores_the_old_folder(tmp_path,
         patch.setattr(Path, "rename", refuse)
     assert (tmp_path / "out" / "deep" / "file").read_text() == "old"
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("place", [".", "folder", "file/pool.json"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(place, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError if "/" in place else OutputExists):
+        require_writable(Path(place))
+    require_writable(Path("new/deep/pool.json"))
+    require_writable(Path("file"))
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_folder_without_the_right_to_write_is_refused_before_the_work(tmp_path, monkeypatch):
+    def refuse(dir: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(StorageError, match="Permission denied"):
+        require_writable(tmp_path / "pool.json")
