@@ -38,6 +38,7 @@ from defense_core.errors import (
     UnsafeArtifact,
 )
 from defense_core.files import atomic_directory, sha256_bytes, write_atomic
+from defense_core.inference import NETWORK_ERRORS
 from defense_core.limits import LoadLimits
 from defense_core.model_spec import (
     DESCRIPTION,
@@ -270,7 +271,7 @@ def _build(spec: ModelSpec, limits: LoadLimits, trusted_modules: tuple[str, ...]
             f"architecture {spec.architecture} is too large",
             expected=f"at most {limits.max_parameters} parameters",
             got=f"{count} with {dict(spec.architecture_args)}",
-            hint="Raise max_parameters if a network of this size is expected",
+            hint="Raise max_parameters (--max-parameters) if a network of this size is expected",
         )
     return model
 
@@ -280,7 +281,7 @@ def _count_classes(model: nn.Module, input_size: tuple[int, int, int], where: st
     try:
         with torch.no_grad():
             logits = model(torch.zeros(2, *input_size))
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+    except NETWORK_ERRORS as error:
         raise ConfigError(
             "the network does not accept the input size",
             expected=f"images of {'×'.join(map(str, input_size))} (C×H×W)",

@@ -30,7 +30,7 @@ def class_folders(path: Path, num_classes: int, class_names: Sequence[str]) -> l
         raise DataError(
             f"the sub-folders of {path} stand in two orders",
             expected="numbers of the same length, such as 00 to 10, or names of classes",
-            got=_listed(names),
+            got=listed(names),
             hint="Pad the numbers with zeros, or give the model class names and call the sub-folders so",
         )
     displaced = distinct and any(label_of.get(folder.name, label) != label for folder, label in placed)
@@ -42,13 +42,14 @@ def class_folders(path: Path, num_classes: int, class_names: Sequence[str]) -> l
 def _refusal(path: Path, found: Sequence[str], num_classes: int, class_names: Sequence[str]) -> DataError:
     return DataError(
         f"the sub-folders of {path} do not tell their classes",
-        expected=f"sub-folders called {_listed(class_names)}" if class_names else f"{num_classes} sub-folders",
-        got=f"{len(found)}: {_listed(found)}",
+        expected=f"sub-folders called {listed(class_names)}" if class_names else f"{num_classes} sub-folders",
+        got=f"{len(found)}: {listed(found)}",
         hint="Make one sub-folder a class, an empty one for a class without images"
         + ("" if class_names else ", or give the model class names and call the sub-folders so"),
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first ten, quoted, and how many more there are."""
     shown = ", ".join(repr(name[:40]) for name in names[:10])
     return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown

@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image, UnidentifiedImageError
 
-from defense_core.class_folders import class_folders
+from defense_core.class_folders import class_folders, listed
 from defense_core.errors import DataError
 from defense_core.files import reading
 from defense_core.parquet_rows import image_column, parquet_rows
@@ -108,12 +108,25 @@ def _read_folder(
             (file, label)
             for folder, label in class_folders(path, num_classes, class_names)
             for file in sorted(folder.iterdir())
-            if file.suffix.lower() in IMAGE_SUFFIXES
+            if not file.name.startswith(".")
         ]
+        _check_endings(path, [file for file, _ in files])
         _check_size(len(files), sum(_file_size(file) for file, _ in files), input_size, limits)
         encoded = ((str(file.relative_to(path)), file.read_bytes()) for file, _ in files)
         images = _decode_all(encoded, len(files), input_size)
     return images, numpy.array([label for _, label in files], dtype=numpy.int64)
+
+
+def _check_endings(path: Path, files: Sequence[Path]) -> None:
+    """Refuse a set that would be read without some of its files; hidden ones were left out before."""
+    others = [str(file.relative_to(path)) for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
+    if others:
+        raise DataError(
+            f"{path} holds {len(others)} of {len(files)} files that are not read",
+            expected="files of " + ", ".join(sorted(IMAGE_SUFFIXES)),
+            got=listed(others),
+            hint="Convert those that are images, and take the others out of the sub-folders",
+        )
 
 
 def _file_size(file: Path) -> int:

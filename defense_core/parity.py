@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import DataError, ExportError, NonFiniteOutputs
+from defense_core.inference import NETWORK_ERRORS
 from defense_core.layers import evaluating
 from defense_core.progress import Phase
 from defense_core.task import Task
@@ -205,7 +206,7 @@ def _logits(model: nn.Module, task: Task, images: Tensor) -> numpy.ndarray:
     try:
         with torch.inference_mode():
             outputs = model(task.inputs(images))
-    except RuntimeError as error:
+    except NETWORK_ERRORS as error:
         raise ExportError(
             f"the network does not take a batch of {len(images)}",
             expected="any batch size",

@@ -49,7 +49,7 @@ def image_column(schema: pyarrow.Schema, path: Path) -> str:
 
 def parquet_rows(
     table: pyarrow.parquet.ParquetFile, column: str, labels: numpy.ndarray, path: Path, *, max_bytes: int
-) -> Iterator[tuple[str, object]]:
+) -> Iterator[tuple[str, bytes | None]]:
     """Encoded images row by row; ``labels`` is filled on the way.
 
     Args:
@@ -74,9 +74,16 @@ def parquet_rows(
                 got=f"{seen_bytes} up to row {row + len(stated)}",
             )
         for image in batch.column("image"):
-            value = image.as_py()
-            yield f"row {row}", value.get("bytes") if isinstance(value, dict) else value
+            yield f"row {row}", _bytes_of(image)
             row += 1
+
+
+def _bytes_of(image: pyarrow.Scalar) -> bytes | None:
+    """The bytes of a value; ``None`` where there are none. Of a text too: an image need not be UTF-8."""
+    if isinstance(image, pyarrow.StructScalar):
+        image = image["bytes"] if image.is_valid else None
+    buffer = image.as_buffer() if image is not None else None
+    return None if buffer is None else buffer.to_pybytes()
 
 
 def _encoded_bytes(images: pyarrow.Array) -> int:

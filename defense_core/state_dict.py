@@ -89,16 +89,20 @@ def _class_counts(expected: torch.Size, found: torch.Size) -> tuple[int, int] | 
 
 
 def _converted(name: str, tensor: Tensor, target: Tensor, where: str) -> Tensor:
-    # Scripts that halve a whole state dict turn the integer counters into floats too.
-    counter = tensor.is_floating_point() and bool((tensor == tensor.round()).all())
     same_kind = tensor.is_floating_point() == target.is_floating_point() and not tensor.is_complex()
-    if not same_kind and not (counter and not target.is_floating_point()):
+    if not same_kind and not (tensor.is_floating_point() and _counts(tensor)):
         raise StateDictMismatch(
             f"{name} in {where} has another kind of numbers", expected=str(target.dtype), got=str(tensor.dtype)
         )
     ready = tensor.to(dtype=target.dtype)
     check_finite({name: ready}, where=where)
     return ready
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether floats are whole: scripts that halve a whole state dict turn the integer counters into floats too."""
+    exact = tensor.double()  # nothing is rounded in floats of eight bits
+    return bool((exact == exact.round()).all())
 
 
 def _some(what: str, names: list[str]) -> str:

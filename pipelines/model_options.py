@@ -60,10 +60,11 @@ def loading_of(
     *,
     trusted_module: o.TrustedModule = [],
     max_bytes: o.MaxBytes = o.DEFAULT_LIMITS.max_bytes,
+    max_parameters: o.MaxParameters = o.DEFAULT_LIMITS.max_parameters,
     load_timeout_s: o.LoadTimeout = o.DEFAULT_LIMITS.timeout_s,
 ) -> Loading:
     """Limits and trust from the options. Raises ConfigError."""
-    limits = {"max_bytes": max_bytes, "timeout_s": load_timeout_s}
+    limits = {"max_bytes": max_bytes, "max_parameters": max_parameters, "timeout_s": load_timeout_s}
     return from_mapping(Loading, {"trusted_modules": list(trusted_module), "limits": limits})
 
 

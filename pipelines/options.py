@@ -49,6 +49,7 @@ TrustedModule = Annotated[
     typer.Option(help="Your module whose factories may build the network; repeatable.", rich_help_panel="Model"),
 ]
 MaxBytes = Annotated[int, typer.Option(help="Largest artifact, bytes.", rich_help_panel="Limits")]
+MaxParameters = Annotated[int, typer.Option(help="Largest network, parameters.", rich_help_panel="Limits")]
 LoadTimeout = Annotated[
     float, typer.Option("--load-timeout-s", help="Longest time to read it, seconds.", rich_help_panel="Limits")
 ]

@@ -59,11 +59,11 @@ def promotion_order(
         load_public_key(path)
     given = ApprovalTexts(
         tuple(read_envelope(path).decode("utf-8", "replace") for path in approval),
-        {name: path.read_text("utf-8") for name, path in keys.items()},
+        {name: _pem(path) for name, path in keys.items()},
     )
     # Now, and not only in the gate, where the run would have begun.
     given.signed()
-    request = Resumption(release, given, public_key.read_text("utf-8") if public_key is not None else "")
+    request = Resumption(release, given, _pem(public_key) if public_key is not None else "")
     return PromotionOrder(request, register or _registered_name(release), alias)
 
 
@@ -90,6 +90,11 @@ def promotion_job(
         evidence=evidence,
         service_account=service_account or account,
     )
+
+
+def _pem(path: Path) -> str:
+    """A key that was read before; what people write above it need not be UTF-8."""
+    return path.read_bytes().decode("utf-8", "replace")
 
 
 def _registered_name(release: str) -> str:

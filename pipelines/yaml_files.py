@@ -45,7 +45,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """Data from YAML (JSON is YAML). Raises ConfigError naming ``where``, line and column."""
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        # PyYAML's own constructors raise the last two for tags that a value does not fit: `!!bool maybe`.
         raise ConfigError(f"{where} is malformed", expected="YAML or JSON", got=" ".join(str(error).split())) from error
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import tenacity
+import urllib3
 from botocore import exceptions as boto
 
 from components._runtime.s3_connection import S3Location, S3Settings, s3_errors, transfer_failed
@@ -118,7 +119,9 @@ class Download:
     def _read(self, body: Any) -> bytes:
         try:
             return bytes(body.read(self._settings.chunk_bytes))
-        except (boto.HTTPClientError, boto.IncompleteReadError, OSError) as error:
+        except (boto.HTTPClientError, boto.IncompleteReadError, urllib3.exceptions.HTTPError, OSError) as error:
+            if self._received == self._head.size_bytes:
+                return b""  # all that was announced is here, however the answer ended
             raise _Interrupted(str(error)) from error
 
     def _open(self) -> Any:

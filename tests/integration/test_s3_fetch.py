@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import random
 import resource
 import signal
@@ -13,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import urllib3
 
 from components._runtime.s3 import (
     S3Location,
@@ -27,6 +30,7 @@ from components._runtime.s3 import (
     upload_bytes,
     upload_file,
 )
+from components._runtime.s3_download import Download, Head
 from defense_core.errors import (
     AccessDenied,
     ArtifactTooLarge,
@@ -347,6 +351,45 @@ def test_server_that_ignores_ranges(folder: Path, s3_settings: S3Settings) -> No
 
 
 # -- bad networks and servers ---------------------------------------------------------------
+
+
+class _Cut:
+    """An S3 client whose first answer breaks off with ``error`` after ``first`` bytes of :data:`BODY`."""
+
+    def __init__(self, error: Exception, first: int) -> None:
+        self.ranges: list[str | None] = []
+        self._error = error
+        self._first = first
+
+    def get_object(self, Range: str = "", **_: object) -> dict[str, Any]:
+        self.ranges.append(Range)
+        start = int(Range.removeprefix("bytes=").partition("-")[0]) if Range else 0
+        parts: list[Any] = [BODY[start:]] if Range else [BODY[: self._first], self._error]
+        answer = {"Body": SimpleNamespace(read=partial(self._read, parts), close=lambda: None)}
+        whole = f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"
+        return {**answer, "ContentRange": whole, "ResponseMetadata": {"RetryAttempts": 0}}
+
+    def _read(self, parts: list[Any], _: int) -> bytes:
+        part = parts.pop(0) if parts else b""
+        if isinstance(part, Exception):
+            raise part
+        return bytes(part)
+
+
+BODY = bytes(range(200))
+
+
+@pytest.mark.parametrize("error", [urllib3.exceptions.SSLError("bad record"), ConnectionResetError(104, "reset")])
+@pytest.mark.parametrize(("first", "ranges"), [(60, ["", "bytes=60-199"]), (200, [""])])
+def test_an_answer_that_breaks_off_is_resumed_only_where_something_lacks(
+    error: Exception, first: int, ranges: list[str]
+) -> None:
+    client, stream = _Cut(error, first), io.BytesIO()
+    settings = S3Settings(retry_wait_s=0.0, retry_wait_max_s=0.0)
+    phase = NullProgress().phase("fetch", total=len(BODY))
+    download = Download(client, Head(S3Location("models", "k"), len(BODY), '"e"', 0), settings, stream, phase)
+    download.run()
+    assert (stream.getvalue(), download.digest, client.ranges) == (BODY, sha256_bytes(BODY), ranges)
 
 
 def test_connection_cut_twice_is_resumed(

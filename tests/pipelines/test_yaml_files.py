@@ -48,6 +48,12 @@ def test_whole_numbers_stay_whole() -> None:
     assert math.isinf(parse_yaml(".inf", "here"))
 
 
+@pytest.mark.parametrize("text", ["!!bool maybe", '!!int ""', "!!timestamp x", '!!float ""'])
+def test_values_that_do_not_fit_their_tag_are_malformed(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.yaml is malformed"):
+        parse_yaml(text, "policy.yaml")
+
+
 @pytest.mark.parametrize(
     "text",
     ["{a: 1, a: 2}", "a: 1\nb: 2\na: 1\n", "{x: {a: 1, a: 1}}", "{1: a, 1: b}", '{"a": 1, a: 2}', "[{a: 1, a: 2}]"],

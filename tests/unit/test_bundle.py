@@ -305,6 +305,13 @@ def test_prefixes_and_precisions_in_safetensors(dtype: torch.dtype, prefix: str,
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bits_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {name: value.to(dtype) for name, value in _state().items()}
+    model = load_model_file(_file(tmp_path, state), SPEC).model
+    assert _same(model, {name: value.to(_state()[name].dtype) for name, value in state.items()})
+
+
 def test_file_without_extension_and_file_without_batch_counters(tmp_path: Path) -> None:
     state = {name: value for name, value in _state().items() if "num_batches" not in name}
     assert load_model_file(_file(tmp_path, state, "weights"), SPEC).spec.num_classes == 10

@@ -224,7 +224,23 @@ def test_parquet_images_that_are_no_bytes(value: Any, tmp_path: Path) -> None:
     kind = pyarrow.string() if value else pyarrow.binary()
     table = pyarrow.table({"image": pyarrow.array([value] * 12, kind), "label": some_labels()})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    refused(tmp_path / "a.parquet", "not image bytes")
+    refused(tmp_path / "a.parquet", "not an image" if value else "not image bytes")
+
+
+@pytest.mark.parametrize("struct", [False, True])
+@pytest.mark.parametrize("text", [pyarrow.string(), pyarrow.large_string()])
+def test_a_parquet_column_that_is_called_text_may_hold_images(
+    text: pyarrow.DataType, struct: bool, tmp_path: Path
+) -> None:
+    images = pixels()
+    stored = pyarrow.array([encoded(image) for image in images], pyarrow.binary())
+    # Neither the type nor the file is checked to be UTF-8.
+    wide = stored.cast(pyarrow.large_binary()) if text == pyarrow.large_string() else stored
+    column = pyarrow.Array.from_buffers(text, len(wide), wide.buffers())
+    if struct:
+        column = pyarrow.StructArray.from_arrays([column], ["bytes"])
+    pyarrow.parquet.write_table(pyarrow.table({"image": column, "label": some_labels()}), tmp_path / "a.parquet")
+    assert (load(tmp_path / "a.parquet").images.permute(0, 2, 3, 1).numpy() == images).all()
 
 
 @pytest.mark.parametrize("kind", [pyarrow.int64(), pyarrow.list_(pyarrow.int64())])
@@ -429,6 +445,15 @@ def test_folders_that_hold_no_files_where_files_should_be(tmp_path: Path) -> Non
     write_folder(tmp_path / "folder", files, some_labels().tolist())
     (tmp_path / "folder" / "class0" / "zzz.png").mkdir()
     refused(tmp_path / "folder", "zzz.png")
+
+
+def test_files_of_a_folder_that_would_not_be_read_are_named(tmp_path: Path) -> None:
+    files = [encoded(image) for image in pixels()]
+    folder = write_folder(tmp_path / "folder", files, some_labels().tolist())
+    (folder / "class0" / ".DS_Store").write_bytes(b"")
+    assert len(load(folder)) == 12
+    (folder / "class1" / "scan.tif").write_bytes(b"II*")
+    assert "'class1/scan.tif'" in refused(folder, "1 of 13 files that are not read")
 
 
 def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:

@@ -295,6 +295,21 @@ class Pairs(nn.Module):
         return inputs.reshape(2, -1, 64)[:, 0, :10]
 
 
+class Alone(nn.Module):
+    """Stumbles over its own code at a batch of one; the exporter does not notice."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+        self.error = error
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export() and len(inputs) == 1:
+            raise self.error("of its own")
+        logits: Tensor = self.linear(inputs.flatten(1)[:, :64])
+        return logits
+
+
 class Silent(nn.Module):
     """Refuses to be exported, without a word."""
 
@@ -315,9 +330,11 @@ class Silent(nn.Module):
         (Branch(), "cannot be exported"),
         (OneLogit(), "not one logit a class"),
         (Pairs(), "does not take a batch of 1"),
+        (Alone(TypeError), "does not take a batch of 1"),
+        (Alone(IndexError), "does not take a batch of 1"),
         (Silent(), "got ValueError"),
     ],
-    ids=["data-dependent branch", "wrong output", "batch of two only", "no message"],
+    ids=["data-dependent branch", "wrong output", "batch of two only", "type", "index", "no message"],
 )
 def test_what_cannot_be_exported_is_a_typed_error(model: nn.Module, words: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=words):
