@@ -137,11 +137,10 @@ def training_chart(trained: Training, *, name: str) -> str:
     def draw(axes: Any) -> None:
         start = 0.0
         for index, curve in enumerate(curves):
-            points = [
-                (start + place, point.loss)
-                for place, point in _thinned(list(enumerate(curve.points, 1)))
-                if point.loss is not None
+            known = [
+                (start + place, point.loss) for place, point in enumerate(curve.points, 1) if point.loss is not None
             ]
+            points = _thinned(known)
             colour = (ACCENT, MUTED, CONTROL)[index % 3]
             style = ("-", "--", ":")[index % 3]
             axes.plot([x for x, _ in points], [y for _, y in points], style, color=colour, linewidth=2)

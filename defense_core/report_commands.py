@@ -11,7 +11,7 @@ from typing import Any
 from defense_core.config import to_mapping
 from defense_core.limits import LoadLimits
 from defense_core.purify import METHODS
-from defense_core.report_text import at, command, items_at, mappings_at, number, text
+from defense_core.report_text import at, can_be_shown, command, items_at, mappings_at, number, text, verbatim
 
 SCAN_RATE = 0.05
 """What ``quarantine scan`` takes where nobody says otherwise."""
@@ -35,7 +35,7 @@ def commands(evidence: Mapping[str, Mapping[str, Any]], *, policy: str) -> tuple
     """
     fetch = at(evidence, "fetch", "results")
     found = []
-    names = {text(each.get("identity"), 80) for each in mappings_at(evidence, "gate", "results", "approvals")}
+    names = {verbatim(each.get("identity")) for each in mappings_at(evidence, "gate", "results", "approvals")}
     approvers = [("--approver-key", f"{name}={name}.pub") for name in sorted(names)]
     if address := _address(fetch):
         found.append(Command("Run the whole pipeline again on the same bytes", _run(evidence, fetch, address, policy)))
@@ -59,7 +59,7 @@ def commands(evidence: Mapping[str, Mapping[str, Any]], *, policy: str) -> tuple
 
 
 def _address(fetch: Any) -> str:
-    uri, version = text(at(fetch, "uri"), 1000), text(at(fetch, "version_id"), 200)
+    uri, version = verbatim(at(fetch, "uri")), verbatim(at(fetch, "version_id"))
     return f"{uri}?versionId={version}" if uri.startswith("s3://") and version and "?" not in uri else uri
 
 
@@ -83,12 +83,12 @@ def _run(evidence: Mapping[str, Mapping[str, Any]], fetch: Any, address: str, po
     if at(fetch, "test_images"):
         options.append(("--test", "TEST_SET"))
     probes = {
-        text(probe.get("name"), 60) for each in evidence.values() for probe in mappings_at(each, "results", "probes")
+        verbatim(probe.get("name")) for each in evidence.values() for probe in mappings_at(each, "results", "probes")
     }
     options += [("--probe", f"{probe}.yaml") for probe in sorted(probes)]
     asked = at(fetch, "asked")
     if isinstance(methods, (list, tuple)):
-        options.append(("--methods", ",".join(text(method, 60) for method in methods)))
+        options.append(("--methods", ",".join(verbatim(method) for method in methods)))
         options += [("--set", change) for change in _method_settings(evidence, methods, asked)]
     if at(evidence, "fetch", "inputs", "pool"):
         options.append(("--pool", "POOL"))
@@ -100,7 +100,7 @@ def _run(evidence: Mapping[str, Mapping[str, Any]], fetch: Any, address: str, po
 def _method_settings(evidence: Mapping[str, Mapping[str, Any]], methods: Sequence[Any], asked: Any) -> list[str]:
     if isinstance(configs := at(asked, "configs"), Mapping):
         return _assignments(configs)
-    return [change for method in methods for change in _changed_settings(evidence, text(method, 60))]
+    return [change for method in methods for change in _changed_settings(evidence, verbatim(method))]
 
 
 def _scan_settings(evidence: Mapping[str, Mapping[str, Any]], asked: Any) -> list[str]:
@@ -113,15 +113,16 @@ def _scan_settings(evidence: Mapping[str, Mapping[str, Any]], asked: Any) -> lis
 def _asked_options(asked: Any) -> list[tuple[str, Any]]:
     """Options that say what was not left at its default."""
     limits = at(asked, "loading", "limits")
-    device = text(at(asked, "device"), 40)
+    device = verbatim(at(asked, "device"))
     return [
-        ("--licence", text(at(asked, "licence"), 200)),
-        ("--class-names", ",".join(text(each, 60) for each in items_at(asked, "class_names"))),
-        ("--augment", text(at(asked, "augment"), 40)),
+        ("--licence", at(asked, "licence")),
+        ("--class-names", ",".join(verbatim(each) for each in items_at(asked, "class_names"))),
+        ("--augment", at(asked, "augment")),
         ("--device", device if device != USUAL_DEVICE else ""),
-        *(("--trusted-module", text(each, 200)) for each in items_at(asked, "loading", "trusted_modules")),
-        ("--sha256", text(at(asked, "loading", "sha256"), 100)),
+        *(("--trusted-module", each) for each in items_at(asked, "loading", "trusted_modules")),
+        ("--sha256", at(asked, "loading", "sha256")),
         ("--max-bytes", _changed_limit(limits, "max_bytes")),
+        ("--max-parameters", _changed_limit(limits, "max_parameters")),
         ("--load-timeout-s", _changed_limit(limits, "timeout_s")),
     ]
 
@@ -134,15 +135,15 @@ def _changed_limit(limits: Any, name: str) -> str:
 def _destination(evidence: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]]:
     """Where the version went; without a registered one nobody knows."""
     promoted = at(evidence, "promote", "results")
-    alias = text(at(promoted, "alias"), 80)
-    return [("--register", text(at(promoted, "name"), 120)), ("--alias", alias if alias != USUAL_ALIAS else "")]
+    alias = at(promoted, "alias")
+    return [("--register", at(promoted, "name")), ("--alias", alias if alias != USUAL_ALIAS else "")]
 
 
 def _assignments(settings: Mapping[Any, Any], prefix: str = "") -> list[str]:
     """``a.b=1`` for every leaf, in the order of their names."""
     found: list[str] = []
     for key, value in sorted(settings.items(), key=lambda item: str(item[0])):
-        name = f"{prefix}{text(key, 60)}"
+        name = f"{prefix}{verbatim(key)}"
         if isinstance(value, Mapping):
             found += _assignments(value, f"{name}.")
         else:
@@ -156,8 +157,8 @@ def _policy(name: str) -> str:
 
 
 def _registered(promotion: Any) -> str:
-    name, version = text(at(promotion, "name"), 120), text(at(promotion, "version"), 40)
-    return f"models:/{name}/{version}" if name and version else ""
+    name, version = verbatim(at(promotion, "name")), verbatim(at(promotion, "version"))
+    return f"models:/{name}/{version}" if name and version and can_be_shown(name + version) else ""
 
 
 def _numbers(value: Any) -> str:
@@ -180,7 +181,7 @@ def _changed_settings(evidence: Mapping[str, Mapping[str, Any]], method: str) ->
         return []
     own = to_mapping(row.config())
     return [
-        f"{method}.{text(key, 60)}={json.dumps(value, default=str)}"
+        f"{method}.{verbatim(key)}={json.dumps(value, default=str)}"
         for key, value in sorted(config.items(), key=lambda item: str(item[0]))
         if own.get(key) != value
     ]

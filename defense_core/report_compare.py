@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,9 +105,7 @@ def compare_reports(first: Report, second: Report, *, names: tuple[str, str]) ->
     rules = tuple(_rules(first, second))
     return RunComparison(
         headline=_headline(first, second, names),
-        detail=_detail(
-            figures, rules, same_model=_value(first.came_in, "SHA-256") == _value(second.came_in, "SHA-256")
-        ),
+        detail=_detail(figures, rules, models=[_value(each.came_in, "SHA-256") for each in (first, second)]),
         first=_side(first, names[0]),
         second=_side(second, names[1]),
         facts=tuple(_facts(first, second)),
@@ -141,10 +139,14 @@ def _ended(report: Report) -> str:
     return named.get(report.outcome, report.outcome)
 
 
-def _detail(figures: tuple[FigureChange, ...], rules: tuple[RuleChange, ...], *, same_model: bool) -> str:
+def _detail(figures: tuple[FigureChange, ...], rules: tuple[RuleChange, ...], *, models: Sequence[str]) -> str:
     apart = [f"{words.label(row.model)} {row.measure}" for row in figures if row.apart]
     changed = [row.rule for row in rules if row.first != row.second]
-    said = ["The incoming model is the same." if same_model else "The incoming models are different ones."]
+    if not all(models):
+        said = ["Whether the incoming model is the same is not known."]
+    else:
+        same = len(set(models)) == 1
+        said = ["The incoming model is the same." if same else "The incoming models are different ones."]
     if apart:
         said.append(f"Apart by more than their 95 % intervals: {', '.join(dict.fromkeys(apart))}.")
     elif figures and all(row.apart is None for row in figures):

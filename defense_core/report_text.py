@@ -15,6 +15,8 @@ from defense_core.evidence import UNPURIFIED
 NOT_MEASURED = "–"
 MAX_TEXT = 600
 """Longest text that is taken over from evidence; an error message can be of any length."""
+MAX_ARGUMENT = 1 << 16
+"""Longest argument of a command; Linux takes twice that."""
 
 _LABELS = {
     "before": "Before",
@@ -79,10 +81,25 @@ def text(value: Any, limit: int = MAX_TEXT) -> str:
     """
     if value is None:
         return ""
-    raw = value if isinstance(value, str) else repr(value) if isinstance(value, (list, tuple, Mapping)) else str(value)
-    raw = raw[: 4 * limit]
-    clean = "".join("\ufffd" if unicodedata.category(sign).startswith("C") else sign for sign in " ".join(raw.split()))
+    raw = verbatim(value)[: 4 * limit]
+    clean = "".join("\ufffd" if _is_unseen(sign) else sign for sign in " ".join(raw.split()))
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+def verbatim(value: Any) -> str:
+    """``value`` as text, whole and as it is: for :func:`command`, and for nothing that is shown by itself."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else repr(value) if isinstance(value, (list, tuple, Mapping)) else str(value)
+
+
+def can_be_shown(argument: str) -> bool:
+    """Whether a command can hold ``argument`` so that it is the same when it is pasted into a shell."""
+    return len(argument) <= MAX_ARGUMENT and not any(map(_is_unseen, argument))
+
+
+def _is_unseen(sign: str) -> bool:
+    return unicodedata.category(sign).startswith("C")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -140,12 +157,21 @@ def seconds(value: Any) -> str:
 
 
 def command(program: str, options: Sequence[tuple[str, Any]]) -> str:
-    """A shell command; every value is quoted, options without one are left out."""
-    words = [program]
+    """A shell command; every value is quoted, options without one are left out.
+
+    No value is cut, which would be another one: one that cannot be shown whole is left out too, and the line above
+    the command says of which option.
+    """
+    words, hidden = [program], []
     for name, value in options:
-        if value not in (None, "", ()):
-            words.append(f"{name} {shlex.quote(text(value, 2000))}")
-    return " \\\n    ".join(words) if len(words) > 2 else " ".join(words)
+        argument = verbatim(value) if value != () else ""
+        if argument and can_be_shown(argument):
+            words.append(f"{name} {shlex.quote(argument)}")
+        elif argument:
+            hidden.append(name)
+    line = " \\\n    ".join(words) if len(words) > 2 else " ".join(words)
+    told = f"# Add what cannot be shown here: {', '.join(dict.fromkeys(hidden))}\n" if hidden else ""
+    return told + line
 
 
 # -- the verdict -----------------------------------------------------------------------

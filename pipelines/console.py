@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from defense_core.config import to_mapping
-from defense_core.errors import QuarantineError
+from defense_core.errors import QuarantineError, visible
 
 STYLES = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "allow": "green", "deny": "red", "unknown": "yellow"}
 
@@ -57,9 +57,9 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]])
 
 
 def coloured(text: str) -> str:
-    """Verdicts in their colour, everything else as it is."""
+    """Verdicts in their colour, everything else as it is, but for what would steer the terminal."""
     style = STYLES.get(text)
-    return f"[{style}]{text}[/{style}]" if style else escape(text)
+    return f"[{style}]{text}[/{style}]" if style else escape(visible(text))
 
 
 def print_comparison(evidence: Mapping[str, Mapping[str, Any]], *, selected: str | None) -> None:

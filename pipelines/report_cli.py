@@ -31,7 +31,7 @@ def report(
     from defense_core.report import Report, render_report
     from defense_core.report_compare import RunComparison, compare_reports, render_comparison
 
-    if bool(evidence) == all(compare):
+    if (bool(evidence), *map(bool, compare)) not in {(True, False, False), (False, True, True)}:
         raise ConfigError("nothing to report on", expected="either --evidence DIR or --compare A B", got="both or none")
     made: Report | RunComparison
     if evidence:

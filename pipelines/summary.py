@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,8 @@ def print_run(run: LocalRun, *, as_json: bool, public_key: Path | None = None) -
         out.print(f"report:   {run.report}  (open it in a browser)", markup=False)
     if run.signed is not None and run.release is not None:
         _print_release(run, public_key)
-    out.print(f"MLflow:   mlflow ui --backend-store-uri {run.tracking_uri}   then http://127.0.0.1:5000", markup=False)
+    shown = shlex.join(["mlflow", "ui", "--backend-store-uri", run.tracking_uri])
+    out.print(f"MLflow:   {shown}   then http://127.0.0.1:5000", markup=False)
 
 
 def print_verification(verified: Verification) -> None:
@@ -76,14 +78,16 @@ def _print_release(run: LocalRun, public_key: Path | None) -> None:
         out.print(f"release:  {run.release}  (not signed: no --signing-key)", markup=False)
         return
     out.print(f"release:  {run.release}  (signed, key {run.signed['key_id'][:16]}…)", markup=False)
-    words = ["quarantine verify", str(run.release), "--public-key", str(public_key or "PUBLIC_KEY")]
+    words = ["quarantine", "verify", str(run.release), "--public-key", str(public_key or "PUBLIC_KEY")]
     if run.statement is not None and not (run.promotion and run.promotion["reused"]):
         # A version that was there before holds the files of the run that made it.
         words += ["--promotion", str(run.statement)]
-    out.print(f"verify:   {' '.join(words)}", markup=False)
+    out.print(f"verify:   {shlex.join(words)}", markup=False)
 
 
 def _promotion_sentence(promotion: Mapping[str, Any]) -> str:
+    if not promotion.get("registered"):
+        return "registry: nothing was registered, because the policy only observes"
     version = f"{promotion.get('name')} version {promotion.get('version')}"
     if promotion.get("alias_moved"):
         return f"registry: {version} is now {promotion.get('alias')}"

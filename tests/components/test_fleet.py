@@ -24,7 +24,7 @@ from components._runtime.registry_prompts import PROMPT_TAG
 from components._runtime.release import EVIDENCE_FOLDER, Identity, Parts, Release, stage
 from components._runtime.tracking import open_run
 from components.gate_promotion.step import gate_promotion
-from defense_core.errors import AccessDenied, EvidenceMissing, QuarantineError
+from defense_core.errors import AccessDenied, ConfigError, EvidenceMissing, QuarantineError
 from defense_core.files import sha256_bytes, sha256_file
 from defense_core.report import build_report
 from defense_core.report_fleet import build_fleet
@@ -128,6 +128,16 @@ def test_what_may_not_be_read_is_a_typed_error(
     assert result.exception.exit_code == 3
     assert f"{name} cannot be read" in str(result.exception)
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--evidence", "a", "--compare", "", "b"), ("--evidence", "a", "--compare", "a", "b"), ("--compare", "a", "")],
+)
+def test_a_report_is_of_one_run_or_of_two(words: tuple[str, ...], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", *words, "--out", str(tmp_path / "page.html")])
+    assert isinstance(result.exception, ConfigError), result
+    assert "nothing to report on" in str(result.exception)
 
 
 def test_records_without_a_decision_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,12 @@ def test_a_layer_may_be_called_by_a_digit_that_is_no_number() -> None:
     assert [row.layer for row in build_report(evidence).layers] == ["conv2", "conv10", "²"]
 
 
+def test_a_long_training_with_few_losses_is_drawn() -> None:
+    points = tuple(CurvePoint(float(step), 0.5 if step == 2 else None, None) for step in range(1, 1002))
+    trained = Training("tsbd", control=False, curves=(Curve("unlearn", points),), seconds=1)
+    assert "<svg" in training_chart(trained, name="few")
+
+
 def test_a_long_training_is_drawn_to_its_last_epoch() -> None:
     points = tuple(CurvePoint(float(step), 1 / step, None) for step in range(1, 1001))
     trained = Training("tsbd", control=False, curves=(Curve("unlearn", points), Curve("repair", points[:3])), seconds=1)
@@ -259,7 +265,7 @@ def test_commands_name_what_was_not_the_default() -> None:
         "class_names": ["a", "b"],
         "configs": {"tsbd": {"n": 0.15}},
         "scan": {"budget_s": 60, "settings": {"patch": {"steps": 40}}},
-        "loading": {"trusted_modules": ["own.nets"], "limits": {"max_bytes": 7, "timeout_s": 120.0}},
+        "loading": {"trusted_modules": ["own.nets"], "limits": {"max_bytes": 7, "max_parameters": 9}},
     }
     evidence["gate"]["results"]["approvals"] = [{"identity": "ada"}]
     lines = [" ".join(each.line.replace("\\\n", " ").split()) for each in build_report(evidence).commands]
@@ -267,11 +273,26 @@ def test_commands_name_what_was_not_the_default() -> None:
         "--pool POOL",
         "--scan-set budget_s=60 --scan-set settings.patch.steps=40",
         "--set tsbd.n=0.15",
-        "--licence MIT --class-names a,b --augment none --device cuda --trusted-module own.nets --max-bytes 7",
+        "--licence MIT --class-names a,b --augment none --device cuda --trusted-module own.nets --max-bytes 7"
+        " --max-parameters 9",
     ):
         assert words in lines[0]
     assert "--load-timeout-s" not in lines[0]
     assert "--approval APPROVAL.json --approver-key ada=ada.pub" in " ".join(lines)
+
+
+def test_commands_cut_no_value_and_say_what_cannot_be_shown() -> None:
+    evidence = whole_run()
+    names = [f"class  {number}" + "x" * 90 for number in range(300)]
+    evidence["fetch"]["results"] |= {
+        "asked": {"class_names": names, "licence": "MIT\u202e", "loading": {"trusted_modules": ["a" * 500, "b\nc"]}},
+    }
+    line = build_report(evidence).commands[0].line
+    assert f"--class-names '{','.join(names)}'" in line
+    assert f"--trusted-module {'a' * 500} " in line
+    assert line.startswith("# Add what cannot be shown here: --licence, --trusted-module\nquarantine run")
+    assert "--licence" not in line.partition("\n")[2]
+    assert "\u202e" not in line
 
 
 def test_commands_leave_out_what_was_the_default() -> None:

@@ -234,6 +234,8 @@ def test_nothing_is_said_of_intervals_where_nothing_could_be_compared() -> None:
 def test_comparisons_with_a_run_that_failed_at_once_have_a_page() -> None:
     failed = build_report({}, failures=[{"name": "fetch", "error": "SourceNotFound", "message": "no such object"}])
     both = compare_reports(failed, build_report(whole_run()), names=("a", POISON))
+    for pair in (both, compare_reports(failed, failed, names=("a", "b"))):
+        assert pair.detail.startswith("Whether the incoming model is the same is not known.")
     page = render_comparison(both)
     assert "<script" not in page
     assert "{{ 7 * 7 }}" in parsed(page).text
