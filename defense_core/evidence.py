@@ -21,7 +21,10 @@ UNPURIFIED = "untouched"
 """In a purifier's place: the scan found no evidence of a backdoor, and the fetched model goes on as it is."""
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_NAME = re.compile(r"([a-z_]+)(?:\.([A-Za-z0-9_-]+))?")
+SELECTED = "selected"
+"""In a method's place in rules: the method that was chosen."""
+_PART = r"[A-Za-z0-9_-]+"
+_NAME = re.compile(rf"([a-z_]+)(?:\.({_PART}))?")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,18 @@ class Evidence:
         if len(named) < len(digests):
             raise _damaged(self.name, "inputs.members as digests by name", repr(members))
         return named
+
+
+def require_part(name: str) -> None:
+    """Refuse what cannot follow the dot in the name of evidence, such as ``tsbd`` in ``evaluate.tsbd``.
+
+    Raises:
+        ConfigError: other characters than these take, or the name that rules use for the chosen method.
+    """
+    if not re.fullmatch(_PART, name) or name == SELECTED:
+        raise ConfigError(
+            "name is malformed", expected=f"letters, digits, - and _, and not {SELECTED}", got=repr(name)[:120]
+        )
 
 
 def parse_evidence(files: Mapping[str, Any]) -> dict[str, Evidence]:
@@ -100,8 +115,8 @@ def _parse(name: object, mapping: Any) -> Evidence:
     step = name.partition(".")[0]
     if mapping.get("step") != step or step not in BEFORE_DECISION + AFTER_DECISION:
         raise _damaged(name, "step " + " | ".join(BEFORE_DECISION + AFTER_DECISION), repr(mapping.get("step")))
-    if name == f"{step}.selected":
-        raise _damaged(name, "a method's name", "selected, which rules use for the chosen method")
+    if name == f"{step}.{SELECTED}":
+        raise _damaged(name, "a method's name", f"{SELECTED}, which rules use for the chosen method")
     for key in ("inputs", "outputs", "results"):
         if not isinstance(mapping.get(key), Mapping):
             raise _damaged(name, f"a mapping {key}", repr(mapping.get(key)))

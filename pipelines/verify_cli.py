@@ -58,7 +58,8 @@ def verify(
         from components._runtime.journal import open_connection
         from components._runtime.verification_registry import verify_registered
 
-        verified = verify_registered(open_connection(), release, trusted, policy=expected, approvers=approvers)
+        connection = open_connection(create=False)
+        verified = verify_registered(connection, release, trusted, policy=expected, approvers=approvers)
     else:
         further = _promotion_check(promotion) if promotion else (lambda check: None)
         verified = verify_release(Path(release), trusted, policy=expected, approvers=approvers, further=further)

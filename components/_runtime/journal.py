@@ -11,7 +11,8 @@ import base64
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,22 @@ MODEL_TAG = "quarantine.model"
 URI_TAG = "quarantine.uri"
 VERDICT_TAG = "quarantine.verdict"
 KEY_CHARACTERS = 24
+MAX_PART = 200
+"""Longest part of a metric's name that a probe gives; MLflow takes 250 characters in all."""
 SCANS = ("scan", "rescan", "control")
 """Steps whose verdict becomes the tag ``quarantine.<step>`` of the parent run."""
 
 
-def open_connection(environment: Mapping[str, str] | None = None) -> MlflowConnection:
+def open_connection(environment: Mapping[str, str] | None = None, *, create: bool = True) -> MlflowConnection:
     """MLflow as the environment (by default this process's) names it.
+
+    Args:
+        create: whether an SQL store that is not there is made; not for who only reads.
 
     Raises:
         RegistryUnavailable, AccessDenied, ConfigError: see :func:`components._runtime.mlflow_connection.connect`.
     """
-    return connect(MlflowSettings.from_environment(environment))
+    return connect(MlflowSettings.from_environment(environment), create=create)
 
 
 def run_key(identity: Identity) -> str:
@@ -193,9 +199,10 @@ def _log_bytes(connection: MlflowConnection, run: TrackedRun, files: Mapping[str
 
 def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     named = {"acc": (results.get("acc") or {}).get("value"), "acc_drop": results.get("acc_drop")}
-    for probe in results.get("probes", ()):
-        named |= {f"{figure}/{probe['name']}": probe[figure]["value"] for figure in ("asr", "ra")}
-        named[f"der/{probe['name']}"] = probe["der"]
+    probes = results.get("probes", ())
+    for probe, part in zip(probes, _metric_parts([str(probe["name"]) for probe in probes]), strict=True):
+        named |= {f"{figure}/{part}": probe[figure]["value"] for figure in ("asr", "ra")}
+        named[f"der/{part}"] = probe["der"]
     yield from ((_metric_name(name), float(value)) for name, value in named.items() if value is not None)
 
 
@@ -211,6 +218,15 @@ def _numbers_only(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _metric_name(name: str) -> str:
     """``name`` without ``=`` and the like, which MLflow refuses."""
     return re.sub(r"[^\w .:/-]", "_", name)
+
+
+def _metric_parts(names: Sequence[str]) -> list[str]:
+    """Strangers' names, each as one part of a metric's: no path, not empty, not too long, and no two alike."""
+    parts: list[str] = []
+    for name in names:
+        part = _metric_name(name).replace("/", "_")[:MAX_PART].strip(" .") or "_"
+        parts.append(part if part not in parts else f"{part}_{sha256(name.encode(errors='replace')).hexdigest()[:8]}")
+    return parts
 
 
 def _text(value: Any) -> str:

@@ -160,7 +160,7 @@ def _find(connection: MlflowConnection, order: Order) -> ModelVersion | None:
             if order.verdict is Verdict.UNKNOWN and chosen is None and _same_bytes(version, order):
                 chosen = version
         else:
-            _require_agreement(version, order)
+            require_agreement(version, order)
             return version
     return chosen
 
@@ -192,7 +192,8 @@ def _same_bytes(version: ModelVersion, order: Order) -> bool:
     return all(version.tags.get(key) == order.tags[key] for key in (tag.ONNX_DIGEST, tag.BUNDLE_DIGEST))
 
 
-def _require_agreement(version: ModelVersion, order: Order) -> None:
+def require_agreement(version: ModelVersion, order: Order) -> None:
+    """Refuse a decided version that is not what the order would make of it. Raises RegistryConflict."""
     decision, reason = version.tags.get(tag.DECISION), version.tags.get(tag.REASON)
     found = (decision, reason if decision == tag.QUARANTINED else None)
     what = f"models:/{version.name}/{version.version}, from the same source, config and policy,"

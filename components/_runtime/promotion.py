@@ -36,6 +36,7 @@ from components._runtime.model_versions import (
     find_or_create,
     grew_old,
     quarantine,
+    require_agreement,
     same_identity,
     takes_its_place,
     version_tags,
@@ -248,6 +249,8 @@ def _decide(connection: MlflowConnection, version: ModelVersion, order: Order) -
                 got="another run with other evidence",
                 hint="Run again",
             )
+        # Another run may have decided it, or found it damaged, while its files were read.
+        require_agreement(fresh, order)
         return str(fresh.tags.get(tag.DECISION))
     if order.verdict is not Verdict.PASS:
         quarantine(connection, version, REASONS[order.verdict])

@@ -58,7 +58,7 @@ def acquire_release(uri: str, folder: Path, *, max_bytes: int, progress: Progres
         from components._runtime.journal import open_connection
         from components._runtime.registered_files import resolve_model_uri
 
-        return resolve_model_uri(open_connection(), uri, folder / "version", max_bytes=max_bytes).path
+        return resolve_model_uri(open_connection(create=False), uri, folder / "version", max_bytes=max_bytes).path
     if "://" in uri and not uri.startswith("file://"):
         raise ConfigError("address of a release is not usable", expected="models:/name/3 or a folder", got=uri[:120])
     found = acquire(uri, folder, max_bytes=max_bytes, progress=progress).path

@@ -18,6 +18,7 @@ from components._runtime.plan import REPORT_SHARE, Loading
 from defense_core.attacks import probe_from_spec
 from defense_core.config import digest
 from defense_core.evaluate import evaluate
+from defense_core.evidence import require_part
 from defense_core.progress import NullProgress, Progress
 from defense_core.verdict import Finding, Verdict
 
@@ -54,11 +55,12 @@ def evaluate_model(
         judges nothing: bounds are the policy's part.
 
     Raises:
-        ConfigError: neither ``clean`` nor ``test``; a malformed probe; a reference that is given other numbers for an
-            image; another cut of ``clean`` than the purification's, which may have trained on what is quoted.
+        ConfigError: neither ``clean`` nor ``test``; a malformed name or probe; a reference that is given other numbers
+            for an image; another cut of ``clean`` than the purification's, which may have trained on what is quoted.
         ArtifactError, DataError, NonFiniteOutputs, Cancelled: of the kind that fits.
     """
     clock = Clock.start()
+    require_part(name)
     where = resolve_device(device)
     bundle = open_model(model, spec, loading)
     before = open_model(reference, spec, loading) if reference is not None else None

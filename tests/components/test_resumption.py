@@ -17,7 +17,7 @@ from components._runtime.approval_texts import ApprovalTexts
 from components._runtime.approvals import sign_approval
 from components._runtime.evidence import Clock, write_evidence
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
-from components._runtime.resumption import Resumption
+from components._runtime.resumption import Resumption, acquire_release
 from components._runtime.signing_keys import KeyPair, TrustedSigner, generate_key_pair, load_signing_key
 from components._runtime.statements import Destination
 from components._runtime.verification import verify_release
@@ -30,6 +30,7 @@ from defense_core import errors
 from defense_core.files import sha256_file
 from defense_core.policy import parse_policy
 from defense_core.policy_time import parse_time, time_text
+from defense_core.progress import NullProgress
 from defense_core.verdict import Verdict
 from pipelines.sweep import SweepReport, SweepSettings, open_memory, sweep
 from pipelines.sweep_aliases import Journal
@@ -132,6 +133,13 @@ def test_an_approval_promotes_once(former: Former, tmp_path: Path) -> None:
     assert set(tags) == {"1", "2"}
     assert tags["1"][tag.SUPERSEDED_BY] == "2"
     assert tags["2"][tag.DECISION] == tag.ALLOW
+
+
+def test_a_registry_that_is_not_mounted_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'volume' / 'mlflow.db'}")
+    with pytest.raises(errors.RegistryUnavailable, match="there is no registry"):
+        acquire_release("models:/digits/1", tmp_path, max_bytes=1000, progress=NullProgress())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_record_from_before_the_reopening_sets_no_time(

@@ -354,6 +354,12 @@ def test_a_probe_without_an_eligible_image_is_unknown(finished: Chain, tmp_path:
     assert evidence["results"]["probes"][0]["asr"]["value"] is None
 
 
+@pytest.mark.parametrize("name", ["v1.2", "selected", "", "a/b", "größe"])
+def test_evaluate_gives_no_name_that_the_gate_would_call_damaged(name: str, finished: Chain) -> None:
+    with pytest.raises(errors.ConfigError, match="name is malformed"):
+        evaluate_model(finished["bundle"], name=name, clean=finished.images["clean"], device="cpu")
+
+
 def test_evaluate_needs_images(finished: Chain) -> None:
     with pytest.raises(errors.ConfigError, match="nothing to evaluate on"):
         evaluate_model(finished["bundle"], name="before", device="cpu")

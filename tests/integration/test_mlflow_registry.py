@@ -12,6 +12,7 @@ import pytest
 from components._runtime import registered_files
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
+from components._runtime.model_versions import quarantine
 from components._runtime.promotion import Promotion, promote
 from components._runtime.registered_files import resolve_model_uri
 from components._runtime.registered_sources import require_allowed_source
@@ -391,6 +392,24 @@ def test_bytes_altered_between_upload_and_alias_are_refused(
     with pytest.raises(RegistryConflict, match="damaged"):
         promoted(mlflow_sqlite, release, identity=OTHER)
     assert alias_of(mlflow_sqlite) == "1"
+
+
+def test_a_version_that_another_run_finds_damaged_meanwhile_is_not_called_allowed(
+    mlflow_sqlite: MlflowConnection, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+
+    def meanwhile(number: int, name: str, when: str) -> None:
+        if (name, when) == ("get_model_version_download_uri", "after") and not seen:
+            seen.append(name)
+            version = mlflow_sqlite.client.get_model_version(NAME, "1")
+            quarantine(mlflow_sqlite, version, tag.BYTES_DIFFER)
+
+    with pytest.raises(RegistryConflict, match="was found damaged"):
+        promoted(interposed(mlflow_sqlite, meanwhile), make_release(tmp_path / "release"))
+    assert seen
+    assert alias_of(mlflow_sqlite) is None
+    assert tags_of(mlflow_sqlite, "1")[tag.REASON] == tag.BYTES_DIFFER
 
 
 def test_damage_after_promotion_is_found_by_the_next_run(mlflow_sqlite: MlflowConnection, tmp_path: Path) -> None:

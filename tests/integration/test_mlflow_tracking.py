@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from components._runtime.journal import _figures
 from components._runtime.mlflow_connection import MlflowConnection, MlflowSettings, connect
 from components._runtime.run_election import ELECTION_PARAMETER, RUN_KEY_TAG
 from components._runtime.tracking import (
@@ -180,6 +181,18 @@ def test_rows_that_are_no_history(mlflow_sqlite: MlflowConnection, row: dict[str
     with pytest.raises(ConfigError):
         log_history(mlflow_sqlite, run, [{"step": 0, "loss": 2.0}, row])
     assert mlflow_sqlite.client.get_run(run.run_id).data.metrics == {}
+
+
+def test_figures_of_a_probe_of_any_name_are_logged_apart(mlflow_sqlite: MlflowConnection) -> None:
+    names = ["/triggers/white.png", "../x", "a//b", "", "..", "a=b", "a_b", "x" * 300, "x" * 299, "blend"]
+    figures = {"ra": {"value": None}, "der": None}
+    probes = [{"name": name, "asr": {"value": index / 10}, **figures} for index, name in enumerate(names)]
+    run = open_run(mlflow_sqlite, "odd", name="odd")
+    log_metrics(mlflow_sqlite, run, {f"before/{key}": value for key, value in _figures({"probes": probes})})
+    metrics = mlflow_sqlite.client.get_run(run.run_id).data.metrics
+    assert sorted(metrics.values()) == [index / 10 for index in range(len(names))]
+    assert metrics["before/asr/blend"] == 0.9
+    assert metrics["before/asr/_triggers_white.png"] == 0.0
 
 
 def test_parameters_tags_and_files(mlflow_sqlite: MlflowConnection, tmp_path: Path) -> None:

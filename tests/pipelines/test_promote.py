@@ -14,6 +14,7 @@ from components._runtime.signing_keys import (
     generate_key_pair,
     load_public_key,
     load_signing_key,
+    parse_public_key,
 )
 from components._runtime.verification import verify_release
 from components._runtime.verification_promotion import check_promotion
@@ -53,6 +54,21 @@ def approval(former: Path, keys: dict[str, KeyPair], tmp_path: Path) -> Path:
     key = load_signing_key(keys["ada"].private)
     (tmp_path / "approval.json").write_bytes(sign_approval(key, **said, approved_at=decision["decided_at"], **about))
     return tmp_path / "approval.json"
+
+
+def test_a_key_may_have_a_comment_that_is_no_utf_8(keys: dict[str, KeyPair], tmp_path: Path) -> None:
+    commented = tmp_path / "ada.pub"
+    commented.write_bytes(b"Schl\xfcssel von Ada\n" + keys["ada"].public.read_bytes())
+    order = promotion_options.promotion_order(
+        release="models:/net/1",
+        approval=[],
+        approver_key=[f"ada={commented}"],
+        public_key=commented,
+        register="",
+        alias="champion",
+    )
+    assert order.request.given.keys()["ada"].keyid == keys["ada"].key_id
+    assert parse_public_key(order.request.public_key.encode(), "given").keyid == keys["ada"].key_id
 
 
 def words(keys: dict[str, KeyPair], *approvals: Path) -> list[object]:

@@ -72,6 +72,7 @@ def test_a_difference_is_a_sentence(release: Path) -> None:
     ],
 )
 def test_usage_errors(words: tuple[object, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlflow.db").touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     answer = quarantine("verify", *words)
     assert answer.returncode == 3
@@ -90,6 +91,16 @@ def test_another_policy_than_demanded() -> None:
     answer = quarantine("verify", GOLDEN / "release", *KEY, "--policy", "strict")
     assert answer.returncode == 1
     assert "another policy" in " ".join(answer.stdout.split())
+
+
+def test_a_registry_that_is_not_mounted_is_unknown_and_none_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'volume' / 'mlflow.db'}")
+    answer = quarantine("verify", "models:/digits/1", *KEY)
+    assert answer.returncode == 2
+    assert "there is no registry" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_registry_that_does_not_answer_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
