@@ -28,6 +28,8 @@ from defense_core.zip_layout import require_few_entries
 # Pillow knows more, some of which start other programs (EPS); a stranger's file must not choose.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
+SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
+"""What Windows leaves in folders of images; like hidden files, no one put them there."""
 
 _Read = tuple[numpy.ndarray, numpy.ndarray]
 _MAX_NPZ_ARRAYS = 1000
@@ -108,7 +110,7 @@ def _read_folder(
             (file, label)
             for folder, label in class_folders(path, num_classes, class_names)
             for file in sorted(folder.iterdir())
-            if not file.name.startswith(".")
+            if not (file.name.startswith(".") or file.name.lower() in SYSTEM_FILES)
         ]
         _check_endings(path, [file for file, _ in files])
         _check_size(len(files), sum(_file_size(file) for file, _ in files), input_size, limits)

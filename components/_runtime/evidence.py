@@ -65,6 +65,12 @@ class Clock:
         }
 
 
+def repeats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two evidence mappings say the same and differ at most in ``environment``: when, how long and where, which
+    no attempt of a step shares with another."""
+    return {**one, "environment": None} == {**other, "environment": None}
+
+
 def compose(
     name: str,
     clock: Clock,

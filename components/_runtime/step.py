@@ -96,10 +96,9 @@ class Scope:
     store: EvidenceStore
 
     def finish(self, evidence: Mapping[str, Any] | None, path: str | Path) -> None:
-        """Put the step's evidence into the store and write what stands there to ``path``, the component's output.
+        """Put the step's evidence into the store and write it to ``path``, the component's output: the bytes that the
+        store keeps, where an earlier attempt, whose outputs were never taken, said the same.
 
-        That is the evidence of an earlier attempt whose outputs were never taken: what later steps are given, and
-        sign, is what the store keeps.
         ``None`` where nothing was asked of the step: it leaves no record, and an empty file, for an output must be one.
         """
         if evidence is None:

@@ -6,6 +6,7 @@ there are none. So each step also puts its record here, under ``<root>/<run>/``.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components._runtime.addresses import local_path, split_address
-from components._runtime.evidence import BESIDE, FAILED, parse_evidence, require_named
+from components._runtime.evidence import BESIDE, FAILED, parse_evidence, repeats, require_named
 from defense_core.config import canonical_json
 from defense_core.errors import AccessDenied, EvidenceMismatch, SourceNotFound, StorageError
 from defense_core.files import reading, write_atomic
+
+logger = logging.getLogger(__name__)
 
 SETTLED = "settled"
 """In a failure record: a later attempt ended well and left no evidence, since nothing was asked of it."""
@@ -75,7 +78,8 @@ class EvidenceStore:
         """Add a step's evidence. A retried step whose inputs, outputs and verdict are the same keeps the first.
 
         Returns:
-            The evidence that stands in the store now: ``evidence``, or what the first attempt left.
+            What the first attempt left, where ``evidence`` repeats it; else ``evidence``: no figure that a step did not
+            measure is handed on, whoever wrote it there.
 
         Raises:
             EvidenceMismatch: there is other evidence of this name; evidence never changes.
@@ -93,7 +97,10 @@ class EvidenceStore:
                 got="others",
                 hint="Start a new run; a run's evidence never changes",
             )
-        return present
+        if repeats(present, _named_evidence(data, name)):
+            return present
+        logger.warning("%s: an earlier attempt left other results in the store, which keeps them", name)
+        return evidence
 
     def earlier(self, name: str) -> dict[str, Any] | None:
         """The evidence that an earlier attempt of the step ``name`` left; ``None``: there is none to be seen.

@@ -8,7 +8,16 @@ from typing import Any
 
 from components._runtime.approvals import SignedApproval
 from components._runtime.decision_files import decision_bytes, replay_decision, write_decision
-from components._runtime.evidence import POLICY, Clock, compose, is_absent, read_evidence, read_folder, started_of
+from components._runtime.evidence import (
+    POLICY,
+    Clock,
+    compose,
+    is_absent,
+    read_evidence,
+    read_folder,
+    repeats,
+    started_of,
+)
 from components._runtime.plan import parse_json
 from defense_core.config import to_mapping
 from defense_core.errors import ConfigError, EvidenceMismatch
@@ -128,7 +137,7 @@ def gate_promotion(
         verdict=decision.verdict,
         findings=decision.findings,
     )
-    if at is None and earlier is not None and _without_clock(earlier) == _without_clock(gate):
+    if at is None and earlier is not None and repeats(earlier, gate):
         gate = dict(earlier)  # the store keeps the first, and the release holds what the store does
     if out is not None:
         with atomic_directory(out) as folder:
@@ -148,14 +157,6 @@ def _inputs(decision: Decision) -> dict[str, str | None]:
 
 def _outputs(decision: Decision) -> dict[str, str]:
     return {"decision": sha256_bytes(decision_bytes(decision))}
-
-
-def _without_clock(gate: Mapping[str, Any]) -> dict[str, Any]:
-    """``gate`` without when the step began and how long it took, which no attempt shares with another."""
-    environment = gate.get("environment")
-    if not isinstance(environment, Mapping):
-        return dict(gate)
-    return {**gate, "environment": {**environment, "started": None, "seconds": None}}
 
 
 def _as_before(

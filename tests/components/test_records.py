@@ -32,17 +32,30 @@ def fetch_evidence(**results: Any) -> dict[str, Any]:
 
 def test_a_retried_step_keeps_its_first_evidence(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), "run")
-    first, second = fetch_evidence(n=1), fetch_evidence(n=2)
+    first, second = (
+        {**fetch_evidence(n=1), "environment": {"started": when}} for when in ("2026-01-01T00:00:00Z", "2026-01-02")
+    )
     assert store.put(first) == first
     assert store.put(second) == first
     assert store.records().evidence == {"fetch": first}
+
+
+def test_results_that_a_step_did_not_measure_are_never_handed_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(str(tmp_path), "run")
+    planted, measured = fetch_evidence(n=1), fetch_evidence(n=2)
+    store.put(planted)
+    assert store.put(measured) == measured
+    assert "other results" in caplog.text
+    assert store.records().evidence == {"fetch": planted}, "the store never changes"
 
 
 def test_what_a_retried_step_hands_on_is_what_the_store_keeps(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), "run")
     scope = Scope("fetch", RunSettings(str(tmp_path), "run"), NullProgress(), store)
     for attempt in (1, 2):
-        scope.finish(fetch_evidence(n=attempt), tmp_path / f"{attempt}.json")
+        scope.finish(fetch_evidence(n=1), tmp_path / f"{attempt}.json")
     kept = (tmp_path / "run" / "fetch.json").read_bytes()
     assert [(tmp_path / f"{attempt}.json").read_bytes() for attempt in (1, 2)] == [kept, kept]
 

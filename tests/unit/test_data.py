@@ -450,7 +450,8 @@ def test_folders_that_hold_no_files_where_files_should_be(tmp_path: Path) -> Non
 def test_files_of_a_folder_that_would_not_be_read_are_named(tmp_path: Path) -> None:
     files = [encoded(image) for image in pixels()]
     folder = write_folder(tmp_path / "folder", files, some_labels().tolist())
-    (folder / "class0" / ".DS_Store").write_bytes(b"")
+    for left_behind in (".DS_Store", "Thumbs.db"):
+        (folder / "class0" / left_behind).write_bytes(b"")
     assert len(load(folder)) == 12
     (folder / "class1" / "scan.tif").write_bytes(b"II*")
     assert "'class1/scan.tif'" in refused(folder, "1 of 13 files that are not read")
