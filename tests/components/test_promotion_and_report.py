@@ -24,6 +24,7 @@ from components.report.step import report_run
 from defense_core import errors
 from defense_core.policy import parse_policy
 from tests.finished_chain import Chain, make_release
+from tests.integration.mlflow_stores import alias_of
 from tests.small_model import DENYING, POLICY
 
 
@@ -32,11 +33,6 @@ def moved(chain: Chain, decision: Path) -> Path:
     shutil.rmtree(chain["decision"])
     decision.rename(chain["decision"])
     return chain.root
-
-
-def alias_of(connection: MlflowConnection, name: str) -> str | None:
-    version = connection.client.get_registered_model(name).aliases.get("champion")
-    return None if version is None else str(version)
 
 
 def promoted(chain: Chain, connection: MlflowConnection, name: str) -> dict[str, Any]:

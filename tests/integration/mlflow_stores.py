@@ -113,6 +113,12 @@ def mlflow_server(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactor
             process.wait()
 
 
+def alias_of(connection: MlflowConnection, name: str, alias: str = "champion") -> str | None:
+    """The version that ``alias`` of the registered model stands at."""
+    version = connection.client.get_registered_model(name).aliases.get(alias)
+    return None if version is None else str(version)
+
+
 def free_port() -> int:
     """A port of the loopback interface on which nothing listens."""
     with socket.socket() as probe:

@@ -31,6 +31,7 @@ from defense_core.errors import (
 )
 from defense_core.files import sha256_file
 from defense_core.verdict import Verdict
+from tests.integration import mlflow_stores
 from tests.integration.mlflow_stores import MlflowServer
 from tests.integration.releases import IDENTITY, Kill, digest_of, interposed, make_onnx, make_release
 
@@ -47,8 +48,7 @@ def promoted(
 
 
 def alias_of(connection: MlflowConnection, name: str = NAME, alias: str = "champion") -> str | None:
-    version = connection.client.get_registered_model(name).aliases.get(alias)
-    return None if version is None else str(version)
+    return mlflow_stores.alias_of(connection, name, alias)
 
 
 def tags_of(connection: MlflowConnection, version: str, name: str = NAME) -> dict[str, str]:
