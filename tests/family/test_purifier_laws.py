@@ -637,6 +637,8 @@ def test_beats_or_ties_the_control_on_a_planted_backdoor(
     # A tie: within two standard errors of the difference, and never by giving up accuracy.
     margin = 2 * math.sqrt(2 * max(control_asr * (1 - control_asr), 1 / images) / images)
     assert asr <= control_asr + margin, f"ASR {asr:.3f}, control {control_asr:.3f}"
+    # A tie with a control that removes nothing would be none: a method that does nothing has it too.
+    assert max(asr, control_asr) <= asr_before / 2, f"ASR {asr:.3f}, control {control_asr:.3f}, before {asr_before:.3f}"
     assert accuracy >= min(control_accuracy, accuracy_before) - 0.03, (
         f"ACC {accuracy:.3f}, before {accuracy_before:.3f}"
     )
