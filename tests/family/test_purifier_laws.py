@@ -37,6 +37,7 @@ CHEAP: dict[str, Any] = {
     "batch_size": 8,
     "lr_grid": (0.01, 0.02),
     "n_grid": (0.05, 0.1),
+    "max_drop": 0.4,  # so few images are to let a search go on from its weakest candidate
 }
 # And at these besides, method by method.
 CHEAP_BY_METHOD: dict[str, dict[str, Any]] = {"anp": {"lr": 50.0, "threshold": 0.8}}

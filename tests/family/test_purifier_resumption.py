@@ -154,10 +154,10 @@ def test_killed_at_any_step_it_ends_with_the_same_bytes(
 
 @every_method
 def test_killed_again_and_again_it_still_ends_and_loses_no_finished_loop(name: str) -> None:
-    undisturbed = Counting()
-    expected = run(name, "small_cnn", {}, progress=undisturbed)
+    undisturbed, every_candidate = Counting(), {"max_drop": 0.99}
+    expected = run(name, "small_cnn", every_candidate, progress=undisturbed)
     files = Files()
-    done, steps = killed_until_it_ends(name, "small_cnn", {}, [undisturbed.steps // 2] * 4, files)
+    done, steps = killed_until_it_ends(name, "small_cnn", every_candidate, [undisturbed.steps * 3 // 4] * 4, files)
     assert equal(done, expected)
     assert steps < undisturbed.steps
 
