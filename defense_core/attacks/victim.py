@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from defense_core.architectures import initialise
 from defense_core.attacks.pixels import seeded_generator
+from defense_core.calls import recorded
 from defense_core.config import require
 from defense_core.curvature import random_sign_trace
 from defense_core.data import CleanSet
 from defense_core.gradient_steps import LossOf, Step, gradient_norm_step, plain_step
+from defense_core.inference import logits
 from defense_core.loop import Schedule, Tuning, finished, tune, working_copy
 from defense_core.per_sample import samples_apart
 from defense_core.progress import Progress
@@ -108,31 +110,32 @@ def train_victim(
 
 @dataclass(frozen=True)
 class _RecordingTask(ImageClassification):
-    """The task, with the losses of the last batch sample by sample, which the loop hands on as their mean only."""
+    """The task, with the targets of the last batch, which the loop hands to nobody else."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        found = super().losses(outputs, targets)
-        object.__setattr__(self, "last", found)
-        return found
+        object.__setattr__(self, "last", targets)
+        return super().losses(outputs, targets)
 
 
 def _fisher_step(task: _RecordingTask, training: VictimTraining, generator: torch.Generator) -> Step:
     """Gradient of ``CE + w Tr F``: CE as usual, the trace on the same batch with samples kept apart (BatchNorm in eval
-    mode) by the unbiased random-sign estimator."""
+    mode, full precision) by the unbiased random-sign estimator."""
     done = 0
 
     def step(model: nn.Module, loss_of: LossOf) -> Tensor:
         nonlocal done
-        loss = plain_step(model, loss_of)
         done += 1
-        if done % training.fisher_every == 0:
-            with samples_apart(model):
-                loss_of()
-                losses: Tensor = task.last  # type: ignore[attr-defined]
-                parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                trace = random_sign_trace(losses, parameters, generator=generator)
-                gradients = torch.autograd.grad(trace, parameters, allow_unused=True)
-            _add_bounded(parameters, gradients, weight=training.fisher_weight * training.fisher_every)
+        if done % training.fisher_every:
+            return plain_step(model, loss_of)
+        with recorded({"model": model}) as seen:
+            loss = plain_step(model, loss_of)
+        inputs = seen.taken("model")
+        with samples_apart(model):
+            losses = task.losses(logits(model(inputs)), task.last)  # type: ignore[attr-defined]
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            trace = random_sign_trace(losses, parameters, generator=generator)
+            gradients = torch.autograd.grad(trace, parameters, allow_unused=True)
+        _add_bounded(parameters, gradients, weight=training.fisher_weight * training.fisher_every)
         return loss
 
     return step

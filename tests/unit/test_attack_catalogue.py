@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from defense_core import loop
 from defense_core.architectures import build
 from defense_core.attacks.catalogue import ATTACKS, attack_from_spec, default_settings
 from defense_core.attacks.plant import TRIGGER_FILE, plant
@@ -153,6 +154,23 @@ def test_the_adaptive_attackers_find_flatter_weights_than_the_ordinary_one() -> 
         traces[adaptive] = fisher_trace(model, TASK.inputs(data.images), data.labels, losses=TASK.losses)
     assert traces["fisher"] < 0.75 * traces["none"]
     assert traces["sam"] < 0.75 * traces["none"]
+
+
+def test_the_penalty_on_the_fisher_trace_is_taken_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded: set[tuple[bool, bool]] = set()
+
+    class Watched(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            rounded.add((self.training, torch.is_autocast_enabled("cpu")))
+            found: Tensor = super().forward(inputs)
+            return found
+
+    monkeypatch.setattr(loop, "autocast", lambda *_: lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    train_victim(
+        Watched(nn.Flatten(), nn.Linear(64, TASK.num_classes)), samples(), task=TASK, seed=0, device="cpu",
+        training=VictimTraining(epochs=1, adaptive="fisher", fisher_every=1), progress=NullProgress(), name="train",
+    )  # fmt: skip
+    assert rounded == {(True, True), (False, False)}
 
 
 @pytest.mark.parametrize(
