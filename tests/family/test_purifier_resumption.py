@@ -23,7 +23,7 @@ from defense_core.progress import NullProgress, Phase, resumable
 from defense_core.purify import METHODS, Purified, purify
 from defense_core.stored_checkpoints import StoredCheckpoints, work_key
 from tests.family.conftest import NETWORKS, TINY_TASK, tiny_images, tiny_splits
-from tests.family.test_purifier_laws import DEVICES, cheap, every_method, methods_with, same, weights
+from tests.family.methods import DEVICES, cheap, every_method, methods_with, same, weights
 
 KEY = "sha256:" + "1" * 64
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defense_core.architectures import build
-from defense_core.data import CleanSet, Splits
+from defense_core.data import Splits
 from defense_core.layers import unit_layers
 from defense_core.loop import working_copy
 from defense_core.progress import NullProgress
@@ -19,17 +19,13 @@ from defense_core.purify.fine_pruning import mean_inputs
 from defense_core.purify.ft_sam import adaptive_sam_step
 from defense_core.purify.masks import following_norms, mask_sites
 from defense_core.task import ImageClassification
+from tests.oracle.networks import clean_set
 
 TASK = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,), augment="none")
 
 
 def network(name: str = "small_cnn") -> nn.Module:
     return build(name, {"width": 4, "in_channels": 1, "num_classes": 4})
-
-
-def clean_set(count: int = 24) -> CleanSet:
-    images = torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    return CleanSet(images.to(torch.uint8), torch.arange(count) % 4, 4)
 
 
 def run(name: str, **settings: object) -> tuple[nn.Module, nn.Module, dict[str, object]]:

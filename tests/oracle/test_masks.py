@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defense_core.architectures import build
-from defense_core.data import CleanSet, Splits
+from defense_core.data import Splits
 from defense_core.errors import ConfigError
 from defense_core.loop import Tuning, tune, working_copy
 from defense_core.progress import NullProgress
@@ -19,12 +19,9 @@ from defense_core.purify.nft import purify
 from defense_core.purify.nft_masks import NFTConfig, depth_schedule
 from defense_core.purify.statistics import renew_statistics
 from defense_core.task import ImageClassification, Mixed
+from tests.oracle.networks import clean_set, small_cnn
 
 TASK = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,))
-
-
-def small_cnn() -> nn.Module:
-    return build("small_cnn", {"width": 4, "in_channels": 1, "num_classes": 4})
 
 
 def preact() -> nn.Module:
@@ -34,12 +31,6 @@ def preact() -> nn.Module:
 def vit() -> nn.Module:
     size = {"image_size": 8, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "in_channels": 1, "num_classes": 4}
     return build("vit_tiny", size)
-
-
-def clean_set(count: int = 24) -> CleanSet:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator).to(torch.uint8)
-    return CleanSet(images, torch.arange(count) % 4, 4)
 
 
 def inputs() -> Tensor:

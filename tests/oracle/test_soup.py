@@ -16,7 +16,7 @@ from defense_core.progress import NullProgress
 from defense_core.purify import METHODS, Purified, purify, soup
 from defense_core.purify.soup import SoupConfig, average, mixed
 from tests.family.conftest import NETWORKS, TINY_TASK, tiny_splits
-from tests.family.test_purifier_laws import ABSURD, cheap, run, same, weights
+from tests.family.methods import ABSURD, cheap, run, same, weights
 
 SHARED: dict[str, Any] = {"task": TINY_TASK, "seed": 0, "device": "cpu", "progress": NullProgress()}
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defense_core.architectures import build
-from defense_core.data import CleanSet, Splits
+from defense_core.data import Splits
 from defense_core.errors import ConfigError
 from defense_core.inference import channels_last
 from defense_core.layers import unit_layers
@@ -22,19 +21,10 @@ from defense_core.purify.ngf_block import last_layers
 from defense_core.purify.ngf_run import Run
 from defense_core.purify.unlearning import SHARE, choose_ratio, closed_weights, unlearning_changes
 from defense_core.task import ImageClassification
+from tests.oracle.networks import clean_set, small_cnn
 
 TASK = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,))
 PLAIN = ImageClassification((1, 8, 8), 4, mean=(0.5,), std=(0.5,), augment="none")
-
-
-def small_cnn() -> nn.Module:
-    return build("small_cnn", {"width": 4, "in_channels": 1, "num_classes": 4})
-
-
-def clean_set(count: int = 24) -> CleanSet:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator).to(torch.uint8)
-    return CleanSet(images, torch.arange(count) % 4, 4)
 
 
 def random_changes(model: nn.Module) -> list[Tensor]:
