@@ -159,7 +159,10 @@ def main() -> None:
             "speed", [*rows, *kept], command="python -m benchmarks.speed --data DATA --part ratios", started=started
         )
     if options.part in ("costs", "both"):
-        rows = list(costs(train, device=options.device))
+        rows = []
+        for row in costs(train, device=options.device):
+            print(*(row[key] for key in ("architecture", "width", "clean_images", "method", "seconds")), flush=True)
+            rows.append(row)
         write_results("cost", rows, command="python -m benchmarks.speed --data DATA --part costs", started=started)
 
 
