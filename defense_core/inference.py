@@ -25,9 +25,14 @@ PIXELS_AT_ONCE = 512 * 32 * 32
 """Pixels of a forward pass, all its images together: what bounds the memory."""
 
 
+def items_at_once(images: Tensor, batch_size: int) -> int:
+    """How many targets (or pairs) of ``batch_size`` images like ``images``, (N, C, H, W), fit into one forward pass."""
+    return max(1, PIXELS_AT_ONCE // (batch_size * images.shape[-1] * images.shape[-2]))
+
+
 def images_at_once(images: Tensor, most: int = 512) -> int:
     """How many of ``images``, (N, C, H, W), go through a network at once: at most ``most``."""
-    return min(most, max(1, PIXELS_AT_ONCE // (images.shape[-1] * images.shape[-2])))
+    return min(most, items_at_once(images, 1))
 
 
 @torch.no_grad()

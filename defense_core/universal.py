@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
-from defense_core.inference import PIXELS_AT_ONCE, autocast, channels_last, correct, images_at_once
+from defense_core.inference import autocast, channels_last, correct, images_at_once, items_at_once
 from defense_core.loop import same_each_time, working_copy
 from defense_core.progress import Phase, Progress
 from defense_core.purify.choice import calibrating_temperature, cautious_accuracy, chooser, expected_drop
@@ -93,7 +93,7 @@ def universal_perturbations(
 
         def found(targets: Tensor, steps: int) -> tuple[Tensor, Tensor]:
             parts = []
-            for some in targets.split(_targets_at_once(images, search)):
+            for some in targets.split(items_at_once(images, search.batch_size)):
                 parts.append(_descend(frozen, images, some, steps, search, task=task, phase=phase))
             changes, losses = zip(*parts, strict=True)
             return torch.cat(changes), torch.cat(losses)
@@ -177,10 +177,6 @@ def select_signals(
         reached=after,
         expected_drop=drop,
     )
-
-
-def _targets_at_once(images: Tensor, search: Search) -> int:
-    return max(1, PIXELS_AT_ONCE // (search.batch_size * images.shape[-1] * images.shape[-2]))
 
 
 def _descend(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from defense_core.attacks.blended import Blended
-from defense_core.attacks.pixels import BATCH, require_drawable, seeded_generator, to_pixels
+from defense_core.attacks.pixels import in_batches, require_drawable, seeded_generator, to_pixels
 from defense_core.config import require
 from defense_core.errors import ConfigError
 
@@ -76,8 +76,8 @@ class AdaptiveBlend:
     def _mixed(self, images: Tensor, weight: Tensor) -> Tensor:
         picture = Blended(cells=self.cells, seed=self.seed).picture(*images.shape[1:]).to(images.device)
 
-        def mixed(pixels: Tensor, share: Tensor) -> Tensor:
+        def mixed(batch: Tensor, share: Tensor) -> Tensor:
+            pixels = batch.float()
             return to_pixels(pixels + share * (picture - pixels))
 
-        parts = zip(images.split(BATCH), weight.split(BATCH), strict=True)
-        return torch.cat([mixed(part.float(), share) for part, share in parts])
+        return in_batches(mixed, images, weight)

@@ -47,11 +47,10 @@ class Bpp:
         turn = int(torch.randint(1, max(count, 2), (), generator=seeded_generator(seed)))
         others = images.roll(turn, 0) if count > 1 else images.flip(3)
 
-        def residual(batch: Tensor) -> Tensor:
-            own, other = batch.chunk(2, dim=1)
-            return to_pixels(own.float() + self.apply(other).float() - other.float())
+        def residual(batch: Tensor, other: Tensor) -> Tensor:
+            return to_pixels(batch.float() + self.apply(other).float() - other.float())
 
-        return in_batches(residual, torch.cat([images, others], dim=1))
+        return in_batches(residual, images, others)
 
     def _nearest(self, values: Tensor) -> Tensor:
         top = self.levels - 1

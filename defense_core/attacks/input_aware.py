@@ -53,15 +53,14 @@ class InputAware(Learned):
 
     def _with_trigger_of(self, images: Tensor, owners: Tensor) -> Tensor:
         pattern, mask = (network.to(images.device) for network in self._networks)
-        channels = images.shape[1]
-        require_channels(channels, self.tensors["pattern.leave.bias"])
+        require_channels(images.shape[1], self.tensors["pattern.leave.bias"])
 
         @torch.no_grad()
-        def change(pair: Tensor) -> Tensor:
-            batch, others = pair[:, :channels].float() / 255, pair[:, channels:].float() / 255
-            return to_pixels(255 * stamped(batch, patterns(pattern, others), masks(mask, others)))
+        def change(batch: Tensor, other: Tensor) -> Tensor:
+            others = other.float() / 255
+            return to_pixels(255 * stamped(batch.float() / 255, patterns(pattern, others), masks(mask, others)))
 
-        return in_batches(change, torch.cat([images, owners], dim=1))
+        return in_batches(change, images, owners)
 
     @cached_property
     def _networks(self) -> tuple[nn.Module, nn.Module]:

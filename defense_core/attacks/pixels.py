@@ -21,11 +21,10 @@ def to_pixels(values: Tensor) -> Tensor:
     return values.round().clamp(0, 255).to(torch.uint8)
 
 
-def in_batches(change: Callable[[Tensor], Tensor], images: Tensor, size: int = BATCH) -> Tensor:
-    """``change`` applied to ``size`` images at a time, in order."""
-    if len(images) <= size:
-        return change(images)
-    return torch.cat([change(batch) for batch in images.split(size)])
+def in_batches(change: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """``change`` of ``BATCH`` images at a time, in order, and of what belongs to them in further tensors."""
+    parts = zip(*(each.split(BATCH) for each in rows), strict=True)
+    return torch.cat([change(*part) for part in parts])
 
 
 def require_drawable(cells: int, seed: int, *, least: int = 1) -> None:

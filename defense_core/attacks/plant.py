@@ -84,11 +84,12 @@ def plant(
         )  # fmt: skip
     helper = working_copy(surrogate if surrogate is not None else network, device).eval()
     trigger = attack.trigger
-    if trigger is None:
-        trigger = _learned(attack, helper, train, task=task, seed=seed, device=device, progress=progress, folder=folder)
-    probe = attack.probe(trigger)
-    prepare = _adversarially(trigger, helper, task=task, seed=seed, device=device, progress=progress)
-    poisoned = poison_by(train, probe, poisoning, seed=seed, prepare=prepare)
+    shared: dict[str, Any] = {"task": task, "seed": seed, "device": device, "progress": progress}
+    with same_each_time(device):
+        if trigger is None:
+            trigger = _learned(attack, helper, train, folder=folder, **shared)
+        probe = attack.probe(trigger)
+        poisoned = poison_by(train, probe, poisoning, seed=seed, prepare=_adversarially(trigger, helper, **shared))
     model = train_victim(
         network, poisoned.data, training=training, task=task, seed=seed, device=device, progress=progress,
         name="train the backdoored model",
@@ -130,10 +131,7 @@ def _learned(
     learn = attack.row.learn
     if learn is None:
         raise TypeError(f"{attack.kind} has nothing to learn")
-    with same_each_time(device):
-        tensors = learn(
-            attack.settings, surrogate, train, wanted, task=task, seed=seed, device=device, progress=progress
-        )
+    tensors = learn(attack.settings, surrogate, train, wanted, task=task, seed=seed, device=device, progress=progress)
     path = folder / TRIGGER_FILE
     kind = TRIGGERS[attack.kind]
     # What the trigger needs to know of its own training has the same name there.
@@ -160,9 +158,8 @@ def _adversarially(
         return None
 
     def prepare(images: Tensor, labels: Tensor) -> Tensor:
-        with same_each_time(device):
-            return adversarial(
-                surrogate, images, labels, config=trigger, task=task, seed=seed, device=device, progress=progress
-            )
+        return adversarial(
+            surrogate, images, labels, config=trigger, task=task, seed=seed, device=device, progress=progress
+        )
 
     return prepare

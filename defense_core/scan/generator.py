@@ -17,10 +17,11 @@ from torch import Tensor
 
 from defense_core.config import require
 from defense_core.data import CleanSet
+from defense_core.inference import items_at_once
 from defense_core.progress import Phase
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, outlying, shortlist
 from defense_core.scan.bounded import bounded_change
-from defense_core.scan.sampling import drawn, halves, items_at_once, others
+from defense_core.scan.sampling import drawn, halves, others
 from defense_core.universal import CONVINCED
 
 DETECTOR = "generator"
@@ -179,7 +180,7 @@ def _step(
 ) -> Tensor:
     """One step for the classes at ``rows``; returns their mean losses, CPU."""
     index = drawn([others(search, classes[row]) for row in rows.tolist()], batch_size, draws)
-    at_once = items_at_once(search, batch_size)
+    at_once = items_at_once(search.images, batch_size)
     found = []
     for some, images in zip(rows.split(at_once), index.split(at_once), strict=True):
         pixels = search.images[images.to(search.images.device)].float() / 255
@@ -219,13 +220,13 @@ def _observation(
     draws: torch.Generator,
 ) -> Observation:
     pixels = judge.images.float() / 255
-    clean = torch.cat([subject.logits(part) for part in pixels.split(items_at_once(judge, 1))])
+    clean = torch.cat([subject.logits(part) for part in pixels.split(items_at_once(judge.images, 1))])
     scale = float(clean.std(dim=1).mean().clamp_min(1e-6))
     scores, shares, changes = [], [], []
     for row, target in enumerate(classes):
         pool = others(judge, target)
         mine = pixels[pool[torch.randperm(len(pool), generator=draws)[: config.judged]].to(pixels.device)]
-        parts = [network.on(torch.tensor([row]), part[None])[0] for part in mine.split(items_at_once(judge, 1))]
+        parts = [network.on(torch.tensor([row]), part[None])[0] for part in mine.split(items_at_once(judge.images, 1))]
         logits = torch.cat([subject.logits(part) for part in parts])
         rivals = logits.clone()
         rivals[:, target] = -torch.inf

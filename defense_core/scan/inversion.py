@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from defense_core.data import CleanSet
+from defense_core.inference import items_at_once
 from defense_core.scan.base import Subject
-from defense_core.scan.sampling import Adam, drawn, items_at_once
+from defense_core.scan.sampling import Adam, drawn
 
 START = -1.0
 """First value of a mask's logit: a mask of 27 % everywhere."""
@@ -100,7 +101,7 @@ class Inversion:
         """One Adam step of every active item."""
         rows = self.active.nonzero().flatten()
         index = drawn([self._pools[row] for row in rows.tolist()], self._descent.batch_size, self._generator)
-        at_once = items_at_once(self._clean, self._descent.batch_size)
+        at_once = items_at_once(self._clean.images, self._descent.batch_size)
         for some, images in zip(rows.split(at_once), index.split(at_once), strict=True):
             self._down(some, self._clean.images[images.to(self._clean.images.device)].float() / 255)
         self._control(rows)

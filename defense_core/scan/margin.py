@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from defense_core.config import require
-from defense_core.inference import PIXELS_AT_ONCE
+from defense_core.inference import items_at_once
 from defense_core.scan.base import Observation, Subject, outlying, shortlist
 
 FLOOR = 0.5
@@ -109,8 +109,7 @@ def _search(
 
 def at_once(classes: Sequence[int], starts: Tensor) -> tuple[Tensor, ...]:
     """The classes in parts, int64, that are searched in one batch, with all ``starts`` (N, C, H, W) of each."""
-    count = max(1, PIXELS_AT_ONCE // (len(starts) * starts.shape[-1] * starts.shape[-2]))
-    parts: tuple[Tensor, ...] = torch.tensor(classes).split(count)
+    parts: tuple[Tensor, ...] = torch.tensor(classes).split(items_at_once(starts, len(starts)))
     return parts
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from defense_core.config import require
 from defense_core.data import CleanSet
-from defense_core.inference import images_at_once
+from defense_core.inference import images_at_once, items_at_once
 from defense_core.progress import Phase
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, outlying, unmeasured
 from defense_core.scan.inversion import Descent, Inversion, Patches
-from defense_core.scan.sampling import drawn, halves, items_at_once
+from defense_core.scan.sampling import drawn, halves
 from defense_core.scan.transfer import (
     TRANSFER_FLOOR,
     column_scores,
@@ -173,11 +173,11 @@ def _transfer(
     index = drawn([pools[source] for source in sources.tolist()], count, generator).flatten()
     pixels = clean.images[index.to(clean.images.device)].float() / 255
     tables = []
-    for logits in patches.logits.split(items_at_once(clean, len(index))):
+    for logits in patches.logits.split(items_at_once(clean.images, len(index))):
         some = Patches(logits)
         parts = [
             subject.logits(some.on(part[None]).flatten(0, 1)).softmax(1).view(len(logits), len(part), -1)
-            for part in pixels.split(items_at_once(clean, len(logits)))
+            for part in pixels.split(items_at_once(clean.images, len(logits)))
         ]
         tables.append(torch.cat(parts, 1).view(len(logits), len(sources), count, -1).mean(2).cpu())
     row = torch.searchsorted(sources, chosen[:, 0].contiguous())

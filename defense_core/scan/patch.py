@@ -17,6 +17,7 @@ from torch import Tensor
 
 from defense_core.config import require
 from defense_core.data import CleanSet
+from defense_core.inference import items_at_once
 from defense_core.progress import Phase
 from defense_core.scan.base import (
     MANY_CLASSES,
@@ -27,7 +28,7 @@ from defense_core.scan.base import (
     outlying,
 )
 from defense_core.scan.inversion import Descent, Inversion, Patches
-from defense_core.scan.sampling import halves, items_at_once, others
+from defense_core.scan.sampling import halves, others
 
 DETECTOR = "patch"
 PUBLISHED_INDEX = 2.0
@@ -195,7 +196,7 @@ def _judged(
     """Success of each patch on held-out images of other classes, and the mean probability of its class there, which
     unlike the success has no steps: both float32 (T,)."""
     rates, probabilities = [], []
-    at_once = items_at_once(judge, 1)
+    at_once = items_at_once(judge.images, 1)
     for row, target in enumerate(classes):
         pool = others(judge, target)
         index = pool[torch.randperm(len(pool), generator=generator)[: config.judged]].to(judge.images.device)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from defense_core.data import CleanSet
 from defense_core.errors import DataError
-from defense_core.inference import PIXELS_AT_ONCE
 from defense_core.scan.base import DRAWS, Subject
 
 ADAM_BETAS = (0.5, 0.9)
@@ -65,11 +64,6 @@ def ease(logits: Tensor, labels: Tensor) -> Tensor:
     relative = logits - logits.mean(1, keepdim=True)
     other = labels[:, None] != torch.arange(logits.shape[1], device=labels.device)
     return (relative * other).sum(0) / other.sum(0).clamp_min(1)
-
-
-def items_at_once(clean: CleanSet, batch_size: int) -> int:
-    """How many targets (or pairs) of ``batch_size`` images fit into one forward pass."""
-    return max(1, PIXELS_AT_ONCE // (batch_size * clean.images.shape[-1] * clean.images.shape[-2]))
 
 
 class Adam:

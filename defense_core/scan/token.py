@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from defense_core.config import require
 from defense_core.data import CleanSet
-from defense_core.inference import images_at_once
+from defense_core.inference import images_at_once, items_at_once
 from defense_core.progress import Phase
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, outlying, shortlist, unmeasured
-from defense_core.scan.sampling import Adam, drawn, ease, halves, items_at_once, others
+from defense_core.scan.sampling import Adam, drawn, ease, halves, others
 
 DETECTOR = "token"
 FLOOR = 0.5
@@ -184,7 +184,7 @@ class _Descent:
 
     def run(self, steps: int, batch_size: int) -> None:
         """So many steps of every item that is left; all items of a class see the same images."""
-        at_once = items_at_once(self._clean, batch_size)
+        at_once = items_at_once(self._clean.images, batch_size)
         for _ in range(steps):
             index = drawn(self._pools, batch_size, self._generator).to(self._clean.images.device)
             for some in self._items.split(at_once):
@@ -228,7 +228,7 @@ def _judged(subject: Subject, judge: CleanSet, target: int, *, cells: Grid, plac
     pixels = judge.images[others(judge, target).to(judge.images.device)].float() / 255
     best = _Found(places[:1], patterns[:1], -1.0, 0.0)
     for place, pattern in zip(places.split(1), patterns.split(1), strict=True):
-        parts = pixels.split(items_at_once(judge, 1))
+        parts = pixels.split(items_at_once(judge.images, 1))
         outputs = torch.cat([subject.logits(cells.on(part[None], place, pattern)[0]) for part in parts])
         probability = float(outputs.softmax(1)[:, target].mean())
         if probability > best.probability:

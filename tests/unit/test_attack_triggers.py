@@ -71,7 +71,7 @@ def test_cover_is_drawn_alike_whatever_the_batch(trigger: Covered, monkeypatch: 
     images = pictures(BATCH + 20, (1, 8, 8))
     found = trigger.cover(images, 3)
     for module in (wanet, bpp):
-        monkeypatch.setattr(module, "in_batches", lambda change, whole: change(whole))
+        monkeypatch.setattr(module, "in_batches", lambda change, *rows: change(*rows))
     assert torch.equal(found, trigger.cover(images, 3))
 
 
