@@ -19,6 +19,8 @@ from defense_core.selection import permitted_drop
 from defense_core.task import Task
 
 T = TypeVar("T")
+Trials = list[dict[str, float | None]]
+"""One row a trial: ``strength``, and ``accuracy``, which is ``None`` where it diverged."""
 TEMPERATURES = tuple(0.5 * 1.1**step for step in range(25))
 """Candidates between 0.5 and 5."""
 LEAST_SEEN = 30
@@ -133,7 +135,7 @@ def strongest_within(
     reference: float,
     max_drop: float,
     images: int,
-) -> tuple[float, T, list[dict[str, float | None]]]:
+) -> tuple[float, T, Trials]:
     """The declared rule for every hyper-parameter that trades accuracy for removal.
 
     Strengths are tried in ascending order while the accuracy on the *select* split stays
@@ -160,7 +162,7 @@ def strongest_within(
     first, *others = sorted(strengths)
     chosen = first
     reached, made = attempt(first)
-    trials: list[dict[str, float | None]] = [{"strength": first, "accuracy": reached}]
+    trials: Trials = [{"strength": first, "accuracy": reached}]
     for strength in others:
         if reference - reached > allowed:
             break
@@ -183,7 +185,7 @@ def strongest_training(
     reference: float,
     max_drop: float,
     views: int = 1,
-) -> tuple[float, T, list[dict[str, float | None]]]:
+) -> tuple[float, T, Trials]:
     """:func:`strongest_within` for what decides a training on the *fit* split: the weakest alone is tried where no
     *select* split was set aside, because images that the training has seen would permit anything.
 
@@ -202,7 +204,43 @@ def strongest_training(
 
 def strongest_expected(
     strengths: tuple[float, ...], attempt: Callable[[float], tuple[float, T]], *, clean: Splits, max_drop: float
-) -> tuple[float, T, list[dict[str, float | None]]]:
+) -> tuple[float, T, Trials]:
     """:func:`strongest_training` where ``attempt`` gives the change of accuracy that :func:`expected_drop` estimates
     from its ``VIEWS`` of every image: 0 for the given model, negative for a loss."""
     return strongest_training(strengths, attempt, clean=clean, reference=0.0, max_drop=max_drop, views=VIEWS)
+
+
+def strongest_by_halving(
+    strengths: tuple[float, ...], attempt: Callable[[float], tuple[float, T]], *, clean: Splits, max_drop: float
+) -> tuple[float, T, Trials]:
+    """:func:`strongest_expected` for many strengths that lie close together, in fewer trials.
+
+    Of the strengths that are still possible the middle one is tried; where it holds the bound the weaker ones are out,
+    where it does not, or diverges, it and the stronger ones are. Where more strength costs more this takes the strength
+    that the ascent takes; elsewhere it may be another one, which holds the bound too. Of ten candidates three or four
+    are tried. The weakest is tried, and taken, where no other holds the bound.
+
+    Args, returns, raises: as :func:`strongest_expected`.
+    """
+    allowed = permitted_drop(max_drop, VIEWS * choosers(clean))
+    ordered = sorted(strengths) if len(clean.select) else [min(strengths)]
+    held, too_strong = 0, len(ordered)
+    best: T | None = None
+    trials: Trials = []
+    while too_strong - held > 1:
+        middle = (held + too_strong) // 2
+        try:
+            reached, candidate = attempt(ordered[middle])
+        except MethodDiverged:
+            trials.append({"strength": ordered[middle], "accuracy": None})
+            too_strong = middle
+            continue
+        trials.append({"strength": ordered[middle], "accuracy": reached})
+        if -reached <= allowed:
+            held, best = middle, candidate
+        else:
+            too_strong = middle
+    if best is None:
+        reached, best = attempt(ordered[0])
+        trials.append({"strength": ordered[0], "accuracy": reached})
+    return ordered[held], best, trials

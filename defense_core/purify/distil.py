@@ -10,7 +10,6 @@ cannot teach one. TSBD's second stage follows, where accuracy is left to spend. 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from defense_core.layers import has_batch_norm
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.choice import chooser, expected_drop, strongest_expected
+from defense_core.purify.choice import chooser, expected_drop, strongest_by_halving, strongest_expected
 from defense_core.purify.stage_one import stage_one
 from defense_core.purify.tsbd import TSBDConfig, repair
 from defense_core.task import Task
@@ -119,11 +118,11 @@ def purify(
         rows = repair(network, clean.fit, config, lr=lr, name=f"repair lr={lr:g}", **shared)
         return change(network), (network, rows)
 
-    within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
+    bound: dict[str, Any] = {"clean": clean, "max_drop": config.max_drop}
     factors = config.n_factors if config.n is None and config.epochs else (1.0,)
-    factor, (reached, student, rows, masks), n_trials = within(factors, distilled)
+    factor, (reached, student, rows, masks), n_trials = strongest_by_halving(factors, distilled, **bound)
     rates = (config.lr,) if config.lr is not None else (0.0, *config.lr_grid) if config.epochs else (0.0,)
-    lr, (final, more), lr_trials = within(rates, repaired)
+    lr, (final, more), lr_trials = strongest_expected(rates, repaired, **bound)
     facts: dict[str, Any] = {
         "n": min(first.n * factor, 1.0),
         "n_trials": first.trials,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,7 +16,13 @@ from defense_core.inference import Precision, accuracy
 from defense_core.layers import has_batch_norm
 from defense_core.loop import HistoryRow, Tuning, epochs_for, tune, working_copy
 from defense_core.progress import Progress
-from defense_core.purify.choice import chooser, expected_drop, require_factors, strongest_expected
+from defense_core.purify.choice import (
+    chooser,
+    expected_drop,
+    require_factors,
+    strongest_by_halving,
+    strongest_expected,
+)
 from defense_core.purify.fisher_terms import TraceTerm, finite_trace, regularised_step, retainer
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.task import Task
@@ -41,7 +46,7 @@ class FisherGuidedConfig:
             zero first, which is stage 1 of TSBD at its own settings; ``given``: the model as it
             is, as in the paper. ``thetabar`` and ``Fbar`` are those of each descent's own beginning.
         n_factors: candidates by which the neuron ratio that stage 1 permits is multiplied, 1 or more: the
-            strongest by :func:`~defense_core.purify.choice.strongest_within` on the
+            strongest by :func:`~defense_core.purify.choice.strongest_by_halving` on the
             :func:`~defense_core.purify.choice.expected_drop` after the first descent.
         taught_lr: rate of the first descent, in networks without BatchNorm ten times as much; 0: there is none, as in
             the paper.
@@ -227,15 +232,15 @@ def minimise(
         made = descended(working_copy(beginning.network, device), lr, f"lr={lr:g}", taught=False)
         return made.change, replace(made, rows=beginning.rows + made.rows, facts=beginning.facts | made.facts)
 
-    within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
+    bound: dict[str, Any] = {"clean": clean, "max_drop": config.max_drop}
     # With nothing zeroed or learnt every candidate is the same.
     factors = config.n_factors if first is not None and config.taught_lr else (1.0,)
-    _, beginning, factor_trials = within(factors, begun)
+    _, beginning, factor_trials = strongest_by_halving(factors, begun, **bound)
     rates = config.lr_grid if config.lr is None else (config.lr,)
     if config.taught_lr and config.lr is None:
         rates = (0.0, *rates)
     # Without steps every rate gives the same model.
-    lr, ending, lr_trials = within(rates if config.epochs else (min(rates),), ended)
+    lr, ending, lr_trials = strongest_expected(rates if config.epochs else (min(rates),), ended, **bound)
     before = accuracy(given, chooser(clean), task=task, device=device, precision=config.precision)
     facts = {"lr": lr, "lr_trials": lr_trials, "factor_trials": factor_trials, "accuracy_before": before}
     return ending.network, ending.rows, facts | ending.facts

@@ -14,7 +14,6 @@ answers (:mod:`defense_core.purify.distil`). ``taught_lr=0, sites="norm", ratio=
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from defense_core.layers import UnitLayer, unit_layers
 from defense_core.loop import finished, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.choice import chooser, expected_drop, strongest_expected
+from defense_core.purify.choice import chooser, expected_drop, strongest_by_halving, strongest_expected
 from defense_core.purify.masks import MaskSite, mask_sites
 from defense_core.purify.nft_masks import NFTConfig, Outcome, depth_schedule, train_masks
 from defense_core.purify.unlearning import close_most_moved, closed_weights
@@ -95,16 +94,18 @@ def purify(
         made = trained(beginning.values, sparsity, taught=False)
         return change(made), Outcome(made.model, beginning.history + made.history, made.values)
 
-    within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
+    bound: dict[str, Any] = {"clean": clean, "max_drop": config.max_drop}
     # With nothing closed or learnt every candidate is the same.
     free = closing is not None and config.ratio is None and config.taught_lr
     factors = config.factors if free else (1.0,)
-    _, (reached, beginning, ratio), factor_trials = within(factors, begun)
+    _, (reached, beginning, ratio), factor_trials = strongest_by_halving(factors, begun, **bound)
     strengths = config.sparsity_grid if config.sparsity is None else (config.sparsity,)
     if config.taught_lr and config.sparsity is None:
         strengths = (0.0, *strengths)
     # Without steps every strength gives the same masks.
-    sparsity, made, trials = within(strengths if config.epochs and config.lr else (min(strengths),), ended)
+    sparsity, made, trials = strongest_expected(
+        strengths if config.epochs and config.lr else (min(strengths),), ended, **bound
+    )
     closed = [float((v <= floor).float().mean()) for v, floor in zip(made.values, floors, strict=True)]
     facts: dict[str, Any] = {
         "ratio": ratio,

@@ -38,11 +38,11 @@ class NFTConfig:
         taught_lr: learning rate of a first training of the masks, on the given model's answers to mixed clean images,
             under the BatchNorm statistics as they are; 0: there is none, as in the paper.
         factors: candidates by which the ``ratio`` that closing permits is multiplied for it, 1 or more: the strongest
-            by :func:`~defense_core.purify.choice.strongest_within` on the
+            by :func:`~defense_core.purify.choice.strongest_by_halving` on the
             :func:`~defense_core.purify.choice.expected_drop`.
         sparsity: weight of the pull of every mask towards 0, or ``None`` to choose it from
-            ``sparsity_grid`` by the same rule for the training by labels, which is left out where the first one
-            leaves room for none.
+            ``sparsity_grid`` by :func:`~defense_core.purify.choice.strongest_within` for the training by labels, which
+            is left out where the first one leaves room for none.
         sparsity_grid: candidates; the first training takes the smallest.
         max_drop: permitted drop of accuracy, estimated on the *select* split, in [0, 1].
         ratio: share of the hidden units whose most-moved kernels start at the lower clamp, or

@@ -26,7 +26,7 @@ from defense_core.layers import unit_layers
 from defense_core.loop import HistoryRow, finished, working_copy
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.choice import chooser, expected_drop, strongest_expected
+from defense_core.purify.choice import chooser, expected_drop, strongest_by_halving, strongest_expected
 from defense_core.purify.ngf_block import last_layers, tune_block
 from defense_core.purify.ngf_head import tune_on_features
 from defense_core.purify.ngf_run import NAME, NGFConfig, Run
@@ -105,7 +105,7 @@ def _choose_ratio(model: nn.Module, clean: Splits, run: Run) -> tuple[nn.Module,
         return _change(model, tuned, clean, run), (tuned, ratio, rows, facts)
 
     factors = config.factors if config.ratio is None else (1.0,)
-    _, (tuned, ratio, history, facts), more = strongest_expected(
+    _, (tuned, ratio, history, facts), more = strongest_by_halving(
         factors, attempt, clean=clean, max_drop=config.max_drop
     )
     return tuned, history, {"ratio": ratio, "trials": trials, "factor_trials": more, **facts}

@@ -12,7 +12,6 @@ reference code has none.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from defense_core.layers import has_batch_norm
 from defense_core.loop import HistoryRow, Tuning, epochs_for, finished, tune
 from defense_core.progress import Progress
 from defense_core.purify.base import Method, Purified
-from defense_core.purify.choice import chooser, expected_drop, require_factors, strongest_expected
+from defense_core.purify.choice import chooser, expected_drop, require_factors, strongest_by_halving, strongest_expected
 from defense_core.purify.stage_one import StageOneConfig, stage_one
 from defense_core.purify.zeroing import CLOSE_FACTORS
 from defense_core.task import Task
@@ -122,16 +121,19 @@ def purify(
         change = -expected_drop(first.model, network, chooser(clean), precision=config.precision, **shared)
         return change, _Repaired(network, change, rows, masks)
 
-    within = functools.partial(strongest_expected, clean=clean, max_drop=config.max_drop)
+    bound: dict[str, Any] = {"clean": clean, "max_drop": config.max_drop}
     factors = config.n_factors if config.n is None and config.epochs else (1.0,)
     if gentle and len(factors) > 1:
         factors = (*GENTLER, *factors)
-    factor, begun, factor_trials = within(factors, lambda factor: repaired(min(first.n * factor, 1.0), weakest))
+    factor, begun, factor_trials = strongest_by_halving(
+        factors, lambda factor: repaired(min(first.n * factor, 1.0), weakest), **bound
+    )
     ratio = min(first.n * factor, 1.0)
     # Without steps every rate gives the same model.
-    lr, made, lr_trials = within(
+    lr, made, lr_trials = strongest_expected(
         (weakest, *stronger) if config.epochs else (weakest,),
         lambda lr: (begun.change, begun) if lr == weakest else repaired(ratio, lr),
+        **bound,
     )
     facts: dict[str, Any] = {
         "n": ratio,

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from defense_core.data import CleanSet, Splits
-from defense_core.purify.choice import cautious_accuracy, choosers, strongest_training, strongest_within
+from defense_core.errors import MethodDiverged
+from defense_core.purify.choice import (
+    cautious_accuracy,
+    choosers,
+    strongest_by_halving,
+    strongest_expected,
+    strongest_training,
+    strongest_within,
+)
 
 
 @pytest.mark.parametrize(("seed", "images"), [(0, 1), (1, 79), (2, 200)])
@@ -76,3 +84,62 @@ def test_of_ten_images_one_may_be_lost_and_of_three_none():
         max_drop=0.03,
     )  # fmt: skip
     assert chosen == 1.0, "the only image that was kept back is lost at 2"
+
+
+# -- many strengths that lie close together --------------------------------------------------
+
+
+def split_of(images: int) -> Splits:
+    some = CleanSet(torch.zeros(images, 1, 4, 4, dtype=torch.uint8), torch.arange(images) % 2, 2)
+    return Splits(some, some, some)
+
+
+def searched(rule, costs: list[float | None], *, clean: Splits, max_drop: float = 0.05):
+    """(strength, what was made, strengths tried) where the strength ``n`` costs ``costs[n]``, or diverges."""
+
+    def attempt(strength: float) -> tuple[float, str]:
+        cost = costs[int(strength)]
+        if cost is None:
+            raise MethodDiverged("diverged")
+        return -cost, f"made at {strength:g}"
+
+    strengths = tuple(map(float, range(len(costs))))
+    chosen, made, trials = rule(strengths, attempt, clean=clean, max_drop=max_drop)
+    return chosen, made, [row["strength"] for row in trials]
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_halving_takes_what_the_ascent_takes_where_more_costs_more(count):
+    clean = split_of(200)
+    for permitted in range(count + 1):
+        for beyond in (0.2, None):
+            costs = [0.01] * permitted + [beyond] * (count - permitted)
+            if costs[0] is None:
+                continue
+            slow = searched(strongest_expected, costs, clean=clean)
+            fast = searched(strongest_by_halving, costs, clean=clean)
+            assert fast[:2] == slow[:2]
+            assert len(fast[2]) <= math.ceil(math.log2(count)) + 1
+            assert len(set(fast[2])) == len(fast[2]), "each is tried once"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_halving_takes_holds_the_bound_or_is_the_weakest(seed):
+    costs = torch.rand(10, generator=torch.Generator().manual_seed(seed)).mul(0.1).tolist()
+    chosen, made, tried = searched(strongest_by_halving, costs, clean=split_of(200))
+    assert made == f"made at {chosen:g}"
+    assert chosen in tried
+    assert costs[int(chosen)] <= 0.05 or chosen == 0
+    assert all(costs[int(each)] > 0.05 for each in tried if each > chosen), "a stronger one that was tried held it too"
+
+
+def test_where_even_the_weakest_diverges_halving_says_so():
+    with pytest.raises(MethodDiverged):
+        searched(strongest_by_halving, [None, None, None], clean=split_of(200))
+
+
+def test_without_a_select_split_halving_tries_the_weakest_alone():
+    some = split_of(200)
+    nothing = some.fit.subset(torch.tensor([], dtype=torch.int64))
+    fitted = Splits(some.fit, nothing, nothing)
+    assert searched(strongest_by_halving, [0.0] * 10, clean=fitted) == (0.0, "made at 0", [0.0])
