@@ -111,7 +111,9 @@ class Control:
             found = self._found()
         if self.asr_after is None:
             return found
-        return f"{found}, and purification reduced its success from {self.planted_asr:.0%} to {self.asr_after:.0%}"
+        before, after = f"{self.planted_asr:.0%}", f"{self.asr_after:.0%}"
+        change = f"left its success at {after}" if before == after else f"took its success from {before} to {after}"
+        return f"{found}, and purification {change}"
 
     def _found(self) -> str:
         outcome = "would have been detected" if self.detected else "would not have been detected"

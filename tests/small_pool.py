@@ -31,8 +31,14 @@ def make_pool(path: Path, *, shift: float) -> Pool:
     own = {name: reading_of(each) for name, each in seen.observations.items() if each.measured}
 
     def shifted(number: int, regime: str) -> dict[str, Reading]:
+        # Every class alike: it says how high a detector reads, and nothing about any class.
+        level = number - REFERENCES / 2
         return {
-            name: Reading(each.statistic + shift * (1 + number / 10), each.class_scores, each.classes)
+            name: Reading(
+                each.statistic + shift * (1 + number / 10),
+                tuple(score + level for score in each.class_scores),
+                each.classes,
+            )
             for name, each in own.items()
             if regime in DETECTORS[name].regimes
         }

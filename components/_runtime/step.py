@@ -49,11 +49,12 @@ class StopRequest:
 
 @contextmanager
 def interruptible() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT inside the block into :class:`Cancelled`.
+    """Turn SIGTERM, SIGINT and SIGHUP inside the block into :class:`Cancelled`.
 
-    The signal raises at once, as Ctrl-C does, so that a long call that knows no stop request
-    (a download, an export) ends too. A library that swallows it is stopped at the next step of
-    its progress. Outside the main thread signals stay as they are.
+    SIGHUP, which says that the terminal is gone, stays ignored where it is (``nohup``). The signal
+    raises at once, as Ctrl-C does, so that a long call that knows no stop request (a download, an
+    export) ends too. A library that swallows it is stopped at the next step of its progress.
+    Outside the main thread signals stay as they are.
 
     Raises:
         Cancelled: a signal arrived.
@@ -68,7 +69,8 @@ def interruptible() -> Iterator[StopRequest]:
 
     previous: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        hung_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT, *hung_up)}
     try:
         yield stop
     except KeyboardInterrupt as error:

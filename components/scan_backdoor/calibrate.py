@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from components._runtime.loading import open_model, resolve_device
 from components._runtime.plan import Loading
 from components._runtime.trust import trusted_modules
@@ -72,7 +74,8 @@ def calibrate_pool(
     stratum = Stratum(first.architecture, first.num_classes, first.input_size, first.class_names)
     shelf = out.with_name(f"{out.name}.partial")
     asked = {
-        "settings": parsed, "models": models, "clean": images.digest, "drawn": "for each", "version": __version__
+        "settings": parsed, "models": models, "clean": images.digest, "drawn": "for each", "version": __version__,
+        "torch": torch.__version__, "device": str(where),
     }  # fmt: skip
 
     def read(name: str, number: int, model: Any, facts: Mapping[str, Any]) -> Reference:
@@ -100,8 +103,13 @@ def calibrate_pool(
             yield reference
 
     def taken() -> Iterator[Reference]:
+        known: dict[str, Path] = {}
         for number, path in enumerate(given):
             bundle = open_model(path, specs[number % len(specs)], loading)
+            require(
+                bundle.digest not in known, "references", "each model once", f"{path} and {known.get(bundle.digest)}"
+            )
+            known[bundle.digest] = path
             recorded = {"file": path.name, "model": bundle.digest}
             yield read(f"{number:04}-{path.stem}", number, bundle.model, recorded)
 

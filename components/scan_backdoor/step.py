@@ -175,9 +175,15 @@ def _pictures(
         for each in found.confirmations
     }
     suspected = [each for each in triggers if each[1].target in found.target_classes] or list(triggers)
+
+    def said(detector: str, trigger: InvertedTrigger) -> str:
+        """What the detector says of the class that it finds most suspicious, which may be another one."""
+        seen = found.observations[detector]
+        return seen.why if trigger.target in seen.targets[:1] else f"What {detector} found for this class"
+
     return pictures + [
         trigger_picture(
-            detector, trigger, images, notes.get((detector, trigger.target), found.observations[detector].why), names
+            detector, trigger, images, notes.get((detector, trigger.target), said(detector, trigger)), names
         )
         for detector, trigger in suspected[:PICTURED_TRIGGERS]
     ]
@@ -223,7 +229,8 @@ def _findings(name: str, found: ScanReport) -> list[Finding]:
     for channel in found.channels:
         members = [each for each in found.detectors if each.channel == channel.name]
         why = "; ".join(f"{each.name}: {each.why}" for each in members)
-        # Among references that say nothing about the model, no rank is a PASS.
-        verdict = Verdict.PASS if found.comparable and not rejects(channel.adjusted, found.fpr) else found.verdict
+        # Among references that say nothing about the model, or with a detector that could not look, no rank is a PASS.
+        looked = found.comparable and all(found.observations[each.name].measured for each in members)
+        verdict = Verdict.PASS if looked and not rejects(channel.adjusted, found.fpr) else found.verdict
         lines.append(Finding(f"{name}.{channel.name}", verdict, round(channel.adjusted, 4), f"p > {found.fpr:g}", why))
     return lines

@@ -28,6 +28,8 @@ TriggerKind = Literal["patch", "additive", "generated"]
 MANY_CLASSES = 2 * MAX_TARGETS
 """With more classes than this, a detector looks at a short list: see :func:`shortlist`."""
 SHORTLISTED = MAX_TARGETS
+LARGEST_LOGIT = 1e15
+"""What is larger is no logit: squares, differences and sums over a batch stay finite in float32 below it."""
 DRAWS = 0
 """Seed of everything that a scan draws. No option: a verdict that another number may change is one that somebody may
 repeat until it suits; and the references of a pool were read with the same draws."""
@@ -153,11 +155,14 @@ class Subject:
                 hint="State the model's own number of classes",
             )
         outputs = outputs.float()
-        if not torch.isfinite(outputs).all():
+        # Written so that NaN is refused too. The difference and the square of what is let through are finite.
+        if not bool((outputs.abs() < LARGEST_LOGIT).all()):
             raise NonFiniteOutputs(
-                "the model's outputs are not finite", expected="finite logits", got="NaN or Inf",
+                "the model's outputs are not finite",
+                expected=f"logits below {LARGEST_LOGIT:g}",
+                got="NaN, Inf or more",
                 hint="A model that answers NaN to an image cannot be scanned",
-            )  # fmt: skip
+            )
         return outputs
 
     def generator(self) -> torch.Generator:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy
 
@@ -30,6 +31,7 @@ LEAST_REFERENCES = 3
 """With fewer, not even a deviation can be stated."""
 RANGE_MARGIN = 0.5
 """A covariate may lie beyond the references' range by this share of it."""
+NOTHING: Mapping[str, Reading] = MappingProxyType({})
 DIGITS = 12
 """Decimals that p-values are compared by: in floating point three times 1/40 is more than 0.075."""
 
@@ -169,18 +171,41 @@ def _classes_by_score(own: Reading) -> tuple[int, ...]:
     return (own.classes[int(numpy.argmax(own.class_scores))],)
 
 
-def uncovered(pool: Pool, covariates: Mapping[str, float]) -> tuple[str, ...]:
+def uncovered(
+    pool: Pool, covariates: Mapping[str, float], regimes: Sequence[str] = (), readings: Mapping[str, Reading] = NOTHING
+) -> tuple[str, ...]:
     """Sentences that say in what a model differs from all references; empty where the pool covers it.
 
-    A covariate differs where it lies outside the references' range by more than half of that range.
+    A number differs where it lies outside the references' range by more than half of that range: a covariate, and what
+    a detector of the verdict reads of an ordinary class. P-values say by how far one class stands out from the others;
+    where a search fails on every class alike, whatever the reason, none does. That is no evidence of innocence.
+
+    Args:
+        regimes, readings: as of :func:`standing`.
     """
     sentences = []
     for name, value in sorted(covariates.items()):
         known = [reference.covariates[name] for reference in pool.references if name in reference.covariates]
-        if not known:
-            continue
-        low, high = min(known), max(known)
-        slack = RANGE_MARGIN * (high - low)
-        if not low - slack <= value <= high + slack:
-            sentences.append(f"its {name.replace('_', ' ')} is {value:.3g}, the references' is {low:.3g} to {high:.3g}")
+        sentences += _beyond(f"its {name.replace('_', ' ')} is", value, known)
+    read = [_read(reference, regimes) for reference in pool.references]
+    for name in (name for members in CHANNELS.values() for name in members if name in readings):
+        own = _level(readings[name])
+        levels = [level for each in read if name in each and (level := _level(each[name])) is not None]
+        if own is not None and len(levels) >= LEAST_REFERENCES:
+            sentences += _beyond(f"what {name} reads of an ordinary class is", own, levels)
     return tuple(sentences)
+
+
+def _level(reading: Reading) -> float | None:
+    """The median over classes; ``None`` where the detector has no score a class."""
+    return float(numpy.median(reading.class_scores)) if reading.class_scores else None
+
+
+def _beyond(what: str, value: float, known: Sequence[float]) -> list[str]:
+    if not known:
+        return []
+    low, high = min(known), max(known)
+    slack = RANGE_MARGIN * (high - low)
+    # Not: whether it is outside. What is no number is not covered either.
+    inside = low - slack <= value <= high + slack
+    return [] if inside else [f"{what} {value:.3g}, the references' is {low:.3g} to {high:.3g}"]

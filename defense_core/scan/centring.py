@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from defense_core.errors import NonFiniteOutputs
 from defense_core.inference import autocast, channels_last
 from defense_core.layers import classifier_head
 from defense_core.task import ImageClassification
@@ -54,15 +55,30 @@ def centred(model: nn.Module, task: ImageClassification) -> nn.Module:
 
 
 class Logarithms(nn.Module):
-    """A network that ends in a softmax, answering with the logarithms of its outputs (N, K); 0 counts as 1e-30."""
+    """A network that ends in a softmax, answering with the logarithms of its outputs (N, K); 0 counts as 1e-30.
+
+    What looked like probabilities on a few images may be no softmax: logits that were made to look so there would have
+    no gradient where they are negative. So every answer is looked at.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Log-probabilities (N, K), float32."""
+        """Log-probabilities (N, K), float32.
+
+        Raises:
+            NonFiniteOutputs: the network's answers are no probabilities.
+        """
         outputs: Tensor = self.network(inputs).float()
+        if not are_probabilities(outputs):
+            raise NonFiniteOutputs(
+                "the model's outputs are probabilities on some images and not on others",
+                expected="a softmax of every image, or logits",
+                got="numbers below 0, or rows that do not sum to 1",
+                hint="Give the network without what looks like a softmax at its end",
+            )
         return outputs.clamp_min(1e-30).log()
 
 

@@ -13,11 +13,20 @@ from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
 from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, subject_of
-from defense_core.scan.calibrate import CHANNELS, LEAST_REFERENCES, Standing, holm, readers, rejects, standing
+from defense_core.scan.calibrate import (
+    CHANNELS,
+    LEAST_REFERENCES,
+    Standing,
+    holm,
+    readers,
+    rejects,
+    standing,
+    uncovered,
+)
 from defense_core.scan.confirm import Confirmation, confirm
 from defense_core.scan.detectors import DETECTORS, EVIDENCE_ONLY, Regime, Settings, regime_of
 from defense_core.scan.observe import Observed, observe, wanted
-from defense_core.scan.pool import Pool, reading_of
+from defense_core.scan.pool import Pool, Reading, reading_of
 from defense_core.scan.report import ChannelEntry, DetectorEntry, ScanReport
 from defense_core.scan.wording import coverage, incomparable, sentence, undecided
 from defense_core.task import ImageClassification
@@ -118,7 +127,8 @@ def judge(
     score = max((each.score for each in channels), default=None)
     confirmed = tuple(each.target for each in confirmations if each.confirmed)
     fewest = min((standings[name].references for name in planned if name in standings), default=_references(pool))
-    because = incomparable(config.fpr, pool, observed, channels=len(planned), references=fewest)
+    other_kind = () if pool is None else uncovered(pool, observed.covariates, _regimes(regime), _readings(observed))
+    because = incomparable(config.fpr, pool, observed, other_kind, channels=len(planned), references=fewest)
     comparable = p_value is not None and not because
     reasons = because + undecided(
         config.fpr, observed, confirmations, p_value=p_value, targets=targets, comparable=comparable,
@@ -203,6 +213,11 @@ def _channel_standings(
     return _standings(pool, observed, regime, class_names, whole)
 
 
+def _readings(observed: Observed) -> dict[str, Reading]:
+    """What was read of the model, without the detectors that could not look at it."""
+    return {name: reading_of(each) for name, each in observed.observations.items() if each.measured}
+
+
 def _detector_standings(
     pool: Pool, observed: Observed, regime: Regime, class_names: tuple[str, ...]
 ) -> dict[str, Standing]:
@@ -218,7 +233,7 @@ def _standings(
     groups: Mapping[str, tuple[str, ...]],
 ) -> dict[str, Standing]:
     """Standing by the detectors of each of ``groups``, where one of them was run."""
-    readings = {name: reading_of(each) for name, each in observed.observations.items() if each.measured}
+    readings = _readings(observed)
     by_class = bool(class_names) and class_names == pool.stratum.class_names
     regimes = _regimes(regime)
     found: dict[str, Standing] = {}

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from defense_core.data import CleanSet
 from defense_core.scan.base import InvertedTrigger, Observation
+from defense_core.scan.sampling import spread_over_classes
 
 SHOWN_IMAGES = 4
 MAX_BARS = 40
@@ -66,8 +67,12 @@ def trigger_picture(
     detector: str, trigger: InvertedTrigger, clean: CleanSet, note: str, class_names: Sequence[str] = ()
 ) -> Picture:
     """Images of other classes as they are, with the trigger, and the change itself, amplified to be seen."""
-    sources = (clean.labels != trigger.target).nonzero().flatten().tolist()
-    chosen = (sources or list(range(len(clean))))[:SHOWN_IMAGES]
+    wanted = clean.labels != trigger.target
+    if trigger.sources:
+        wanted &= torch.isin(clean.labels, torch.tensor(trigger.sources, device=clean.labels.device))
+    # In turn of every class: the first of a file are often of one.
+    chosen = [each for each in spread_over_classes(clean).tolist() if wanted[each]] or list(range(len(clean)))
+    chosen = chosen[:SHOWN_IMAGES]
     images = clean.images[torch.tensor(chosen)].cpu()
     changed = trigger.apply(images).cpu()
     difference = changed - images.float()
@@ -75,9 +80,10 @@ def trigger_picture(
     rows = (images.float(), changed, 128 + gain * difference)
     named = _named(trigger.target, class_names)
     kind = {"patch": "patch", "additive": "faint change", "generated": "learned change"}[trigger.kind]
-    title = f"{detector}: {kind} found for {named}"
+    away = f" from {', '.join(_named(each, class_names) for each in trigger.sources)}" if trigger.sources else ""
+    title = f"{detector}: {kind} found {f'to lead{away} to' if away else 'for'} {named}"
     figure = Figure(figsize=(1.0 * len(chosen) + 0.9, 3.1), dpi=96)
-    for row, (label, pixels) in enumerate(zip(("clean", "with it", f"change ×{gain:.0f}"), rows, strict=True)):
+    for row, (label, pixels) in enumerate(zip(("clean", "with it", f"change ×{gain:.2g}"), rows, strict=True)):
         for column, image in enumerate(pixels):
             axes = figure.add_subplot(3, len(chosen), row * len(chosen) + column + 1)
             axes.imshow(_shown(image), vmin=0, vmax=255, cmap="gray", interpolation="nearest")
@@ -87,7 +93,8 @@ def trigger_picture(
                 axes.set_ylabel(label, fontsize=8, color=INK)
     figure.tight_layout(pad=0.3)
     alt = f"{len(chosen)} clean images, the same images with the inverted trigger for {named}, and the amplified change"
-    return Picture(f"trigger-{detector}-{trigger.target}", title, note, alt, _png(figure))
+    source = "".join(f"-from-{each}" for each in trigger.sources)
+    return Picture(f"trigger-{detector}-{trigger.target}{source}", title, note, alt, _png(figure))
 
 
 @matplotlib.rc_context(STYLE)
@@ -109,12 +116,13 @@ def _bars(observation: Observation, suspects: Sequence[int], class_names: Sequen
         axes.spines[side].set_visible(False)
     figure.tight_layout(pad=0.4)
     highest = labels[max(range(len(heights)), key=heights.__getitem__)]
+    shown = f"{len(heights)} classes" if len(heights) == len(scores) else f"the highest {len(heights)} of {len(scores)}"
     marked = ", ".join(_named(each, class_names) for each in suspects) or "none"
     return Picture(
         f"classes-{observation.detector}",
         TITLES[observation.detector],
         observation.why,
-        f"Bars of {len(heights)} classes around their median; {highest} is highest; suspected: {marked}",
+        f"Bars of {shown} around the median of all; {highest} is highest; suspected: {marked}",
         _png(figure),
     )
 

@@ -75,7 +75,8 @@ class ScanReport:
         reasons: why UNKNOWN.
         unfinished: detectors of the verdict that the time did not allow.
         coverage: what a PASS would mean, and what it says nothing about.
-        regime, images: clean images that the detectors searched with.
+        regime: how many clean images the detectors searched with: none, few or many.
+        images: clean images that were there, to search with and to confirm on, without exact copies.
         pool: digest of the calibration pool, and its number of references; empty and 0 without.
     """
 

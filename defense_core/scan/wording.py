@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from defense_core.scan.calibrate import least_adjusted, rejects, uncovered
+from defense_core.scan.calibrate import least_adjusted, rejects
 from defense_core.scan.confirm import Confirmation
 from defense_core.scan.detectors import EVIDENCE_ONLY, FEW, Regime
 from defense_core.scan.observe import Observed
@@ -13,11 +13,12 @@ from defense_core.verdict import Verdict
 
 
 def incomparable(
-    fpr: float, pool: Pool | None, observed: Observed, *, channels: int, references: int
+    fpr: float, pool: Pool | None, observed: Observed, uncovered: tuple[str, ...], *, channels: int, references: int
 ) -> tuple[str, ...]:
     """Why the p-values say nothing: such a model is UNKNOWN whatever was found in it.
 
     Args:
+        uncovered: see :func:`defense_core.scan.calibrate.uncovered`.
         channels: that Holm counts, whether or not they could be read.
         references: the fewest that a channel was compared with.
     """
@@ -28,7 +29,7 @@ def incomparable(
             "quarantine calibrate makes one, and --pool names one"
         )
     if pool is not None:
-        reasons += [f"The pool does not cover this model: {each}" for each in uncovered(pool, observed.covariates)]
+        reasons += [f"The pool does not cover this model: {each}" for each in uncovered]
         least = least_adjusted(channels, references)
         if not rejects(least, fpr):
             reasons.append(
@@ -103,9 +104,10 @@ def sentence(
 
 
 def _found(best: Confirmation) -> str:
+    sources = f"of {_classes(best.sources)}" if best.sources else "of other classes"
     return (
         f"A small change that was found for class {best.target} sends {best.success:.0%} of {best.images} held-out "
-        f"clean images of other classes there"
+        f"clean images {sources} there"
     )
 
 

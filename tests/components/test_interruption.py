@@ -255,11 +255,22 @@ def test_a_record_from_before_the_run_sets_no_time(finished: Chain) -> None:
     assert found["results"]["decided_at"] == found["environment"]["started"]
 
 
-def test_the_handlers_of_before_are_back() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(Cancelled, match="SIGTERM"), interruptible():
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_handlers_of_before_are_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    with pytest.raises(Cancelled, match=number.name), interruptible():
+        os.kill(os.getpid(), number)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+
+
+def test_under_nohup_a_terminal_that_goes_away_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_swallowed_signal_still_stops_the_next_step() -> None:

@@ -522,7 +522,7 @@ def test_a_real_process_ends_with_the_exit_code(inputs: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_during_purify_leaves_nothing(number: signal.Signals, inputs: Path, tmp_path: Path) -> None:
     settings = ("--set", "epochs=1000000", "--set", "lr=1e-3", "--set", "n=0.1", "--set", "unlearn_epochs=1")
     command = [sys.executable, "-m", "pipelines.cli", *purify_words(inputs, tmp_path / "out", *settings)]

@@ -198,6 +198,12 @@ def test_calibrate_takes_models_that_are_known_to_be_clean(inputs: Path, tmp_pat
     assert answer.json == {"pool": str(tmp_path / "pool.json"), **told}
     assert "4 references: a scan at a false positive rate of 0.05 needs 59" in " ".join(answer.err.split())
     assert not (tmp_path / "pool.json.partial").exists()
+    twice = quarantine(
+        *calibrate(inputs, tmp_path / "twice.json", *references, "--reference", tmp_path / "0.safetensors")
+    )
+    assert twice.code == 3
+    assert "each model once" in twice.err
+    assert not (tmp_path / "twice.json").exists()
     # Four references cannot tell a rate of 0.05, and the scan says so.
     scanned = quarantine(*words(inputs, tmp_path / "scan", pool=tmp_path / "pool.json"), "--json")
     assert scanned.code == 2

@@ -264,6 +264,38 @@ def test_a_model_of_another_kind_is_not_covered() -> None:
     assert sentence.startswith("its accuracy is 0.95, the references' is 0.7 to 0.758")
 
 
+def levelled(*levels: float) -> Pool:
+    """References of which ``additive`` reads ``level`` of an ordinary class, and ``pairs`` nothing of any."""
+    return replace(
+        POOL,
+        references=tuple(
+            Reference(
+                f"reference-{number}",
+                {},
+                {},
+                {"many": {"additive": Reading(0.0, (level - 1, level, level + 2), (0, 1, 2)), "pairs": Reading(1.0)}},
+            )
+            for number, level in enumerate(levels)
+        ),
+    )
+
+
+@pytest.mark.parametrize(("level", "covered"), [(-2.0, True), (-0.1, True), (0.1, False), (-3.9, True), (-4.1, False)])
+def test_a_search_that_reads_otherwise_of_every_class_covers_nothing(level: float, covered: bool) -> None:
+    """Where it fails on all classes alike, none stands out from the others, and no p-value is small."""
+    readings = {"additive": Reading(0.0, (level, level - 5, level + 50), (0, 1, 2)), "pairs": Reading(9.0)}
+    found = uncovered(levelled(-3.0, -2.0, -1.0), {}, ("none", "many"), readings)
+    assert found == (
+        () if covered else (f"what additive reads of an ordinary class is {level:.3g}, the references' is -3 to -1",)
+    )
+
+
+def test_what_too_few_references_read_says_nothing_of_a_level() -> None:
+    readings = {"additive": Reading(0.0, (9.0,), (0,)), "patch": Reading(0.0, (9.0,), (0,))}
+    assert uncovered(levelled(-3.0, -2.0), {}, ("many",), readings) == ()
+    assert uncovered(levelled(-3.0, -2.0, -1.0), {}, ("few",), readings) == ()
+
+
 def test_a_pool_survives_its_file(tmp_path: Path) -> None:
     save_pool(POOL, tmp_path / "pool.json")
     assert load_pool(tmp_path / "pool.json") == POOL

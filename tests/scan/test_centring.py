@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from defense_core.architectures import build
 from defense_core.data import CleanSet
+from defense_core.errors import NonFiniteOutputs
 from defense_core.progress import NullProgress
 from defense_core.scan import centring, observe
 from defense_core.scan.base import subject_of
@@ -87,6 +88,46 @@ def test_a_softmax_at_the_end_changes_no_reading(detector: str) -> None:
     assert plain.measured
     assert ended.measured
     assert ended.statistic == pytest.approx(plain.statistic, rel=0.05, abs=0.05)
+
+
+class ProbablyOnNoise(nn.Module):
+    """Answers a row that sums to 1 to what looks like noise, and logits to anything else."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = self.network(inputs)
+        noisy = inputs.std(dim=(1, 2, 3), keepdim=True).flatten(1) > 0.1
+        return torch.where(noisy, logits.softmax(1), logits)
+
+
+def test_what_are_probabilities_on_some_images_only_is_refused() -> None:
+    """Their logarithms would have no gradient where a logit is negative."""
+    subject = subject_of(ProbablyOnNoise(network()), None, task=TASK, device="cpu", progress=NullProgress())
+    assert subject.logits(torch.rand(2, 1, 8, 8)).isfinite().all()
+    with pytest.raises(NonFiniteOutputs, match="on some images and not on others"):
+        subject.logits(torch.full((2, 1, 8, 8), 0.5))
+    levels = torch.arange(60, 100, dtype=torch.uint8).view(-1, 1, 1, 1)
+    clean = CleanSet(levels.expand(-1, 1, 8, 8).contiguous(), torch.arange(40) % 4, 4)
+    report = scan(
+        ProbablyOnNoise(network()), clean, ScanConfig(), pool=None, task=TASK, device="cpu", progress=NullProgress()
+    )
+    assert report.verdict is Verdict.UNKNOWN
+    assert "on some images and not on others" in report.sentence
+
+
+def test_numbers_too_large_for_a_difference_are_no_logits() -> None:
+    class Extreme(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return 2e38 * torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(len(inputs), 4)
+
+    levels = torch.arange(60, 100, dtype=torch.uint8).view(-1, 1, 1, 1)
+    clean = CleanSet(levels.expand(-1, 1, 8, 8).contiguous(), torch.arange(40) % 4, 4)
+    report = scan(Extreme(), clean, ScanConfig(), pool=None, task=TASK, device="cpu", progress=NullProgress())
+    assert report.verdict is Verdict.UNKNOWN
+    assert "not finite" in report.sentence
 
 
 def test_the_caller_keeps_the_model_as_it_was() -> None:

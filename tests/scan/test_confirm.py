@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from defense_core.data import CleanSet
 from defense_core.errors import CorruptArtifact
 from defense_core.progress import NullProgress
+from defense_core.scan import confirm as confirmation
+from defense_core.scan import pictures
 from defense_core.scan.base import InvertedTrigger, Observation, Subject, subject_of
 from defense_core.scan.confirm import confirm, cut_to, enough, lower_bound, size_of, success, surely_lost, upper_bound
 from defense_core.scan.pictures import class_pictures, trigger_picture
@@ -176,6 +178,20 @@ def test_a_trigger_no_better_than_a_placebo_is_not_confirmed() -> None:
     assert not found.confirmed
 
 
+def test_of_many_placebos_every_nth_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confirmation, "MAX_PLACEBOS", 2)
+    asked: list[int] = []
+    real = confirmation.success
+
+    def counted(subject: Subject, clean: CleanSet, trigger: InvertedTrigger) -> tuple[Tensor, Tensor]:
+        asked.append(trigger.target)
+        return real(subject, clean, trigger)
+
+    monkeypatch.setattr(confirmation, "success", counted)
+    confirm(subject(Corner()), images(), [observation(patch(2), patch(0), patch(1), patch(3))], (2,))
+    assert asked[:3] == [2, 0, 3]
+
+
 def test_a_placebo_is_cut_to_the_size_of_the_suspect() -> None:
     """The patch of another class covers four pixels, one of them is the backdoor's: at the suspect's size it is not."""
     mask = torch.zeros(1, 8, 8)
@@ -297,6 +313,35 @@ def test_pictures_are_png_and_say_what_they_show() -> None:
     assert "c" in shown.title
     again = trigger_picture("patch", patch(2), images(), "works", ("a", "b", "c", "d"))
     assert again.png == shown.png
+
+
+def test_a_picture_of_a_trigger_for_single_classes_shows_images_of_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[float] = []
+    monkeypatch.setattr(pictures, "_shown", lambda image: shown.append(float(image[0, 0, 0])) or image[0].numpy())
+    top_left = replace(patch(2), sources=(0,))
+    made = [
+        trigger_picture("pairs", each, images(), "works", ("a", "b", "c", "d"))
+        for each in (top_left, replace(top_left, sources=(1,)))
+    ]
+    assert [each.name for each in made] == ["trigger-pairs-2-from-0", "trigger-pairs-2-from-1"]
+    assert made[0].title == "pairs: patch found to lead from a to c"
+    assert shown[:4] == [200.0] * 4, "the top left quarter of class 0 is bright"
+    assert shown[12:16] == [20.0] * 4
+
+
+def test_a_picture_shows_images_of_every_class_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Tensor] = []
+    monkeypatch.setattr(pictures, "_shown", lambda image: shown.append(image) or image[0].numpy())
+    sorted_by_class = images().subset(images().labels.argsort(stable=True))
+    trigger_picture("patch", patch(2), sorted_by_class, "works")
+    quarters = {tuple(nn.functional.adaptive_avg_pool2d(each, 2).flatten().tolist()) for each in shown[:3]}
+    assert len(quarters) == 3, "one of each class but the target's"
+
+
+def test_bars_of_many_classes_say_that_some_are_left_out() -> None:
+    scored = Observation("patch", 5.0, "because", tuple(map(float, range(100))), tuple(range(100)), (99,))
+    (bars,) = class_pictures({"patch": scored}, (99,))
+    assert bars.alt.startswith(f"Bars of the highest {pictures.MAX_BARS} of 100 around the median of all")
 
 
 def test_a_class_name_is_no_formula() -> None:

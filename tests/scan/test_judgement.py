@@ -16,6 +16,7 @@ from defense_core.errors import ConfigError
 from defense_core.progress import NullProgress
 from defense_core.scan import judgement
 from defense_core.scan.base import InvertedTrigger, Observation
+from defense_core.scan.calibrate import CHANNELS
 from defense_core.scan.detectors import FEW, MANY, SEARCHED, regime_of, searched_and_held_out
 from defense_core.scan.judgement import ScanConfig, judge, scan
 from defense_core.scan.observe import Observed
@@ -320,11 +321,15 @@ def test_settings_out_of_range(settings: dict[str, float]) -> None:
 
 def test_a_picture_says_what_its_own_trigger_did() -> None:
     report = judged(observed("patch"))
+    own = replace(report.observations["additive"], targets=(2, 1))
+    others = replace(own, targets=(1, 2))
     faint = InvertedTrigger(2, "additive", torch.full((1, 8, 8), 6.0))
-    pictures = _pictures(report, [("patch", patch(2)), ("additive", faint)], images(3), NAMES)
-    tried, other = (each.note for each in pictures if each.name.startswith("trigger"))
-    assert tried == "Works on 100% of 90 held-out images"
-    assert other == report.observations["additive"].why
+    for seen, said in ((others, "What additive found for this class"), (own, own.why)):
+        shown = replace(report, observations={**report.observations, "additive": seen})
+        pictures = _pictures(shown, [("patch", patch(2)), ("additive", faint)], images(3), NAMES)
+        tried, other = (each.note for each in pictures if each.name.startswith("trigger"))
+        assert tried == "Works on 100% of 90 held-out images"
+        assert other == said
 
 
 def blind(seen: Observed) -> Observed:
@@ -334,6 +339,19 @@ def blind(seen: Observed) -> Observed:
         for name, each in seen.observations.items()
     }
     return replace(seen, observations={**even, "pairs": replace(even["pairs"], facts={"measured": False})})
+
+
+def test_a_search_that_fails_on_every_class_alike_is_no_pass() -> None:
+    """No class stands out from the others where none can be reached: the reading itself is another one."""
+    seen = observed()
+    lowered = replace(
+        seen.observations["additive"],
+        class_scores=tuple(score - 1000 for score in seen.observations["additive"].class_scores),
+    )
+    report = judged(replace(seen, observations={**seen.observations, "additive": lowered}))
+    assert judged(seen).verdict is Verdict.PASS
+    assert report.verdict is Verdict.UNKNOWN
+    assert "The pool does not cover this model: what additive reads of an ordinary class is -" in report.sentence
 
 
 def test_a_search_that_had_too_few_images_is_not_claimed() -> None:
@@ -360,6 +378,9 @@ def test_what_saw_the_references_and_not_the_model_keeps_it_from_a_pass(detector
     assert f"What {detector} would have found is not known" in report.sentence
     assert report.probability is None
     assert any(f"Without what {detector} would have looked for" in each for each in report.coverage)
+    channel = next(name for name, members in CHANNELS.items() if detector in members)
+    lines = {line.rule: line.verdict for line in _findings("scan", report)}
+    assert lines.get(f"scan.{channel}", Verdict.UNKNOWN) is Verdict.UNKNOWN
     # A suspicion that is confirmed stands without it.
     if detector != "margin":
         suspected = observed("patch")

@@ -105,7 +105,7 @@ def test_a_patch_that_stands_out_would_have_been_detected(model: nn.Module, spli
     assert sentence.startswith(
         "A patch of 2×2 pixels planted into a copy of this model would have been detected (p = 0."
     )
-    assert f"reduced its success from {found.planted_asr:.0%} to {found.asr_after:.0%}" in sentence
+    assert f"took its success from {found.planted_asr:.0%} to {found.asr_after:.0%}" in sentence
     results = found.to_results()
     assert results["sentence"] == sentence
     assert results["scan"]["p_value"] == found.scan.p_value
