@@ -20,6 +20,17 @@ RATE = 0.5
 """A false positive rate that so few references can tell."""
 
 
+def beside(reading: Reading, number: int, *, shift: float) -> Reading:
+    """What the detector read on reference ``number``: ``shift`` above ``reading`` and more, and of every class alike as
+    much above or below it as covers a model that was read a little otherwise. That says nothing about any class."""
+    level = number - REFERENCES / 2
+    return Reading(
+        reading.statistic + shift * (1 + number / 10),
+        tuple(score + level for score in reading.class_scores),
+        reading.classes,
+    )
+
+
 def make_pool(path: Path, *, shift: float) -> Pool:
     """A pool whose references all score ``shift`` more than the small model: above 0 it is the least suspicious of
     them, below 0 it stands out."""
@@ -31,16 +42,8 @@ def make_pool(path: Path, *, shift: float) -> Pool:
     own = {name: reading_of(each) for name, each in seen.observations.items() if each.measured}
 
     def shifted(number: int, regime: str) -> dict[str, Reading]:
-        # Every class alike: it says how high a detector reads, and nothing about any class.
-        level = number - REFERENCES / 2
         return {
-            name: Reading(
-                each.statistic + shift * (1 + number / 10),
-                tuple(score + level for score in each.class_scores),
-                each.classes,
-            )
-            for name, each in own.items()
-            if regime in DETECTORS[name].regimes
+            name: beside(each, number, shift=shift) for name, each in own.items() if regime in DETECTORS[name].regimes
         }
 
     references = tuple(

@@ -31,6 +31,7 @@ from defense_core.scan.patch import PatchConfig
 from defense_core.scan.pool import Pool, Reading, Reference, Stratum, reading_of
 from defense_core.scan.report import ScanReport
 from defense_core.task import ImageClassification
+from tests.small_pool import REFERENCES, beside
 
 TASK = ImageClassification((1, 8, 8), 10, mean=(0.3,), std=(0.35,), augment="none")
 SETTINGS = Settings(
@@ -70,14 +71,14 @@ def pool_beside(model: nn.Module, clean: CleanSet, shift: float) -> Pool:
 
     def readings(number: int, regime: str) -> dict[str, Reading]:
         return {
-            name: replace(reading_of(each), statistic=each.statistic + shift * (1 + number / 10))
+            name: beside(reading_of(each), number, shift=shift)
             for name, each in seen.observations.items()
             if regime in DETECTORS[name].regimes
         }
 
     references = tuple(
         Reference(f"r{number}", {}, {}, {regime: readings(number, regime) for regime in ("none", "many")})
-        for number in range(12)
+        for number in range(REFERENCES)
     )
     return Pool(Stratum("small_cnn", 10, (1, 8, 8)), digest(SETTINGS), references, {})
 
