@@ -56,6 +56,10 @@ class ActivenessConfig:
         require(0 < self.share < 1, "share", "in (0, 1)", self.share)
 
 
+MOST_NUMBERS = 1 << 30
+"""Of the eigenvalue's vectors and their copy, 4 GiB: what is evidence only may not end a scan for want of memory."""
+
+
 @dataclass(frozen=True)
 class CurvatureConfig:
     """Settings of the curvature.
@@ -163,6 +167,9 @@ def curvature(subject: Subject, config: CurvatureConfig = CurvatureConfig()) -> 
     names = [name for name, value in model.named_parameters() if value.dim() >= 2]
     if not names:
         return unmeasured("curvature", "it has no weights")
+    size = sum(value.numel() for name, value in model.named_parameters() if name in names)
+    if 2 * size * config.products > MOST_NUMBERS:
+        return unmeasured("curvature", f"{config.products} vectors of {size:,} numbers are too many to keep")
     try:
         trace = scaled_trace(subject, model, images.subset(_spread(images, config.images)), names)
         with subject.progress.phase("curvature: Hessian", total=config.products) as phase:

@@ -11,6 +11,7 @@ from torch import nn
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
+from defense_core.loop import same_each_time
 from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, subject_of
 from defense_core.scan.calibrate import (
@@ -115,7 +116,8 @@ def judge(
     if targets and observed.held_out is not None:
         subject = subject_of(model, observed.searched, task=task, device=device, progress=progress)
         try:
-            confirmations = confirm(subject, observed.held_out, tuple(observed.observations.values()), targets)
+            with same_each_time(device):
+                confirmations = confirm(subject, observed.held_out, tuple(observed.observations.values()), targets)
         except MethodDiverged as error:  # on an image that no detector has seen
             unanswered = str(error).rstrip(".")
     channels = tuple(

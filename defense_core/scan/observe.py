@@ -11,6 +11,7 @@ from torch import nn
 
 from defense_core.data import CleanSet
 from defense_core.inference import accuracy
+from defense_core.loop import same_each_time
 from defense_core.progress import Progress
 from defense_core.scan.base import Deadline, Observation, OutOfTime, subject_of
 from defense_core.scan.centring import centred, rounded_away
@@ -85,9 +86,10 @@ def observe(
     observations: dict[str, Observation] = {}
     for name in names:
         started = time.monotonic()
+        row = DETECTORS[name]
         try:
-            row = DETECTORS[name]
-            observations[name] = row.function(as_given if row.as_given else subject, getattr(settings, name))
+            with same_each_time(subject.device):
+                observations[name] = row.function(as_given if row.as_given else subject, getattr(settings, name))
         except OutOfTime:
             break
         if seconds is not None:

@@ -13,6 +13,7 @@ from defense_core.architectures import build
 from defense_core.data import CleanSet
 from defense_core.errors import ConfigError
 from defense_core.progress import NullProgress
+from defense_core.scan import features
 from defense_core.scan.base import Deadline, Observation, OutOfTime, Subject, subject_of
 from defense_core.scan.features import (
     ActivenessConfig,
@@ -152,3 +153,10 @@ def test_a_hessian_beyond_all_numbers_is_not_measured(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("defense_core.scan.features.scaled_hessian", overflowing)
     assert not curvature(_subject(_network())).measured
+
+
+def test_vectors_that_memory_does_not_hold_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "MOST_NUMBERS", 100)
+    seen = curvature(_subject(_network()))
+    assert not seen.measured
+    assert "numbers are too many to keep" in seen.why

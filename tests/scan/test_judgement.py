@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import numpy
@@ -15,9 +17,10 @@ from defense_core.data import CleanSet, joined
 from defense_core.errors import ConfigError
 from defense_core.progress import NullProgress
 from defense_core.scan import judgement
+from defense_core.scan import observe as observe_module
 from defense_core.scan.base import InvertedTrigger, Observation
 from defense_core.scan.calibrate import CHANNELS
-from defense_core.scan.detectors import FEW, MANY, SEARCHED, regime_of, searched_and_held_out
+from defense_core.scan.detectors import FEW, MANY, SEARCHED, Settings, regime_of, searched_and_held_out
 from defense_core.scan.judgement import ScanConfig, judge, scan
 from defense_core.scan.observe import Observed
 from defense_core.scan.pool import Pool, Probability, Reference, Stratum, reading_of
@@ -453,3 +456,25 @@ def test_a_detector_stands_by_itself_where_the_rest_of_its_channel_had_no_time()
     report = judged(observed(without=("subspace",)))
     assert "margin" not in {each.name for each in report.channels}
     assert {each.name: each for each in report.detectors}["margin"].p_value is not None
+
+
+def test_detectors_and_confirmation_run_where_convolutions_are_the_same_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered: list[str] = []
+
+    def noted(module: str) -> Callable[[object], AbstractContextManager[None]]:
+        @contextmanager
+        def same_each_time(device: object) -> Iterator[None]:
+            entered.append(f"{module} {torch.device(str(device)).type}")
+            yield
+
+        return same_each_time
+
+    monkeypatch.setattr(observe_module, "same_each_time", noted("observe"))
+    monkeypatch.setattr(judgement, "same_each_time", noted("confirm"))
+    observe_module.observe(
+        Corner(), None, "none", Settings(), task=TASK, device="cpu", progress=NullProgress(), only=("weights",)
+    )
+    judged(observed("patch"))
+    assert entered == ["observe cpu", "confirm cpu"]
