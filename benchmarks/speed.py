@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +20,8 @@ import torch
 from benchmarks.memory import device_name
 from benchmarks.presets import NARROW, Setting, recipe_of
 from benchmarks.purification import clean_splits
+from benchmarks.results import commit, read_rows, write_results
 from benchmarks.results import device as machine
-from benchmarks.results import read_rows, write_results
 from benchmarks.zoo import CONVOLUTIONAL, Victim, cifar10_task, load_cifar10, victim
 from defense_core import architectures, config
 from defense_core.data import CleanSet, split_clean_set
@@ -94,15 +94,19 @@ def ratios(
         }
 
 
-def costs(train: CleanSet, *, device: str) -> Iterator[dict[str, Any]]:
-    """Seconds of one attempt of each method, by clean images and by network."""
+def costs(train: CleanSet, known: Collection[tuple[Any, ...]] = (), *, device: str) -> Iterator[dict[str, Any]]:
+    """Seconds of one attempt of each method, by clean images and by network; without those that are ``known``, by
+    :func:`case_of`."""
     middle = ("preact_resnet18", {"width": 16, "num_classes": 10})
     cases = [(1000, *network) for network in NETWORKS if network != middle]
     for images, architecture, arguments in [*((count, *middle) for count in CLEAN_IMAGES), *cases]:
         network = architectures.initialise(architectures.build(architecture, arguments), 0)
         clean = split_clean_set(train.subset(torch.arange(images)), seed=0, select=0.2, report=0.0)
         for method, row in METHODS.items():
-            if row.baseline:
+            case = {
+                "method": method, "clean_images": images, "architecture": architecture, "width": arguments.get("width")
+            }  # fmt: skip
+            if row.baseline or case_of(case) in known:
                 continue
             started = time.perf_counter()
             try:
@@ -113,14 +117,13 @@ def costs(train: CleanSet, *, device: str) -> Iterator[dict[str, Any]]:
                 seconds = round(time.perf_counter() - started, 2)
             except MethodDiverged:
                 seconds = None
-            yield {
-                "method": method,
-                "clean_images": images,
-                "architecture": architecture,
-                "width": arguments.get("width"),
-                "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                "seconds": seconds,
-            }
+            parameters = sum(parameter.numel() for parameter in network.parameters())
+            yield {**case, "parameters": parameters, "seconds": seconds}
+
+
+def case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row of ``cost.json`` is a figure of."""
+    return tuple(row[name] for name in ("method", "clean_images", "architecture", "width"))
 
 
 def one_attempt(kind: type[Any]) -> Any:
@@ -159,11 +162,18 @@ def main() -> None:
             "speed", [*rows, *kept], command="python -m benchmarks.speed --data DATA --part ratios", started=started
         )
     if options.part in ("costs", "both"):
-        rows = []
-        for row in costs(train, device=options.device):
+        # Most of an hour: what was measured here of this commit stands, and every figure is kept as soon as it is made.
+        earlier, place = read_rows("cost"), (commit(), machine())
+        known = {case_of(row) for row in earlier if (row["measured"]["commit"], row["measured"]["device"]) == place}
+        rows = [row for row in earlier if case_of(row) in known]
+        for row in costs(train, known, device=options.device):
             print(*(row[key] for key in ("architecture", "width", "clean_images", "method", "seconds")), flush=True)
             rows.append(row)
-        write_results("cost", rows, command="python -m benchmarks.speed --data DATA --part costs", started=started)
+            made = {case_of(each) for each in rows}
+            kept = [each for each in earlier if case_of(each) not in made]
+            write_results(
+                "cost", [*rows, *kept], command="python -m benchmarks.speed --data DATA --part costs", started=started
+            )
 
 
 if __name__ == "__main__":
