@@ -173,6 +173,7 @@ def judge(
             class_names=task.class_names,
             failed=bool(observed.failure),
             missing=(*unfinished, *blind),
+            without_images=_without_images(observed, task.num_classes),
         ),
         regime=regime,
         images=0 if clean is None else len(clean),
@@ -200,6 +201,14 @@ def _blind(pool: Pool, observed: Observed, regime: Regime) -> list[str]:
     unmeasured = {name for name, each in observed.observations.items() if not each.measured}
     members = [name for channel in _planned(regime) for name in CHANNELS[channel] if name in unmeasured]
     return [name for name in members if readers(pool, _regimes(regime), name) >= LEAST_REFERENCES]
+
+
+def _without_images(observed: Observed, classes: int) -> int:
+    """Classes that ``subspace``, which keeps a class's own images out, had no image of."""
+    seen = observed.observations.get("subspace")
+    if seen is None or not seen.measured or observed.searched is None:
+        return 0
+    return classes - len(observed.searched.labels.unique())
 
 
 def _regimes(regime: Regime) -> tuple[Regime, ...]:

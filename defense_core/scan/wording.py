@@ -131,6 +131,7 @@ def coverage(
     class_names: tuple[str, ...],
     failed: bool = False,
     missing: Sequence[str] = (),
+    without_images: int = 0,
 ) -> tuple[str, ...]:
     """What was looked for, and what was not.
 
@@ -139,6 +140,7 @@ def coverage(
         class_names: of the model.
         failed: nothing could be observed at all.
         missing: detectors of the verdict that did not finish, or could not look at this model.
+        without_images: classes that ``subspace`` could not look at.
     """
     if failed:
         return ("Looked for nothing: the model could not be observed",)
@@ -153,6 +155,11 @@ def coverage(
     sentences = [looked]
     if missing:
         sentences.append(f"Without what {', '.join(missing)} would have looked for: they were not read on this model")
+    if without_images:
+        sentences.append(
+            f"Without what subspace would have looked for in {without_images} "
+            f"class{'es' * (without_images > 1)} that no image is of"
+        )
     if regime != "many":
         sentences.append(
             "Says nothing about backdoors from single classes or to every class: that takes 100 clean images"

@@ -478,3 +478,13 @@ def test_detectors_and_confirmation_run_where_convolutions_are_the_same_each_tim
     )
     judged(observed("patch"))
     assert entered == ["observe cpu", "confirm cpu"]
+
+
+@pytest.mark.parametrize(("classes", "said"), [(4, ""), (3, "in 1 class that"), (2, "in 2 classes that")])
+def test_classes_that_no_image_is_of_are_not_claimed(classes: int, said: str) -> None:
+    some = images(30)
+    seen = replace(observed(), searched=some.subset((some.labels < classes).nonzero().flatten()))
+    seen = replace(seen, observations={**seen.observations, "subspace": observation("subspace")})
+    sentences = [each for each in judged(seen).coverage if "that no image is of" in each]
+    assert len(sentences) == bool(said)
+    assert all(said in each for each in sentences)
