@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -137,22 +138,38 @@ def _bound_direction(old: Bound, new: Bound) -> Direction:
     before, after = old.limit, new.limit
     if isinstance(before, tuple) and isinstance(after, tuple):
         # Fewer of the same pass less; a pattern may cover another, so only removal and addition are ordered.
-        return _more_is_stricter(set(new.demand[1]), set(old.demand[1]))
+        return _more_is_stricter(new.demand[1], old.demand[1])
     if old.kind == "equals":
         return Direction.OTHER
     return _by(lambda limit: limit if old.kind == "min" else -limit)(before, after)
 
 
 def _exception_changes(old: tuple[Waiver, ...], new: tuple[Waiver, ...]) -> Iterator[Change]:
-    before, after = [{(each.rule, each.source): each for each in several} for several in (old, new)]
+    before, after = _by_scope(old), _by_scope(new)
     for key in dict.fromkeys([*before, *after]):
         about = f"exception of {key[0]}" + (f" for {key[1]}" if key[1] else "")
-        if key not in after:
-            yield Change(about, Direction.STRICTER, f"removed: {to_mapping(before[key])}")
-        elif key not in before:
-            yield Change(about, Direction.LOOSER, f"added: {to_mapping(after[key])}")
+        if len(before[key]) == len(after[key]) == 1:
+            yield from _exception_change(about, before[key][0], after[key][0])
         else:
-            yield from _exception_change(about, before[key], after[key])
+            yield from _exceptions_change(about, before[key], after[key])
+
+
+def _by_scope(exceptions: tuple[Waiver, ...]) -> defaultdict[tuple[str, str], list[Waiver]]:
+    found: defaultdict[tuple[str, str], list[Waiver]] = defaultdict(list)
+    for each in exceptions:
+        found[each.rule, each.source].append(each)
+    return found
+
+
+def _exceptions_change(about: str, old: list[Waiver], new: list[Waiver]) -> Iterator[Change]:
+    """What changes where several stand beside each other: the rule rests until the last of them expires."""
+    gone, come = Counter(old) - Counter(new), Counter(new) - Counter(old)
+    texts = [f"{what}: {to_mapping(each)}" for what, few in (("removed", gone), ("added", come)) for each in few]
+    if not texts:
+        return
+    until, then = (max((each.expires for each in several), default="") for several in (old, new))
+    direction = Direction.WORDING if until == then else Direction.LOOSER if then > until else Direction.STRICTER
+    yield Change(about, direction, "; ".join(texts))
 
 
 def _exception_change(about: str, old: Waiver, new: Waiver) -> Iterator[Change]:
@@ -190,7 +207,7 @@ def _shorter_is_stricter(days: float | None) -> float:
     return float("-inf") if days is None else -days
 
 
-def _more_is_stricter(old: set[Any], new: set[Any]) -> Direction:
+def _more_is_stricter(old: Set[Any], new: Set[Any]) -> Direction:
     if old < new:
         return Direction.STRICTER
     return Direction.LOOSER if new < old else Direction.OTHER

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from defense_core.policy_requirements import AGE, SIGNATURES, required_rules
+from defense_core.policy_requirements import AGE, SIGNATURES, required_rules, requirement_ids
 from defense_core.policy_time import expired
 from defense_core.policy_types import Bound, Policy, Rule, Waiver, show
 
@@ -57,7 +57,7 @@ def _sentences(policy: Policy) -> Iterator[Sentence]:
     if limit is None:
         yield Sentence("max_unknown_age_days", "What is undecided stays undecided until somebody acts.")
     else:
-        text = f"What is still undecided {limit:g} days after the oldest evidence was made has failed."
+        text = f"What is still undecided {limit:g} days after the run's own oldest evidence was made has failed."
         yield Sentence("max_unknown_age_days", text)
     yield from _requirement_sentences(policy)
     for rule in policy.rules:
@@ -109,8 +109,9 @@ def _exception_remarks(policy: Policy, at: datetime) -> Iterator[Sentence]:
             yield Sentence(about, f"It expired on {waiver.expires}; {waiver.owner} should renew or remove it.")
         if waiver.rule in warnings:
             yield Sentence(about, "It has no effect: the rule only warns.")
-    blocking = {rule.id for rule in policy.rules if rule.severity == "block"}
-    if blocking and blocking <= {waiver.rule for waiver in policy.exceptions if not waiver.source}:
+    blocking = {*requirement_ids(policy.require), *(rule.id for rule in policy.rules if rule.severity == "block")}
+    standing = {each.rule for each in policy.exceptions if not each.source and not expired(each.expires, at)}
+    if blocking and blocking <= standing:
         yield Sentence(
             "exceptions", "Every blocking rule is excepted for every model: only what is built in still blocks."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -51,8 +52,8 @@ def flag(value: Any, where: str) -> bool:
 
 
 def number(value: Any, where: str) -> float:
-    """``value``, if it is a finite number above 0."""
-    if not is_number(value) or not value > 0:
+    """``value``, if it is a finite number above 0 that a float can hold."""
+    if not is_number(value) or not 0 < value <= sys.float_info.max:
         raise wrong(where, "a number above 0", value)
     return float(value)
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from defense_core.evidence import Evidence
 from defense_core.policy_time import days_between, from_the_future, oldest
 from defense_core.policy_types import Bound, Policy, Requirements, Rule
+from defense_core.rounding import rounded
 from defense_core.verdict import Finding, Verdict
 
 PREFIX = "require."
@@ -76,7 +77,7 @@ def age_finding(limit_days: float, evidence: Mapping[str, Evidence], at: datetim
     days = days_between(since, at)
     verdict = Verdict.PASS if days <= limit_days else Verdict.FAIL
     met = "Met" if verdict is Verdict.PASS else "Not met"
-    why = f"{met}: the oldest evidence ({name}) is {days:g} days old. {_AGE_WHY}"
+    why = f"{met}: the oldest evidence ({name}) is {rounded(days, bound, digits=6)} days old. {_AGE_WHY}"
     return Finding(AGE, verdict, round(days, 5), bound, why)
 
 

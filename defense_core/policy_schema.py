@@ -192,7 +192,7 @@ def _bound(mapping: Mapping[str, Any], where: str) -> Bound:
 
 def _finite(value: Any, where: str) -> Scalar:
     if not is_number(value):
-        raise wrong(where, "a finite number (YAML reads 1e-3 as text: write 0.001)", value)
+        raise wrong(where, "a finite number", value)
     return cast(Scalar, value)
 
 

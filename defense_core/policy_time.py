@@ -69,6 +69,18 @@ def oldest(evidence: Mapping[str, Evidence]) -> tuple[datetime | None, str]:
     return times[name], name
 
 
+def undecided_since(evidence: Mapping[str, Evidence]) -> datetime | None:
+    """When the clock of the undecided began: with the oldest evidence that repeats no earlier one.
+
+    What repeats the results of earlier work, such as a positive control that was kept, states the time of that work.
+
+    Returns:
+        ``None`` where that cannot be told.
+    """
+    own = {name: each for name, each in evidence.items() if each.results.get("repeats") is None}
+    return oldest(own)[0]
+
+
 def from_the_future(evidence: Mapping[str, Evidence], at: datetime) -> str | None:
     """The name of evidence that was made after ``at``, by more than clocks may differ; ``None``: there is none."""
     for name, each in evidence.items():

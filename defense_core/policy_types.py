@@ -34,10 +34,10 @@ class Bound:
     limit: Scalar | tuple[Scalar, ...]
 
     @property
-    def demand(self) -> tuple[str, tuple[tuple[str, Scalar], ...]]:
-        """The same for bounds that hold for the same values: 1 and 1.0 are one limit, 1 and true are two."""
+    def demand(self) -> tuple[str, frozenset[tuple[str, Scalar]]]:
+        """The same for bounds that hold for the same values, in any order: 1 and 1.0 are one limit, 1 and true two."""
         limits = self.limit if isinstance(self.limit, tuple) else (self.limit,)
-        return self.kind, tuple((kind_of(limit), limit) for limit in limits)
+        return self.kind, frozenset((kind_of(limit), limit) for limit in limits)
 
     def text(self) -> str:
         """``<= 0.05``, ``>= 300``, ``= true``, ``one of a, b`` or ``matching a or b``."""
@@ -146,7 +146,7 @@ class Policy:
         description: for people.
         schema: version of the file format.
         max_unknown_age_days: how long a blocking rule may stay undecided before it fails, in days
-            since the oldest evidence was made; ``None``: for ever.
+            since the oldest evidence that repeats no earlier one was made; ``None``: for ever.
         require: what every model must bring.
         exceptions: rules that do not count for a while.
     """

@@ -3,7 +3,8 @@
 Also the clock of what is undecided: an unknown that is older than the policy's limit is FAIL. The order is
 fixed: exceptions, approvals, then the clock. Built-in rules are out of reach of all but the clock.
 
-Nothing may rest in a decision that is dated before its own evidence: it would call back what expired meanwhile.
+Nothing may rest in a decision that is dated before its own evidence: it would call back what expired meanwhile. Nor on
+an approval that is dated before what it approves.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Literal
 from defense_core.errors import EvidenceMismatch, PolicyError
 from defense_core.evidence import Evidence
 from defense_core.policy_requirements import SIGNATURES, requirement_ids
-from defense_core.policy_time import days_between, expired, from_the_future, oldest, parse_time
+from defense_core.policy_time import days_between, expired, from_the_future, parse_time, undecided_since
 from defense_core.policy_types import Approvable, Policy, Waiver
+from defense_core.rounding import rounded
 from defense_core.verdict import Finding, Verdict
 
 Effect = Literal["block", "warn", "skipped", "later", "excepted", "approved"]
@@ -111,6 +113,15 @@ def check_approvals(approvals: Sequence[Approval], policy: Policy, evidence_dige
             raise EvidenceMismatch(f"{what} is from after the decision", expected=at.isoformat(), got=each.approved_at)
 
 
+def made_after(approved_at: str, evidence: Mapping[str, Evidence]) -> str | None:
+    """The name of evidence that an approval of that time cannot be of, as it was made later; ``None``: there is none.
+
+    Raises:
+        ConfigError: ``approved_at`` is no time.
+    """
+    return from_the_future(evidence, parse_time(approved_at, "approved_at"))
+
+
 def approvable_rules(policy: Policy) -> dict[str, Approvable]:
     """What may be approved of each rule and requirement that blocks; the built-in ones are not among them."""
     required: dict[str, Approvable] = dict.fromkeys(requirement_ids(policy.require), "unknown")
@@ -164,7 +175,14 @@ def _approved(finding: RuleFinding, given: Circumstances) -> RuleFinding:
     problem = _antedated(given)
     if problem:
         return _noted(finding, f"An approval was given and does not count: {problem}.")
-    timely = [each for each in about if kind == "fail" or not _too_late(each, given)]
+    timely = []
+    for each in about:
+        later = made_after(each.approved_at, given.evidence)
+        if later is not None:
+            problem = f"it is from before evidence {later}"
+            finding = _noted(finding, f"The approval of {each.identity} does not count: {problem}.")
+        elif kind == "fail" or not _too_late(each, given):
+            timely.append(each)
     people = sorted({each.identity for each in timely})
     if len(people) < given.policy.require.approvals:
         wanted = f"{len(people)} of {given.policy.require.approvals} people approved in time"
@@ -175,7 +193,7 @@ def _approved(finding: RuleFinding, given: Circumstances) -> RuleFinding:
 
 def _too_late(approval: Approval, given: Circumstances) -> bool:
     limit = given.policy.max_unknown_age_days
-    since, _ = oldest(given.evidence)
+    since = undecided_since(given.evidence)
     if limit is None or since is None:
         return False
     return days_between(since, parse_time(approval.approved_at, "approved_at")) > limit
@@ -183,14 +201,15 @@ def _too_late(approval: Approval, given: Circumstances) -> bool:
 
 def _overdue(finding: RuleFinding, given: Circumstances) -> RuleFinding:
     limit = given.policy.max_unknown_age_days
-    since, _ = oldest(given.evidence)
+    since = undecided_since(given.evidence)
     waiting = finding.effect == "block" and finding.verdict is Verdict.UNKNOWN
     if not waiting or limit is None or since is None or given.at is None:
         return finding
     days = days_between(since, given.at)
     if days <= limit:
         return finding
-    noted = _noted(finding, f"Undecided for {days:.4g} days, where the policy allows {limit:g}: this is a failure now.")
+    told = rounded(days, f"<= {limit}")
+    noted = _noted(finding, f"Undecided for {told} days, where the policy allows {limit:g}: this is a failure now.")
     return replace(noted, verdict=Verdict.FAIL)
 
 

@@ -79,9 +79,11 @@ def approve(
     from components._runtime.approvals import sign_approval
     from components._runtime.evidence import POLICY, Clock, read_folder
     from components._runtime.signing_keys import load_signing_key
+    from defense_core.evidence import parse_evidence
     from defense_core.files import sha256_bytes, write_atomic
     from defense_core.policy import decide, parse_policy
     from defense_core.policy_time import parse_time, time_text
+    from defense_core.policy_waivers import made_after
     from pipelines.console import out as console
     from pipelines.console import print_json
 
@@ -94,7 +96,15 @@ def approve(
             raise ConfigError(f"{option} is empty", expected="a name or sentence", got=repr(value))
     parsed = parse_policy(o.read_policy(policy or str(evidence / POLICY)))
     moment = time_text(parse_time(at or Clock.start().started, "--at"))
-    decision = decide(parsed, read_folder(evidence), at=moment)
+    files = read_folder(evidence)
+    decision = decide(parsed, files, at=moment)
+    if later := made_after(moment, parse_evidence(files)):
+        raise ConfigError(
+            "an approval must come after what it approves",
+            expected=f"a time after evidence {later} was made",
+            got=moment,
+            hint="It would count for nothing: approve at the present time",
+        )
     _require_approvable(decision, parsed, rule)
     said = {
         "rule": rule,

@@ -316,6 +316,7 @@ def test_approve_refuses_bad_input(tmp_path: Path, quarantine: Call, ada: Any) -
         ["--key", ada.public],
         ["--key", tmp_path / "no"],
         ["--at", "now"],
+        ["--at", "2020-01-01T00:00:00Z"],  # before the evidence that is approved
     ):
         assert approve(quarantine, folder, tmp_path / "a.json", ada, *given, *more).code == 3, more
     assert not (tmp_path / "a.json").exists()

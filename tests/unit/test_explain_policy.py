@@ -118,6 +118,8 @@ def test_what_does_not_do_what_was_meant_is_remarked(rules, changes, about, word
     [
         ([rule(), rule(id="s", value="other")], {"exceptions": [EXCEPTION]}),
         ([rule()], {"exceptions": [{**EXCEPTION, "source": sha("a")}]}),
+        ([rule()], {"exceptions": [EXCEPTION], "require": {"positive_control": True}}),
+        ([rule()], {"exceptions": [EXCEPTION], "require": {"signatures": ["model"]}}),
         ([rule(), rule(id="s", min=0.5)], {}),
         ([rule(), rule(id="s", max=0.4)], {}),
         ([rule(), rule(id="s", equals=0.4)], {}),
@@ -129,6 +131,14 @@ def test_what_does_not_do_what_was_meant_is_remarked(rules, changes, about, word
 )
 def test_what_is_in_order_is_not_remarked(rules, changes):
     assert remarks(made(*rules, **changes), NOW) == ()
+
+
+def test_an_expired_exception_excepts_nothing():
+    expired = made(rule(), exceptions=[{**EXCEPTION, "expires": "2026-12-31"}])
+    assert [each.about for each in remarks(expired, NOW)] == ["exception of r"]
+    required = [EXCEPTION, {**EXCEPTION, "rule": "require.positive_control"}]
+    everything = made(rule(), exceptions=required, require={"positive_control": True})
+    assert [each.about for each in remarks(everything, NOW)] == ["exceptions"]
 
 
 # -- diff ----------------------------------------------------------------------------
@@ -205,6 +215,37 @@ def test_rules_that_come_and_go():
 def test_other_changes(old, new, about, direction, text):
     change = one_change(made(rule(), **old), made(rule(), **new))
     assert (change.about, change.direction.value, change.text) == (about, direction, text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "direction"),
+    [
+        (["2027-01-31"], ["2027-01-31", "2099-01-01"], "looser"),
+        (["2027-01-31"], ["2099-01-01", "2027-01-31"], "looser"),
+        (["2027-01-31", "2099-01-01"], ["2027-01-31"], "stricter"),
+        (["2027-01-31"], ["2027-01-31", "2026-01-01"], "wording"),
+        (["2027-01-31"], ["2027-01-31", "2027-01-31"], "wording"),
+        (["2027-01-31", "2028-01-01"], ["2027-01-31", "2029-01-01"], "looser"),
+    ],
+)
+def test_exceptions_of_one_rule_beside_each_other(old, new, direction):
+    before, after = (
+        made(rule(), exceptions=[{**EXCEPTION, "expires": day} for day in several]) for several in (old, new)
+    )
+    assert one_change(before, after).direction.value == direction
+    assert diff(after, made(rule(), exceptions=[{**EXCEPTION, "expires": day} for day in reversed(new)])) == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rules": [rule(one_of=[1, "a"])]}, {"rules": [rule(one_of=["a", 1])]}),
+        ({"rules": [rule(matches=["a", "b"])]}, {"rules": [rule(matches=["b", "a"])]}),
+        ({"require": {"licences": ["MIT", "Apache-2.0"]}}, {"require": {"licences": ["Apache-2.0", "MIT"]}}),
+    ],
+)
+def test_the_order_of_what_may_stand_in_any_is_no_difference(old, new):
+    assert diff(made(rule(), **old), made(rule(), **new)) == ()
 
 
 def test_exceptions_that_come_and_go():

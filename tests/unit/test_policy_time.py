@@ -8,7 +8,20 @@ import pytest
 from defense_core.errors import ConfigError
 from defense_core.policy import decide, parse_policy
 from defense_core.policy_time import days_between, expired, is_day, parse_time, time_text
-from tests.unit.policy_records import AT, FAIL, PASS, UNKNOWN, dated, finding, later, policy_mapping, rule, run
+from tests.unit.policy_records import (
+    AT,
+    FAIL,
+    FETCHED,
+    PASS,
+    UNKNOWN,
+    dated,
+    finding,
+    later,
+    policy_mapping,
+    record,
+    rule,
+    run,
+)
 
 LIMITED = {**policy_mapping(rule(value="images", min=0)), "require": {"max_evidence_age_days": 10}}
 
@@ -64,8 +77,9 @@ def test_evidence_has_a_largest_age(days, verdict, outcome):
     assert (found.verdict, found.effect, found.bound) == (verdict, "block", "<= 10 days")
     assert found.value == round(days, 5)
     met = "Met" if verdict is PASS else "Not met"
+    told = "10.000011574074074" if 10 < days < 11 else f"{days:g}"  # six digits would say 10, which is permitted
     assert found.why == (
-        f"{met}: the oldest evidence (evaluate.before) is {days:g} days old. "
+        f"{met}: the oldest evidence (evaluate.before) is {told} days old. "
         "What was measured long ago says little about what is promoted today."
     )
     assert decision.outcome == outcome
@@ -154,6 +168,25 @@ def test_the_clock_is_for_what_blocks_and_is_undecided_only():
     found = {name: finding(decision, name) for name in ("warns", "rests", "holds", "fails")}
     assert [each.verdict for each in found.values()] == [UNKNOWN, UNKNOWN, PASS, FAIL]
     assert not any("Undecided for" in each.why for each in found.values())
+
+
+def test_a_clock_that_has_just_run_out_shows_it():
+    found = finding(decide(parse_policy(OPEN), dated(), at=later(7 + 1 / 86400)), "r")
+    assert found.verdict is FAIL
+    assert "Undecided for 7.000011574" in found.why
+
+
+def test_a_control_that_was_kept_does_not_start_the_clock_and_yet_has_its_age():
+    files = dated()
+    files["control"] = record("control", {"model": FETCHED}, {}, {"detected": True, "repeats": "kept"})
+    files["control"]["environment"]["started"] = later(-10)
+    assert decide(parse_policy(OPEN), files, at=later(6)).outcome == "unknown"
+    assert decide(parse_policy(OPEN), files, at=later(8)).outcome == "deny"
+    files["control"]["results"]["repeats"] = None
+    assert decide(parse_policy(OPEN), files, at=later(6)).outcome == "deny"
+    files["control"]["results"]["repeats"] = "kept"
+    aged = finding(decide(parse_policy(LIMITED), files, at=later(6)), "require.max_evidence_age_days")
+    assert (aged.verdict, aged.value) == (FAIL, 16)
 
 
 def test_the_clock_runs_for_built_in_rules_too():

@@ -266,6 +266,23 @@ def test_an_approval_must_come_before_the_clock_runs_out(approved, decided, outc
         assert "Approvals do not suffice: 0 of 1 people approved in time. Undecided for" in sentences
 
 
+@pytest.mark.parametrize("kind", ["unknown", "fail"])
+def test_an_approval_from_before_its_evidence_does_not_count(kind):
+    """Otherwise a date of one's choice would come before any clock."""
+    policy, files = approvable(kind, max_unknown_age_days=7), scored(None)
+    files["export"]["environment"]["started"] = later(1)
+    for approved, outcome in ((1 - 299 / 86400, "allow"), (1 - 302 / 86400, "deny"), (-99, "deny")):
+        given = [approval(policy, files, approved_at=later(approved))]
+        decision = decide(policy, files, at=later(60), approvals=given)
+        assert decision.outcome == outcome
+        said = "The approval of ada does not count: it is from before evidence "
+        assert (said in finding(decision, "r").why) == (outcome == "deny")
+    both = [approval(policy, files, approved_at=later(day), identity=name) for day, name in ((0.5, "ada"), (2, "bob"))]
+    found = finding(decide(policy, files, at=later(60), approvals=both), "r")
+    assert found.effect == "approved"
+    assert found.why.endswith("it is from before evidence export. Approved by bob: Looked at it.")
+
+
 def test_a_late_approval_counts_where_failures_may_be_approved():
     policy, files = approvable("fail", max_unknown_age_days=7), scored(None)
     given = approval(policy, files, approved_at=later(8))
