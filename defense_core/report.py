@@ -14,7 +14,7 @@ from defense_core import report_charts as charts
 from defense_core import report_text as words
 from defense_core.config import canonical_json, digest, to_mapping
 from defense_core.evaluate.compare import ComparisonRow, Estimate
-from defense_core.evidence import UNPURIFIED
+from defense_core.evidence import AFTER_DECISION, UNPURIFIED
 from defense_core.report_commands import Command, commands
 from defense_core.report_facts import came_in, goes_out
 from defense_core.report_page import safe_svg, template
@@ -53,6 +53,8 @@ from defense_core.report_sections import (
 )
 
 REPORT_SCHEMA = 1
+WITHOUT_SEED = ("select", *AFTER_DECISION)
+"""Steps that draw nothing, and state 0 whatever the run was asked for."""
 OUTCOMES = ("allow", "deny", "unknown", "observe")
 
 
@@ -250,23 +252,31 @@ def _policy(decided: Any) -> tuple[Fact, ...]:
 
 
 def _environment(records: Mapping[str, Mapping[str, Any]]) -> tuple[Fact, ...]:
-    found = [words.at(each, "environment") for _, each in sorted(records.items())]
-    starts = sorted(start for each in found if (start := words.text(words.at(each, "started"), 40)))
+    found = {name: words.at(each, "environment") for name, each in records.items()}
+    # A control that was kept from an earlier run states the time that it was made in, and how long that took.
+    own = [each for name, each in found.items() if name != "control" or not _repeats(records[name])]
+    starts = sorted(start for each in own if (start := words.text(words.at(each, "started"), 40)))
+    started = words.text(words.at(found.get("fetch"), "started"), 40)
+    drawing = [each for name, each in found.items() if name.partition(".")[0] not in WITHOUT_SEED]
 
-    def distinct(key: str) -> str:
-        return ", ".join(sorted({value for each in found if (value := words.text(words.at(each, key), 60))}))
+    def distinct(key: str, steps: Iterable[Any] = found.values()) -> str:
+        return ", ".join(sorted({value for each in steps if (value := words.text(words.at(each, key), 60))}))
 
-    total = sum(words.number(words.at(each, "seconds")) or 0.0 for each in found)
+    total = sum(words.number(words.at(each, "seconds")) or 0.0 for each in own)
     rows = [
-        Fact("Started", starts[0] if starts else ""),
+        Fact("Started", started or next(iter(starts), "")),
         Fact("Time in steps", words.seconds(total) if total else ""),
         Fact("Model Quarantine", distinct("version")),
         Fact("PyTorch", distinct("torch")),
         Fact("Device", distinct("device")),
         Fact("Accelerator given", distinct("accelerator")),
-        Fact("Seed", distinct("seed")),
+        Fact("Seed", distinct("seed", drawing)),
     ]
     return tuple(row for row in rows if row.value)
+
+
+def _repeats(record: Mapping[str, Any]) -> bool:
+    return bool(words.text(words.at(record, "results", "repeats")))
 
 
 def _without_nonfinite(value: Any) -> Any:

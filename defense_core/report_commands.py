@@ -11,7 +11,7 @@ from typing import Any
 from defense_core.config import to_mapping
 from defense_core.limits import LoadLimits
 from defense_core.purify import METHODS
-from defense_core.report_text import at, can_be_shown, command, items_at, mappings_at, number, text, verbatim
+from defense_core.report_text import at, can_be_shown, command, count, items_at, mappings_at, number, text, verbatim
 
 SCAN_RATE = 0.05
 """What ``quarantine scan`` takes where nobody says otherwise."""
@@ -39,23 +39,30 @@ def commands(evidence: Mapping[str, Mapping[str, Any]], *, policy: str) -> tuple
     approvers = [("--approver-key", f"{name}={name}.pub") for name in sorted(names)]
     if address := _address(fetch):
         found.append(Command("Run the whole pipeline again on the same bytes", _run(evidence, fetch, address, policy)))
-    digest = text(at(evidence, "fetch", "inputs", "source"), 100)
+    digest = _hex(at(evidence, "fetch", "inputs", "source"))
     if address.startswith("s3://") and digest:
         # The file is whatever the operator downloads; the digest is what counts.
         found.append(
             Command(f"Check a copy of the model that came in; it has to print {digest}", "sha256sum MODEL_FILE")
         )
-    if onnx := text(at(evidence, "export", "outputs", "onnx"), 100):
+    if onnx := _hex(at(evidence, "export", "outputs", "onnx")):
         found.append(Command(f"Check the ONNX file; it has to print {onnx}", "sha256sum model.onnx"))
     if evidence:
         given = [("--approval", "APPROVAL.json") for _ in approvers[:1]]
-        options = [("--policy", _policy(policy)), ("--evidence", "EVIDENCE_DIR"), *given, *approvers]
+        decided_at = at(evidence, "gate", "results", "decided_at")
+        options = [("--policy", _policy(policy)), ("--evidence", "EVIDENCE_DIR"), ("--at", decided_at)]
+        options += [*given, *approvers]
         line = command("quarantine gate", options)
         found.append(Command("Decide again, offline, from the evidence alone", line))
     if version := _registered(at(evidence, "promote", "results")):
         line = command(f"quarantine verify {shlex.quote(version)}", [("--public-key", "SIGNER.pub"), *approvers])
         found.append(Command("Check the registered version: files, signatures, statements, decision", line))
     return tuple(found)
+
+
+def _hex(value: Any) -> str:
+    """A digest as ``sha256sum`` prints it."""
+    return text(value, 100).removeprefix("sha256:")
 
 
 def _address(fetch: Any) -> str:
@@ -66,7 +73,6 @@ def _address(fetch: Any) -> str:
 def _run(evidence: Mapping[str, Mapping[str, Any]], fetch: Any, address: str, policy: str) -> str:
     arguments = at(fetch, "architecture", "args")
     name = at(fetch, "architecture", "name")
-    seeds = [seed for each in evidence.values() if isinstance(seed := at(each, "environment", "seed"), int)]
     methods = at(fetch, "methods")
     options: list[tuple[str, Any]] = [
         ("--model", address),
@@ -93,8 +99,14 @@ def _run(evidence: Mapping[str, Mapping[str, Any]], fetch: Any, address: str, po
     if at(evidence, "fetch", "inputs", "pool"):
         options.append(("--pool", "POOL"))
     options += [("--scan-set", change) for change in _scan_settings(evidence, asked)]
-    options += [("--policy", _policy(policy)), ("--seed", str(seeds[0]) if seeds else None)]
+    options += [("--policy", _policy(policy)), ("--seed", _seed(evidence))]
     return command("quarantine run", [*options, *_asked_options(asked), *_destination(evidence)])
+
+
+def _seed(evidence: Mapping[str, Mapping[str, Any]]) -> str:
+    """The seed that the run was asked for, which fetch states; steps that draw nothing state 0."""
+    seed = count(at(evidence, "fetch", "environment", "seed"))
+    return "" if seed is None else str(seed)
 
 
 def _method_settings(evidence: Mapping[str, Mapping[str, Any]], methods: Sequence[Any], asked: Any) -> list[str]:

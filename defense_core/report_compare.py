@@ -66,12 +66,19 @@ class FigureChange:
 
 @dataclass(frozen=True)
 class RuleChange:
-    """One rule's result in both runs; empty where a run did not have the rule."""
+    """One rule's result in both runs, and what that did to the decision; empty where a run did not have the rule."""
 
     rule: str
     first: str
     second: str
     why: str
+    first_effect: str = ""
+    second_effect: str = ""
+
+    @property
+    def same(self) -> bool:
+        """Whether both runs say the same."""
+        return (self.first, self.first_effect) == (self.second, self.second_effect)
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ def _ended(report: Report) -> str:
 
 def _detail(figures: tuple[FigureChange, ...], rules: tuple[RuleChange, ...], *, models: Sequence[str]) -> str:
     apart = [f"{words.label(row.model)} {row.measure}" for row in figures if row.apart]
-    changed = [row.rule for row in rules if row.first != row.second]
+    changed = [row.rule for row in rules if not row.same]
     if not all(models):
         said = ["Whether the incoming model is the same is not known."]
     else:
@@ -210,5 +217,6 @@ def _rules(first: Report, second: Report) -> Iterable[RuleChange]:
     for rule in dict.fromkeys((*sides[0], *sides[1])):
         a, b = (side.get(rule) for side in sides)
         why = (b or a).why if (b or a) else ""  # type: ignore[union-attr]
-        rows.append(RuleChange(rule, a.verdict if a else "", b.verdict if b else "", why))
-    return sorted(rows, key=lambda row: row.first == row.second)
+        results = [(each.verdict, each.effect) if each else ("", "") for each in (a, b)]
+        rows.append(RuleChange(rule, results[0][0], results[1][0], why, results[0][1], results[1][1]))
+    return sorted(rows, key=lambda row: row.same)

@@ -1,7 +1,8 @@
 """The fleet: every version of every model on one page, with its decision, its trend, and drift.
 
 Drift is where what is served and what was decided part: an alias points at a version that no allow
-decision covers, or a version's tags say something else than its own evidence.
+decision covers, a version's tags say something else than its own evidence, or its evidence does not give the
+decision that it states.
 """
 
 from __future__ import annotations
@@ -134,14 +135,21 @@ def version_of_report(
     )
 
 
-def version_without_evidence(model: str, version: str, *, aliases: Sequence[str], problem: str) -> FleetVersion:
-    """A version that nothing covers; ``problem`` says why."""
+def version_without_evidence(
+    model: str, version: str, *, aliases: Sequence[str], problem: str, decided: bool = False
+) -> FleetVersion:
+    """A version that nothing covers; ``problem`` says why.
+
+    Args:
+        decided: whether it states a decision, which its evidence then does not give.
+    """
     return FleetVersion(
         model=words.text(model, 128),
         version=words.text(version, 40),
         aliases=tuple(sorted(words.text(alias, 80) for alias in aliases)),
         outcome=NO_EVIDENCE,
         headline=words.text(problem),
+        problems=(words.text(problem),) if decided else (),
     )
 
 
@@ -184,6 +192,8 @@ def _drift(rows: Iterable[FleetVersion]) -> Iterable[Drift]:
         if row.aliases and row.outcome != "allow":
             why = f"The alias {served} points at it, and no allow decision covers it: {row.headline}"
             yield Drift(row.name, why)
+            if row.outcome == NO_EVIDENCE:
+                continue  # its one problem is the headline
         for problem in row.problems:
             yield Drift(row.name, problem)
 

@@ -29,6 +29,8 @@ def _environment() -> jinja2.Environment:
         method=words.label,
         seconds=words.seconds,
         plain=words.plain,
+        percent_apart=words.percent_apart,
+        code_apart=words.code_apart,
     )
     return environment
 

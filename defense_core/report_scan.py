@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from defense_core.report_text import at, count, items_at, mappings_at, number, plain, text
+from defense_core.report_text import at, count, items_at, mappings_at, number, plain_beside, text
 
 MAX_PICTURES, MAX_PICTURE_BYTES = 24, 64_000
 """Together less than half of what a report may weigh, 3 MB, once they stand there as base64."""
@@ -203,7 +203,7 @@ def _detector(name: str, row: Mapping[str, Any]) -> DetectorRow:
     return DetectorRow(
         name=name,
         verdict=text(row.get("verdict"), 10),
-        value=plain(row.get("value")),
+        value=plain_beside(row.get("value"), text(row.get("bound"), 120)),
         bound=text(row.get("bound"), 120),
         why=text(row.get("why")),
     )

@@ -34,7 +34,7 @@ from defense_core.report_text import (
     mappings_at,
     number,
     percent,
-    plain,
+    plain_beside,
     points,
     span,
     text,
@@ -57,7 +57,7 @@ def decision_rules(decision: Any) -> tuple[RuleRow, ...]:
                 rule=text(row.get("rule"), 80),
                 verdict=verdict,
                 effect=_effect(row.get("effect"), verdict, rule=text(row.get("rule"), 80)),
-                value=plain(row.get("value")),
+                value=plain_beside(row.get("value"), text(row.get("bound"), 120)),
                 bound=text(row.get("bound"), 120),
                 why=text(row.get("why")),
             )
@@ -122,9 +122,10 @@ def tiles(rows: tuple[ComparisonRow, ...], *, rules: tuple[RuleRow, ...], export
         found.append(Tile("Blocking rules met", f"{met} of {len(blocking)}", "", "each with its reason below", tone))
     checked = parity(export)
     if checked:
-        worst = max((row.max_abs_diff for row in checked if row.max_abs_diff is not None), default=None)
+        apart = [row.max_abs_diff for row in checked if row.max_abs_diff is not None]
         agrees = all(row.passed for row in checked)
-        note = "it answers NaN" if worst is None else f"logits differ by at most {worst:.1e}"
+        whole = len(apart) == len(checked)
+        note = f"logits differ by at most {max(apart):.1e}" if whole else "it answers NaN or Inf"
         found.append(Tile("ONNX file", "agrees" if agrees else "differs", "", note, "pass" if agrees else "fail"))
     return tuple(found)
 

@@ -6,15 +6,18 @@ import math
 import re
 import shlex
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from defense_core.evaluate.compare import Estimate
 from defense_core.evidence import UNPURIFIED
+from defense_core.rounding import rounded
 
 NOT_MEASURED = "–"
 MAX_TEXT = 600
 """Longest text that is taken over from evidence; an error message can be of any length."""
+MAX_DIGITS = 17
+"""More than these no float has."""
 MAX_ARGUMENT = 1 << 16
 """Longest argument of a command; Linux takes twice that."""
 
@@ -134,6 +137,28 @@ def plain(value: Any) -> str:
     return f"{shown[7:19]}…" if re.fullmatch(r"sha256:[0-9a-f]{64}", shown) else shown
 
 
+def plain_beside(value: Any, bound: str) -> str:
+    """:func:`plain`, with as many digits as show on which side of ``bound`` (``<= 0.05``) a number lies."""
+    return rounded(value, bound) if isinstance(value, float) else plain(value)
+
+
+def percent_apart(value: float | None, bound: float | None) -> str:
+    """:func:`percent`, with as many digits as tell ``value`` from ``bound``."""
+    return _apart(value, bound, percent, digits=1)
+
+
+def code_apart(value: float | None, bound: float | None) -> str:
+    """Two significant digits, or as many more as tell ``value`` from ``bound``; empty where there is none."""
+    return _apart(value, bound, lambda each, digits: "" if each is None else f"{each:.{digits}g}", digits=2)
+
+
+def _apart(value: float | None, bound: float | None, form: Callable[[float | None, int], str], *, digits: int) -> str:
+    if value is not None and bound is not None and value != bound:
+        while digits < MAX_DIGITS and form(value, digits) == form(bound, digits):
+            digits += 1
+    return form(value, digits)
+
+
 def size(value: Any) -> str:
     """Bytes as ``44.7 MB``."""
     amount = number(value)
@@ -199,6 +224,7 @@ def verdict_sentences(
         waived: rules that would block, but that an exception or an approval lets rest.
     """
     total = sum(rules.values())
+    rest = f"; {_rules(waived, 'more ')} {_is(waived)} waived, see below" if waived else ""
     under = f" of policy “{policy}”" if policy else ""
     registered = _registered(promotion)
     if not outcome:
@@ -210,8 +236,8 @@ def verdict_sentences(
         if method == UNPURIFIED:
             model = "the model as it came in, not purified,"
         if failed:
-            return f"Allowed, but not finished: the step {failed[0]} failed.", f"Every rule was met. {registered}"
-        rest = f"; {_rules(waived, 'more ')} {_is(waived)} waived, see below" if waived else ""
+            met = f"The model met {_all(total)}{rest}."
+            return f"Allowed, but not finished: the step {failed[0]} failed.", f"{met} {registered}"
         return f"Allowed: {model} met {_all(total)}{under}{rest}.", registered
     if outcome == "deny":
         undecided = f", and {_rules(rules['UNKNOWN'])} could not be decided" if rules["UNKNOWN"] else ""
@@ -220,7 +246,7 @@ def verdict_sentences(
         return f"Undecided, so not promoted: {_of(rules['UNKNOWN'], total)}{under} could not be decided.", registered
     unmet = rules["FAIL"] + rules["UNKNOWN"]
     met = f"it met {_all(total)}" if not unmet else f"{_of(unmet, total)} {_is(unmet)} not met or not decided"
-    return f"Observed only: {met}.", f"The policy “{policy}” promotes nothing, whatever the figures say."
+    return f"Observed only: {met}{rest}.", f"The policy “{policy}” promotes nothing, whatever the figures say."
 
 
 def contradiction(outcome: str, *, verdict: Any, rules: Mapping[str, int], chain: Sequence[str]) -> str:

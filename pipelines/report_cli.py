@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from defense_core.errors import ConfigError
+from defense_core.errors import ConfigError, SourceNotFound
 from defense_core.verdict import Verdict
 from pipelines import options as o
 from pipelines import panels
@@ -64,12 +64,26 @@ def fleet(
             "no source of versions", expected="either --evidence DIR or --tracking-uri URI", got="both or none"
         )
     if evidence:
-        found = [row for row in folder_versions(Path(evidence)) if not model or row.model in model]
+        rows = folder_versions(Path(evidence))
+        found = [row for row in rows if not model or row.model in model]
+        _require_every(model, {row.model for row in rows}, evidence)
     else:
         found = registry_versions(connect(MlflowSettings(tracking_uri), create=False), model)
     made = build_fleet(found)
     _finish(out, render_fleet(made), made.to_mapping(), made.headline, as_json=as_json)
     raise typer.Exit(Verdict.FAIL.exit_code if made.drift else Verdict.PASS.exit_code)
+
+
+def _require_every(asked: list[str], known: set[str], evidence: str) -> None:
+    """Refuse a model without a row: a page without it would say that nothing of it drifted. Raises SourceNotFound."""
+    missing = [name for name in asked if name not in known]
+    if missing:
+        raise SourceNotFound(
+            f"there is no run of {', '.join(missing)} below {evidence}",
+            expected="one of " + ", ".join(sorted(known)),
+            got=", ".join(missing),
+            hint="Check --model",
+        )
 
 
 def _names(first: str, second: str) -> tuple[str, str]:

@@ -150,7 +150,9 @@ def _folder_version(folder: Path) -> _Placed:
     try:
         report = report_of_folder(folder)
     except UNREADABLE as error:
-        return _Placed(version_without_evidence(folder.name, "", aliases=(), problem=str(error)), "")
+        decided = (folder / DECISION).is_file()
+        row = version_without_evidence(folder.name, "", aliases=(), problem=str(error), decided=decided)
+        return _Placed(row, "")
     promoted = _promoted(folder)
     promotion = at(promoted, "results")
     origin = next((fact.value for fact in report.came_in if fact.label == "Address"), "")
@@ -215,7 +217,7 @@ def _registered_version(
     try:
         found = registered_decision(connection, version)
     except UNREADABLE as error:
-        return version_without_evidence(version.name, number, aliases=own, problem=str(error))
+        return version_without_evidence(version.name, number, aliases=own, problem=str(error), decided=True)
     return version_of_report(
         _decided_report(found.folder), model=version.name, version=number, aliases=own, problems=found.problems
     )

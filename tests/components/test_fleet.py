@@ -24,7 +24,7 @@ from components._runtime.registry_prompts import PROMPT_TAG
 from components._runtime.release import EVIDENCE_FOLDER, Identity, Parts, Release, stage
 from components._runtime.tracking import open_run
 from components.gate_promotion.step import gate_promotion
-from defense_core.errors import AccessDenied, ConfigError, EvidenceMissing, QuarantineError
+from defense_core.errors import AccessDenied, ConfigError, EvidenceMissing, QuarantineError, SourceNotFound
 from defense_core.files import sha256_bytes, sha256_file
 from defense_core.report import build_report
 from defense_core.report_fleet import build_fleet
@@ -161,6 +161,13 @@ def test_a_decision_that_does_not_replay_is_a_row_that_says_so(tmp_path: Path) -
     (row,) = folder_versions(tmp_path)
     assert row.outcome == "no evidence"
     assert "is not what its policy and evidence give" in row.headline
+    (drift,) = build_fleet([row]).drift
+    assert drift.why == row.headline
+    path.unlink()
+    (tmp_path / "decided" / "policy.json").unlink()
+    for file in (tmp_path / "decided").glob("*.json"):
+        file.write_text("{")
+    assert build_fleet(folder_versions(tmp_path)).drift == ()
 
 
 def test_a_folder_without_evidence_is_refused(tmp_path: Path) -> None:
@@ -249,6 +256,11 @@ def test_a_version_whose_evidence_was_changed_or_removed_covers_nothing(
     path.write_text(path.read_text().replace('"successes":194', '"successes":195'))
     (row,) = registry_versions(connection, ["tampered"])
     assert row.outcome == "no evidence"
+    connection.client.delete_registered_model_alias("tampered", "champion")
+    (drift,) = build_fleet(registry_versions(connection, ["tampered"])).drift
+    assert drift.where == f"tampered, version {version}"
+    assert "is not what its policy and evidence give" in drift.why
+    connection.client.set_registered_model_alias("tampered", "champion", version)
     for file in (source / EVIDENCE_FOLDER).iterdir():
         file.unlink()
     (drift,) = build_fleet(registry_versions(connection, ["tampered"])).drift
@@ -321,6 +333,16 @@ def test_the_commands_write_pages(tmp_path: Path) -> None:
         assert words in page.read_text()
         as_json = CliRunner().invoke(app, [*arguments, "--out", str(page), "--json"], catch_exceptions=False)
         assert words in json.loads(as_json.output)["headline"]
+
+
+def test_a_fleet_of_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "one", whole_run())
+    arguments = ["fleet", "--evidence", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]
+    assert CliRunner().invoke(app, [*arguments, "--model", "digits"]).exit_code == 0
+    (tmp_path / "page.html").unlink()
+    with pytest.raises(SourceNotFound, match=r"there is no run of typo below .*: expected one of digits, got typo"):
+        CliRunner().invoke(app, [*arguments, "--model", "digits", "--model", "typo"], catch_exceptions=False)
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_every_command_that_a_report_gives_is_one_that_there_is() -> None:

@@ -246,6 +246,75 @@ def test_commands_can_be_pasted() -> None:
     assert any(line.startswith("quarantine gate --policy") or "quarantine gate" in line for line in lines)
 
 
+def test_the_seed_is_that_of_the_run_and_not_of_steps_that_draw_nothing() -> None:
+    evidence = whole_run()
+    evidence = {"attest": record("attest", {}, {}, {}), **evidence}
+    for name in ("attest", "gate", "select", "promote"):
+        evidence[name]["environment"]["seed"] = 0
+    report = build_report(dict(sorted(evidence.items())))
+    assert "--seed 7" in report.commands[0].line
+    assert [fact.value for fact in report.environment if fact.label == "Seed"] == ["7"]
+
+
+def test_digests_are_told_as_the_command_prints_them() -> None:
+    told = [each for each in build_report(whole_run()).commands if each.line.startswith("sha256sum")]
+    assert [each.why.rpartition(" ")[2] for each in told] == [each.removeprefix("sha256:") for each in (SOURCE, ONNX)]
+
+
+def test_the_decision_is_made_again_at_its_own_time() -> None:
+    evidence = whole_run()
+    evidence["gate"]["results"]["decided_at"] = "2026-11-21T02:00:00+00:00"
+    (line,) = [each.line for each in build_report(evidence).commands if "quarantine gate" in each.line]
+    assert "--at 2026-11-21T02:00:00+00:00" in line
+
+
+def test_a_control_that_was_kept_dates_no_run() -> None:
+    evidence = whole_run()
+    control = record("control", {"model": MODEL}, {}, {"detected": True, "repeats": "kept since then"})
+    control["environment"] |= {"started": "2026-10-01T00:00:00+00:00", "seconds": 4000.0}
+    told = {fact.label: fact.value for fact in build_report({**evidence, "control": control}).environment}
+    assert (told["Started"], told["Time in steps"]) == ("2026-11-21T01:12:09+00:00", "25.0 s")
+    del evidence["fetch"]
+    told = {fact.label: fact.value for fact in build_report({**evidence, "control": control}).environment}
+    assert told["Started"] == "2026-11-21T01:12:09+00:00"
+
+
+def test_no_rounding_hides_the_side_of_a_bound() -> None:
+    evidence = whole_run()
+    evidence["gate"]["results"] = decision(
+        "deny", "FAIL", rule("a", "FAIL", value=0.0500001), rule("b", value=0.0499999)
+    )
+    row = {"images": 2000, "bound_agreement": 0.999}
+    near = {**row, "name": "near", "max_abs_diff": 1.2301e-4, "bound_abs": 1.23e-4, "argmax_agreement": 0.9986}
+    evidence["export"]["results"]["parity"] = [near, {**near, "name": "far", "argmax_agreement": 0.9}]
+    report = build_report(evidence)
+    assert [each.value for each in report.rules] == ["0.0500001", "0.05"]
+    said = parsed(render_report(report)).text
+    for words in ("0.00012301 0.000123 99.86 % 99.90 %", "90.0 % 99.9 %"):
+        assert words in said
+
+
+def test_a_set_that_the_onnx_file_answers_with_nan_is_not_passed_over() -> None:
+    evidence = whole_run()
+    (row,) = evidence["export"]["results"]["parity"]
+    evidence["export"]["results"]["parity"] = [row, {**row, "name": "patch", "max_abs_diff": None}]
+    (tile,) = [each for each in build_report(evidence).tiles if each.label == "ONNX file"]
+    assert (tile.value, tile.note) == ("differs", "it answers NaN or Inf")
+
+
+@pytest.mark.parametrize("outcome", ["allow", "observe"])
+def test_what_was_waived_is_not_said_to_be_met(outcome: str) -> None:
+    evidence = whole_run()
+    del evidence["promote"]
+    rules = (rule("a"), rule("b", "FAIL", "excepted"), rule("c", "FAIL", "warn"))
+    evidence["gate"]["results"] = decision(outcome, "PASS", *rules)
+    failed = [{"name": "promote", "error": "RegistryUnavailable", "message": "no answer"}]
+    report = build_report(evidence, failures=failed)
+    said = f"{report.headline} {report.detail}"
+    assert "met the one blocking rule; 1 more rule is waived, see below." in said
+    assert "Every rule" not in said
+
+
 def test_commands_repeat_numbers_to_the_last_digit() -> None:
     evidence = whole_run()
     evidence["fetch"]["results"] |= {"mean": [0.49139968, 0.1, 0], "std": [0.24703223, 1.0, 1e-05]}

@@ -200,6 +200,18 @@ def test_a_comparison_says_how_both_ended_and_what_lies_apart() -> None:
         assert words in said
 
 
+def test_a_rule_that_only_warns_now_is_another_result() -> None:
+    first, second = whole_run(), whole_run()
+    first["gate"]["results"] = decision("deny", "FAIL", rule("held", "FAIL"), rule("same"))
+    second["gate"]["results"] = decision("allow", "PASS", rule("held", "FAIL", "warn"), rule("same"))
+    both = compare_reports(build_report(first), build_report(second), names=("a", "b"))
+    row, other = both.rules
+    assert (row.rule, row.same, row.first_effect, row.second_effect) == ("held", False, "block", "warn")
+    assert other.same
+    assert "Rules with another result: held." in both.detail
+    assert "warning only" in parsed(render_comparison(both)).text
+
+
 def test_a_run_compared_with_itself_differs_in_nothing() -> None:
     report = build_report(whole_run())
     both = compare_reports(report, report, names=("a", "b"))
@@ -273,6 +285,15 @@ def test_tags_that_contradict_the_evidence_are_drift_and_so_is_a_broken_chain() 
     broken = version("2", report=build_report(evidence))
     assert [each.where for each in build_fleet([tagged, broken]).drift] == ["digits, version 2", "digits, version 1"]
     assert not tagged.covered
+
+
+def test_a_decision_that_its_evidence_does_not_give_is_drift_without_an_alias_too() -> None:
+    lost = version_without_evidence("digits", "1", aliases=[], problem="It does not replay.", decided=True)
+    served = replace(lost, version="2", aliases=("champion",))
+    never = version_without_evidence("digits", "3", aliases=[], problem="It never went through.")
+    fleet = build_fleet([lost, served, never])
+    assert [each.where for each in fleet.drift] == ["digits, version 2", "digits, version 1"]
+    assert fleet.drift[1].why == "It does not replay."
 
 
 def test_a_decision_that_its_record_contradicts_does_not_cover_a_version() -> None:
