@@ -29,11 +29,8 @@ from defense_core.inference import NETWORK_ERRORS
 from defense_core.layers import evaluating
 from defense_core.progress import Phase
 from defense_core.task import Task
-from defense_core.triggered import NamedTrigger, require_own_names, triggered
+from defense_core.triggered import CLEAN, NamedTrigger, require_own_names, triggered
 from defense_core.verdict import Finding, Verdict
-
-CLEAN = "clean"
-"""Name of the row for images as they are."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +137,13 @@ def check_parity(
         task: normalises for ``model``; the file is expected to normalise by itself.
 
     Raises:
-        DataError: there are no images, a probe's name repeats, or a probe returns something else than images.
+        DataError: there are no images, a probe's name repeats or is ``clean``, or a probe returns something
+            else than images.
         NonFiniteOutputs: the network itself answers NaN or Inf.
         ExportError: the network itself does not take one of the batch sizes.
     """
     images = clean.images.cpu()[_spread(len(clean), bounds.max_images)]
-    require_own_names([probe.name for probe in probes], but=CLEAN)
+    require_own_names([probe.name for probe in probes])
     sets = [(CLEAN, images), *((probe.name, triggered(probe, images)) for probe in probes)]
     try:
         run = _Session(data)
@@ -178,8 +176,7 @@ def _compare(
         got = run(batch.float().div(255).numpy(), wanted.shape)
         scale = max(scale, float(numpy.abs(wanted).max()))
         differences.append(float(numpy.abs(wanted - got).max()))
-        if counted:
-            same += int((wanted.argmax(1) == got.argmax(1)).sum())
+        same += int((wanted.argmax(1) == got.argmax(1))[:counted].sum())
         phase.advance()
     finite = bool(numpy.isfinite(differences).all())
     return Parity(
@@ -193,12 +190,19 @@ def _compare(
     )
 
 
-def _batches(images: Tensor, sizes: tuple[int, ...]) -> Iterator[tuple[Tensor, bool]]:
-    """One batch of each size but the last (repeating images where there are too few), then all images once."""
+def _batches(images: Tensor, sizes: tuple[int, ...]) -> Iterator[tuple[Tensor, int]]:
+    """One batch of each size but the last, then all images once in batches of the last; and how many of each count.
+
+    Images are repeated where there are fewer than a size, and count once.
+    """
     for size in sizes[:-1]:
-        yield images[torch.arange(size) % len(images)], False
+        yield images[torch.arange(size) % len(images)], 0
+    if len(images) < sizes[-1]:
+        yield images[torch.arange(sizes[-1]) % len(images)], len(images)
+        return
     for start in range(0, len(images), sizes[-1]):
-        yield images[start : start + sizes[-1]], True
+        batch = images[start : start + sizes[-1]]
+        yield batch, len(batch)
 
 
 def _logits(model: nn.Module, task: Task, images: Tensor) -> numpy.ndarray:

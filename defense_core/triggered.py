@@ -10,6 +10,9 @@ from torch import Tensor
 
 from defense_core.errors import DataError
 
+CLEAN = "clean"
+"""What reports call images as they are; no trigger is called so."""
+
 
 class NamedTrigger(Protocol):
     """A known trigger: what it does to images, and what reports call it."""
@@ -40,21 +43,18 @@ def triggered(trigger: NamedTrigger, images: Tensor) -> Tensor:
     return changed
 
 
-def require_own_names(names: Sequence[str], *, but: str = "") -> None:
-    """Every probe is called something else.
-
-    Args:
-        but: a name that is taken already.
+def require_own_names(names: Sequence[str]) -> None:
+    """Every probe is called something else, and none :data:`CLEAN`.
 
     Raises:
         DataError: a name repeats or is taken.
     """
-    taken = [*names, *([but] if but else [])]
+    taken = [*names, CLEAN]
     repeated = sorted({name for name in taken if taken.count(name) > 1})
     if repeated:
         raise DataError(
             "probe names repeat",
-            expected="one name a probe" + (f", other than {but!r}" if but else ""),
+            expected=f"one name a probe, other than {CLEAN!r}",
             got=", ".join(repeated),
             hint="Rename one of them",
         )

@@ -145,10 +145,15 @@ def read_probes(paths: list[Path]) -> tuple[Mapping[str, Any], ...]:
     """Trigger specifications from YAML files that hold one mapping or a list of them.
 
     The file of a learned trigger (``path``) is relative to the specification that names it.
+
+    Raises:
+        ConfigError: a file cannot be read, or holds none or something else.
     """
     probes: list[Mapping[str, Any]] = []
     for path in paths:
         content = read_yaml(path)
+        if content == []:
+            raise ConfigError(f"{path} is malformed", expected="a probe, or a list of probes", got="an empty list")
         for probe in content if isinstance(content, list) else [content]:
             if not isinstance(probe, dict):
                 raise ConfigError(

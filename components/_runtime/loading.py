@@ -104,7 +104,7 @@ def quoted_images(
     report: float = REPORT_SHARE,
     purification: Path | None = None,
 ) -> CleanSet:
-    """What figures are quoted on: the test set, or the clean set's *report* split.
+    """What figures are quoted on: the test set, or the clean set's *report* split; of exact copies the first.
 
     Args:
         report: share of the clean set that is quoted on.
@@ -116,14 +116,14 @@ def quoted_images(
         EvidenceMismatch: ``purification`` is damaged.
     """
     if test is not None:
-        return open_images(test, bundle, require_all_classes=False)
+        return open_images(test, bundle, require_all_classes=False).without_copies()
     if clean is None:
         raise ConfigError("nothing to evaluate on", expected="a test set or a clean set", got="neither")
     require(report > 0, "report", "a share above 0", report)
     splits = open_splits(clean, bundle, seed=seed, report=report)
     if purification is not None and purification.is_file():
         _require_split_of(read_evidence(purification), bundle, splits, {"seed": seed, "report": report})
-    return splits.report
+    return splits.report.without_copies()
 
 
 def _require_split_of(evidence: Mapping[str, Any], bundle: Bundle, splits: Splits, asked: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ def evaluate(
         progress: shown to the operator; also where a stop request takes effect.
 
     Raises:
-        DataError: there are no samples, probe names repeat, or a probe returns other than uint8
+        DataError: there are no samples, probe names repeat, one is ``clean``, or a probe returns other than uint8
             images of the same shape.
         StateDictMismatch: the logits are not (N, K).
         NonFiniteOutputs: a model answers NaN or Inf.

@@ -344,6 +344,27 @@ def test_without_a_test_set_the_report_split_is_quoted(finished: Chain) -> None:
     assert evidence["results"]["images"] == 16
 
 
+def with_copies(path: Path, count: int, copies: int, *, seed: int) -> Path:
+    """So many different images, and the first of them again."""
+    pixels, labels = images(count, seed=seed)
+    pixels, labels = (numpy.concatenate([each, each[:copies]]) for each in (pixels, labels))
+    numpy.savez(path, images=pixels, labels=labels)
+    return path
+
+
+def test_copies_are_counted_once(finished: Chain, tmp_path: Path) -> None:
+    clean = with_copies(tmp_path / "clean.npz", 40, 12, seed=7)
+    test = with_copies(tmp_path / "test.npz", 24, 9, seed=8)
+    plan = replace(finished.plan, clean=str(clean), test=str(test))
+    fetched = fetch_model(plan, tmp_path / "bundle", tmp_path / "data")["results"]
+    assert (fetched["clean_images"], fetched["clean_class_counts"], fetched["test_images"]) == (40, [10] * 4, 24)
+    with numpy.load(tmp_path / "data" / "clean.npz") as given:
+        assert len(given["images"]) == 52  # nothing is taken out of what methods are given
+    for place, quoted in (({"test": test}, 24), ({"clean": clean}, 8)):
+        measured = evaluate_model(finished["bundle"], name="before", device="cpu", **place)["results"]
+        assert (measured["images"], measured["acc"]["trials"]) == (quoted, quoted)
+
+
 def test_a_probe_without_an_eligible_image_is_unknown(finished: Chain, tmp_path: Path) -> None:
     pixels, labels = images(40, seed=5)
     numpy.savez(tmp_path / "test.npz", images=pixels[labels == 0], labels=labels[labels == 0])

@@ -174,6 +174,9 @@ def test_probe_files_hold_one_or_many(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("- badnets\n")
     with pytest.raises(ConfigError, match="a probe, or a list of probes"):
         read_probes([tmp_path / "bad.yaml"])
+    (tmp_path / "none.yaml").write_text("[]\n")
+    with pytest.raises(ConfigError, match="a probe, or a list of probes, got an empty list"):
+        read_probes([tmp_path / "one.yaml", tmp_path / "none.yaml"])
 
 
 def test_shipped_policies_go_by_name_and_others_by_path(tmp_path: Path) -> None:

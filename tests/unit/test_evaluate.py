@@ -311,6 +311,8 @@ def test_samples_of_another_task_are_refused():
 def test_repeated_probe_names_are_refused():
     with pytest.raises(DataError, match="got patch"):
         evaluate(Reader(), clean_set(), task=TASK, probes=[patch(0), patch(1)])
+    with pytest.raises(DataError, match="other than 'clean', got clean"):
+        evaluate(Reader(), clean_set(), task=TASK, probes=[patch(name="clean")])
 
 
 @pytest.mark.parametrize("how", ["float", "crop"])

@@ -31,7 +31,7 @@ from defense_core.errors import (
     StorageError,
 )
 from defense_core.export import Exported, export_onnx
-from defense_core.parity import ParityBounds, _spread, check_parity
+from defense_core.parity import ParityBounds, _batches, _spread, check_parity, parity_steps
 from defense_core.plain_onnx import checked_bytes, cleaned, plain_onnx_problems
 from defense_core.progress import NullProgress
 from defense_core.task import ImageClassification
@@ -386,6 +386,16 @@ def test_one_image_is_enough(tmp_path: Path) -> None:
     exported = export(trained("small_cnn", width=4), tmp_path / "model.onnx", clean=images_of(DIGITS, 1))
     assert exported.verdict is Verdict.PASS
     assert exported.parity[0].images == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"), [(1, [1, 2, 5]), (3, [1, 2, 5]), (5, [1, 2, 5]), (6, [1, 2, 5, 1]), (11, [1, 2, 5, 5, 1])]
+)
+def test_every_batch_size_is_run_and_every_image_counts_once(images: int, sizes: list[int]) -> None:
+    batches = list(_batches(images_of(DIGITS, images).images, BOUNDS.batch_sizes))
+    assert [len(batch) for batch, _ in batches] == sizes
+    assert sum(counted for _, counted in batches) == images
+    assert len(batches) == parity_steps(images, 0, BOUNDS)
 
 
 @pytest.mark.parametrize("settings", [{"relative": 0.0}, {"agreement": 1.5}, {"batch_sizes": (4,)}, {"max_images": 0}])
