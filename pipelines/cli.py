@@ -60,7 +60,7 @@ app.add_typer(sweep_app)
 # typer brings a click of its own, under a private name; this is the base of its usage errors.
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-Out = Annotated[Path, typer.Option(help="Folder to create; nothing is left of it if the command fails.")]
+Out = Annotated[Path, typer.Option(help="Folder to create; nothing is left of it if the command ends in an error.")]
 
 
 @app.callback(invoke_without_command=True)

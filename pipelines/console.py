@@ -13,6 +13,7 @@ from rich.table import Table
 
 from defense_core.config import to_mapping
 from defense_core.errors import QuarantineError, visible
+from defense_core.rounding import rounded
 
 STYLES = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "allow": "green", "deny": "red", "unknown": "yellow"}
 
@@ -82,17 +83,28 @@ def print_comparison(evidence: Mapping[str, Mapping[str, Any]], *, selected: str
 
 
 def print_findings(findings: Sequence[Mapping[str, Any]]) -> None:
-    """One row a rule."""
-    rows = [(each["rule"], each["verdict"], shown(each["value"]), each["bound"], each["why"]) for each in findings]
+    """One row a rule; with what it does to the decision where the findings are a decision's."""
+    decided = ["effect"] if any("effect" in each for each in findings) else []
+    rows = [
+        (
+            each["rule"],
+            each["verdict"],
+            *(each.get(key, "–") for key in decided),
+            shown(each["value"], each["bound"]),
+            each["bound"],
+            each["why"],
+        )
+        for each in findings
+    ]
     if rows:
-        table("Rules", ("rule", "verdict", "value", "bound", "why"), rows)
+        table("Rules", ("rule", "verdict", *decided, "value", "bound", "why"), rows)
 
 
-def shown(value: object) -> str:
-    """A value for a table cell: digests and floats shortened."""
+def shown(value: object, bound: str = "") -> str:
+    """A value for a table cell, shortened; of a float so much that it shows on which side of ``bound`` it lies."""
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return rounded(value, bound)
     text = str(value) if not isinstance(value, (list, dict)) else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "…"

@@ -28,7 +28,7 @@ def plant(
     attack: Annotated[Path, typer.Option(help="Attack specification, YAML: kind, target and settings.")],
     train: Annotated[str, typer.Option(help="Training images: .parquet, .npz or an image folder.")],
     test: Annotated[str, typer.Option(help="Images that figures are measured on.")],
-    out: Annotated[Path, typer.Option(help="Folder to create; nothing is left of it if the command fails.")],
+    out: Annotated[Path, typer.Option(help="Folder to create; nothing is left of it if the command ends in an error.")],
     spec: dict[str, Any],
     rate: Annotated[float, typer.Option(help="Poisoned samples as a share of the training set.")] = 0.1,
     settings: Annotated[

@@ -40,5 +40,5 @@ def promote(
         signing_key=signing_key,
         on_line=(lambda line: None) if as_json else print_line,
     )
-    print_run(result, as_json=as_json)
+    print_run(result, as_json=as_json, approver_files=order.approver_files)
     raise typer.Exit(result.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,11 +24,12 @@ from pipelines.option_groups import takes
 
 @dataclass(frozen=True)
 class PromotionOrder:
-    """What a promote run is asked, and where the model goes on allow."""
+    """What a promote run is asked, where the model goes on allow, and the approvers' keys, files by name."""
 
     request: Resumption
     model_name: str
     alias: str
+    approver_files: Mapping[str, Path]
 
 
 def promotion_order(
@@ -64,7 +66,7 @@ def promotion_order(
     # Now, and not only in the gate, where the run would have begun.
     given.signed()
     request = Resumption(release, given, _pem(public_key) if public_key is not None else "")
-    return PromotionOrder(request, register or _registered_name(release), alias)
+    return PromotionOrder(request, register or _registered_name(release), alias, keys)
 
 
 @takes(promotion_order, into="order")

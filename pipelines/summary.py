@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.markup import escape
@@ -23,11 +24,18 @@ def print_line(message: str) -> None:
     err.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {escape(message)}")
 
 
-def print_run(run: LocalRun, *, as_json: bool, public_key: Path | None = None) -> None:
+def print_run(
+    run: LocalRun,
+    *,
+    as_json: bool,
+    public_key: Path | None = None,
+    approver_files: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
     """What a run on this machine came to.
 
     Args:
         public_key: where the key to verify it with is, if known.
+        approver_files: where the public keys of the approvers are, by their names.
     """
     evidence = _evidence(run)
     if as_json:
@@ -48,7 +56,9 @@ def print_run(run: LocalRun, *, as_json: bool, public_key: Path | None = None) -
     if run.report is not None:
         out.print(f"report:   {run.report}  (open it in a browser)", markup=False)
     if run.signed is not None and run.release is not None:
-        _print_release(run, public_key)
+        decided = {} if gate is None else gate["results"]
+        people = sorted({each["identity"] for each in decided.get("approvals", [])})
+        _print_release(run, public_key, {name: approver_files.get(name) for name in people})
     shown = shlex.join(["mlflow", "ui", "--backend-store-uri", run.tracking_uri])
     out.print(f"MLflow:   {shown}   then http://127.0.0.1:5000", markup=False)
 
@@ -73,7 +83,7 @@ def verification_facts(verified: Verification) -> dict[str, Any]:
     return {**to_mapping(verified), "verdict": verified.verdict.value}
 
 
-def _print_release(run: LocalRun, public_key: Path | None) -> None:
+def _print_release(run: LocalRun, public_key: Path | None, approvers: Mapping[str, Path | None]) -> None:
     if not (run.signed and run.signed["signed"]):
         out.print(f"release:  {run.release}  (not signed: no --signing-key)", markup=False)
         return
@@ -82,6 +92,8 @@ def _print_release(run: LocalRun, public_key: Path | None) -> None:
     if run.statement is not None and not (run.promotion and run.promotion["reused"]):
         # A version that was there before holds the files of the run that made it.
         words += ["--promotion", str(run.statement)]
+    for name, path in approvers.items():
+        words += ["--approver-key", f"{name}={path or 'PUBLIC_KEY'}"]
     out.print(f"verify:   {shlex.join(words)}", markup=False)
 
 
