@@ -16,7 +16,10 @@ die() { echo "images: $1" >&2; exit 3; }
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' defense_core/__init__.py)
 builder=${BUILDER:-}
 for each in docker podman buildah; do
-  [ -n "$builder" ] || ! command -v "$each" >/dev/null || [ "$each" = docker ] && ! docker info >/dev/null 2>&1 || builder=$each
+  [ -z "$builder" ] || break
+  command -v "$each" >/dev/null || continue
+  if [ "$each" = docker ] && ! docker info >/dev/null 2>&1; then continue; fi  # installed, without an engine
+  builder=$each
 done
 [ -n "$builder" ] || die "expected docker (with its engine running), podman or buildah, got none of them"
 kind=$(basename "$builder")

@@ -189,3 +189,41 @@ def test_the_build_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     done, calls = build(tmp_path, "tpu")
     assert (done.returncode, calls) == (3, [])
     assert "expected cpu, gpu or hooks, got tpu" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("installed", "engine_runs", "expected"),
+    [
+        (("docker", "podman", "buildah"), True, "docker"),
+        (("docker", "podman", "buildah"), False, "podman"),
+        (("podman", "buildah"), False, "podman"),
+        (("buildah",), False, "buildah"),
+    ],
+)
+def test_the_first_builder_that_works_is_taken(
+    tmp_path: Path, installed: tuple[str, ...], engine_runs: bool, expected: str
+) -> None:
+    programs = fake_builders(tmp_path, installed, engine_runs)
+    done, calls = build(tmp_path, "cpu", PATH=str(programs), BUILDER="")
+    assert done.returncode == 0, done.stderr
+    assert {call.split()[0] for call in calls if " build " in call} == {expected}
+
+
+def test_a_builder_that_is_asked_for_is_taken(tmp_path: Path) -> None:
+    programs = fake_builders(tmp_path, ("docker", "podman", "buildah"), engine_runs=True)
+    done, calls = build(tmp_path, "cpu", PATH=str(programs), BUILDER="podman")
+    assert done.returncode == 0, done.stderr
+    assert {call.split()[0] for call in calls} == {"podman"}
+
+
+def fake_builders(tmp_path: Path, installed: tuple[str, ...], engine_runs: bool) -> Path:
+    """A folder for PATH with nothing but what the script needs, and builders that write down their name and call."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name in ("bash", "basename", "cat", "dirname", "git", "mkdir", "sed"):
+        (folder / name).symlink_to(str(shutil.which(name)))
+    for name in installed:
+        ends = f'[ "$1" != info ] || exit {0 if engine_runs else 1}' if name == "docker" else ""
+        (folder / name).write_text(f'#!/bin/bash\n{ends}\necho "{name} $*" >> {tmp_path / "calls"}\n')
+        (folder / name).chmod(0o755)
+    return folder
