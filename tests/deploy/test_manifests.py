@@ -184,6 +184,12 @@ def test_namespaces_refuse_anything_less(overlay: list[Manifest]) -> None:
     assert used == {SYSTEM, RUNS}
 
 
+def test_no_namespace_loses_the_label_that_kubeflow_looks_for(overlay: list[Manifest]) -> None:
+    """Kubeflow labels a profile's namespace ``kubeflow-profile`` there, once, and lets in nobody without it."""
+    for each in of_kind(overlay, "Namespace"):
+        assert "app.kubernetes.io/part-of" not in each["metadata"]["labels"], each["metadata"]["name"]
+
+
 def test_each_namespace_has_a_quota_and_a_limit_range(overlay: list[Manifest]) -> None:
     for namespace in (SYSTEM, RUNS):
         assert of_kind(overlay, "ResourceQuota", namespace)
@@ -364,6 +370,19 @@ def test_only_whom_it_serves_reaches_a_service(overlay: list[Manifest]) -> None:
     components = {path.parent.name for path in (ROOT / "components").glob("*/metadata.yaml")}
     assert {value.replace("-", "_") for value in steps["values"]} <= components
     assert steps["key"] == "model-quarantine/step"
+
+
+def test_kubeflow_can_be_told_to_let_the_worker_in(tree: Path) -> None:
+    built = built_with(tree, "kubeflow-access")
+    (added,) = of_kind(built, "NetworkPolicy", "kubeflow")
+    (leaving,) = [each for each in of_kind(built, "NetworkPolicy", SYSTEM) if each["metadata"]["name"] == "kfp"]
+    (rule,), (way,) = added["spec"]["ingress"], leaving["spec"]["egress"]
+    assert rule["ports"] == way["ports"]
+    (peer,), (target,) = rule["from"], way["to"]
+    assert peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": SYSTEM}}
+    assert peer["podSelector"] == leaving["spec"]["podSelector"]
+    assert target["podSelector"] == added["spec"]["podSelector"]
+    assert added["spec"]["policyTypes"] == ["Ingress"]
 
 
 # -- what runs -------------------------------------------------------------------------
