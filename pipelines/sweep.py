@@ -37,7 +37,7 @@ from components._runtime.registered_decisions import (
 from components._runtime.registry_listing import ListedModel, list_models, list_versions, parse_origin
 from components._runtime.registry_prompts import HIDDEN, taken_for_prompts
 from defense_core.config import digest, to_mapping
-from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, AccessDenied, RegistryUnavailable
+from defense_core.errors import EXIT_FAIL, EXIT_PASS, EXIT_UNKNOWN, AccessDenied, QuarantineError, RegistryUnavailable
 from defense_core.policy_time import time_text
 from pipelines import sweep_memory
 from pipelines.sweep_aliases import AliasMove, Journal, move_back
@@ -252,6 +252,11 @@ def _read_evidence(connection: MlflowConnection, memory: SweepMemory, name: str,
     except UNREADABLE:
         memory.store_decision(name, number, policy=sweep_memory.UNREADABLE)
         return
+    except QuarantineError:
+        raise
+    except Exception:
+        log.exception("the evidence of models:/%s/%s cannot be read", name, number)
+        return  # the same: one version must not hide all others
     decision = found.folder.decision
     memory.store_decision(
         name,

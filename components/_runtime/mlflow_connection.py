@@ -242,8 +242,19 @@ def _mlflow_exceptions() -> tuple[type[BaseException], ...]:
         Boto3Error,
         BotoCoreError,
         ClientError,
+        *_google_exceptions(),
         *network,
     )
+
+
+def _google_exceptions() -> tuple[type[BaseException], ...]:
+    """What a client of Cloud Storage raises; nothing where it is not installed."""
+    try:
+        from google.api_core.exceptions import GoogleAPIError
+        from google.auth.exceptions import GoogleAuthError
+    except ImportError:
+        return ()
+    return (GoogleAPIError, GoogleAuthError)
 
 
 def _typed(error: BaseException, action: str, where: str) -> QuarantineError:
@@ -276,6 +287,10 @@ def _code(error: BaseException) -> str:
     status = getattr(response, "status_code", None)
     if status is None and isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if isinstance(error, _google_exceptions()):
+        status = getattr(error, "code", None)
+        if status == 404:
+            return ""  # the same: a listing of Cloud Storage is empty, not absent, where nothing lies
     return {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND"}.get(status or 0, "")
 
 

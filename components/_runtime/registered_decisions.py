@@ -7,6 +7,7 @@ of the model included; without one, whoever may write files beside the registry 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from defense_core.errors import (
     EvidenceMismatch,
     EvidenceMissing,
     PolicyError,
+    QuarantineError,
     RegistryConflict,
     RegistryUnavailable,
     SourceNotFound,
@@ -50,6 +52,8 @@ UNREADABLE = (
     ConfigError,
 )
 """What is wrong with a version rather than with the registry."""
+
+logger = logging.getLogger("quarantine")
 
 Gap = Literal["", "unknown", "gone", "no_decision", "not_allowed", "superseded", "other_policy", "not_proven"]
 
@@ -165,6 +169,12 @@ def coverage(
         return Coverage("unknown", f"Its evidence cannot be read: {error}")
     except UNREADABLE as error:
         return Coverage("not_proven", f"Its tag says allow and its evidence does not hold: {error}")
+    except QuarantineError:
+        raise
+    except Exception as error:
+        # An error that nobody foresaw, a store's client's for instance, is of this version until it shows elsewhere.
+        logger.exception("models:/%s/%s cannot be judged", version.name, version.version)
+        by_evidence = Coverage("unknown", f"Its evidence cannot be read: {type(error).__name__}; the log says more.")
     return by_evidence
 
 

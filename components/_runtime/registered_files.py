@@ -268,10 +268,18 @@ def _listing(repository: Any, what: str, part: str = "") -> dict[str, int]:
 
 
 def _repository(connection: MlflowConnection, uri: str) -> Any:
-    """MLflow's access to the artifact store at ``uri``."""
+    """MLflow's access to the artifact store at ``uri``. Raises RegistryUnavailable: its client is not installed."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    return get_artifact_repository(uri, tracking_uri=connection.settings.tracking_uri)
+    try:
+        return get_artifact_repository(uri, tracking_uri=connection.settings.tracking_uri)
+    except ImportError as error:
+        raise RegistryUnavailable(
+            f"the artifact store at {without_credentials(uri)} cannot be read from here",
+            expected="the packages that MLflow reads such a store with",
+            got=error,
+            hint="Install them in the image, see docs/registry.md, or let MLflow's server proxy its artifacts",
+        ) from error
 
 
 def _require_safe_path(path: str, what: str) -> None:

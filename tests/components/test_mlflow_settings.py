@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
+from google.api_core.exceptions import Forbidden, NotFound, ServiceUnavailable
+from google.auth.exceptions import RefreshError
 
 from components._runtime.mlflow_connection import MlflowSettings, connect, mlflow_errors, without_credentials
-from defense_core.errors import ConfigError, RegistryUnavailable, SourceNotFound
+from defense_core.errors import AccessDenied, ConfigError, RegistryUnavailable, SourceNotFound
 
 
 def test_settings_come_from_mlflow_variables() -> None:
@@ -88,6 +90,20 @@ def test_a_bucket_that_is_not_there_does_not_say_that_a_file_is_gone(code: str, 
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 404}}
     with pytest.raises(kind), mlflow_errors("download it", MlflowSettings("sqlite:////tmp/mlflow.db")):
         raise ClientError(answer, "ListObjectsV2")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (NotFound("The specified bucket does not exist."), RegistryUnavailable),
+        (Forbidden("storage.objects.list"), AccessDenied),
+        (ServiceUnavailable("try again"), RegistryUnavailable),
+        (RefreshError("no token"), RegistryUnavailable),
+    ],
+)
+def test_what_cloud_storage_answers_is_a_typed_error(error: Exception, kind: type[Exception]) -> None:
+    with pytest.raises(kind), mlflow_errors("list it", MlflowSettings("sqlite:////tmp/mlflow.db")):
+        raise error
 
 
 def test_mlflow_is_imported_only_when_it_is_used() -> None:

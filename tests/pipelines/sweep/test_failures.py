@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from pipelines.sweep import open_memory
 from pipelines.sweep_aliases import Journal
 from pipelines.sweep_cli import app as sweep_app
 from pipelines.sweep_memory import SweepMemory
+from pipelines.sweep_scope import Scope
 from pipelines.triggers.queue import Queue
 from tests.integration.releases import interposed
 from tests.pipelines.sweep.fixtures import (
@@ -26,7 +28,7 @@ from tests.pipelines.sweep.fixtures import (
     named,
     swept,
 )
-from tests.pipelines.sweep.registry import DAY_S, NOW_S, decided, incoming, policy_mapping
+from tests.pipelines.sweep.registry import DAY_S, NOW_S, decided, forget_new_tags, incoming, policy, policy_mapping
 
 
 def test_the_next_sweep_lists_what_changed_and_finds_the_same_without_its_memory(
@@ -164,6 +166,51 @@ def test_a_queue_that_does_not_answer_is_a_typed_error(
     with pytest.raises(StorageError, match="cannot enqueue") as caught:
         swept(connection, memory, queue=queue)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "source", ["wasbs://models@account.blob.core.windows.net/1", "abfss://models@account.dfs.core.windows.net/1"]
+)
+def test_a_store_whose_client_is_not_installed_hides_no_other_version(
+    connection: MlflowConnection, memory: SweepMemory, drifted: dict[str, str], tmp_path: Path, source: str
+) -> None:
+    (elsewhere,) = incoming(connection, "clean", source=source)
+    for key, value in connection.client.get_model_version("clean", drifted["first"]).tags.items():
+        connection.client.set_model_version_tag("clean", elsewhere, key, value)
+    connection.client.set_registered_model_alias("clean", "champion", elsewhere)
+    connection.client.set_registered_model_alias("clean", "canary", drifted["stranger"])
+    scope = Scope(policy=policy(), aliases=("champion", "canary"))
+    report = swept(connection, memory, scope, journal=Journal(tmp_path / "journal.jsonl"))
+    assert (named(report, "unknown"), named(report, "drift")) == (
+        [("clean", elsewhere)],
+        [("clean", drifted["stranger"])],
+    )
+    assert "No module named 'azure" in report.findings[1].why
+    assert aliases(connection)["champion"] == elsewhere
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["with its tags", "of an earlier release"])
+def test_an_error_that_nobody_foresaw_is_of_its_own_version(
+    connection: MlflowConnection,
+    memory: SweepMemory,
+    drifted: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    earlier: bool,
+) -> None:
+    from components._runtime import registered_decisions
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a client's mistake")
+
+    connection.client.set_registered_model_alias("clean", "champion", drifted["second"])
+    if earlier:
+        forget_new_tags(connection, "clean", drifted["first"])
+    monkeypatch.setattr(registered_decisions, "download_version", broken)
+    report = swept(connection, memory)
+    assert named(report, "unknown") == [("clean", drifted["second"])]
+    assert "KeyError" in next(each.why for each in report.findings if each.kind == "unknown")
+    assert "a client's mistake" in caplog.text
 
 
 def test_names_that_filters_cannot_hold_are_listed_too(connection: MlflowConnection, memory: SweepMemory) -> None:
