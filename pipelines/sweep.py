@@ -69,7 +69,8 @@ class SweepSettings:
 
     Attributes:
         full_after_s: models are listed whole, and promoted versions read again, after so many seconds; 0: every time.
-        reopen_after_s: work that was submitted so long ago and left no decision is submitted again, seconds.
+        reopen_after_s: work that was submitted so long ago and left no decision is submitted again, seconds; see
+            :class:`pipelines.sweep_queue.Handover`.
         max_enqueued: most work that one sweep hands over; ``None``: all of it.
         max_listed: most findings that the report names; all are counted.
         trusted: whose signature promoted versions must have; ``None``: signatures are not checked.
@@ -163,14 +164,14 @@ def sweep(
     found: dict[str, int] = dict.fromkeys(KINDS, 0)
     listed: list[Finding] = []
 
-    def counted(finding: Finding) -> Finding:
+    def count(finding: Finding) -> None:
         found[finding.kind] += 1
         if len(listed) < settings.max_listed:
             listed.append(finding)
-        return finding
 
-    findings = (counted(each) for each in chain(read.drift, version_findings(memory, now_s)))
-    queued = Handover(queue, settings.reopen_after_s, settings.max_enqueued, now_s).take(findings)
+    findings = chain(read.drift, version_findings(memory, now_s))
+    handover = Handover(queue, settings.reopen_after_s, settings.max_enqueued, now_s, scope.observing)
+    queued = handover.take(findings, count)
     moves = tuple(
         move_back(connection, memory, scope, each, journal, trusted=settings.trusted, approvers=settings.approvers)
         for each in read.drift

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipelines.sweep_memory import SweepMemory
 from pipelines.sweep_scope import Scope
 from pipelines.triggers.keys import WorkKey
 
-Kind = Literal["undecided", "aged", "drift", "unknown"]
-KINDS: tuple[Kind, ...] = ("undecided", "aged", "drift", "unknown")
+Kind = Literal["undecided", "aged", "fruitless", "drift", "unknown"]
+KINDS: tuple[Kind, ...] = ("undecided", "aged", "fruitless", "drift", "unknown")
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class Finding:
 
     Attributes:
         kind: ``undecided``: no decision under the current policy; ``aged``: the decision is older than the
-            policy permits; ``drift``: an alias that no allow decision covers; ``unknown``: an alias of which
+            policy permits; ``fruitless``: one of these, whose runs left no decision so often that no further one is
+            submitted; ``drift``: an alias that no allow decision covers; ``unknown``: an alias of which
             that could not be found out, or, without an alias and a version, a model that could not be looked at.
         alias: of drift and unknown.
         why: a sentence.
         work: what would settle it; ``None``: no run can.
+        old_since_s: of aged: since when, unix seconds.
     """
 
     kind: Kind
@@ -34,6 +36,7 @@ class Finding:
     why: str
     alias: str = ""
     work: WorkKey | None = None
+    old_since_s: float | None = None
 
 
 _TABLES = {
@@ -60,7 +63,7 @@ WHERE {_INCOMING}
 ORDER BY v.model, v.version
 """  # noqa: S608 - parts of our own
 _AGED = f"""
-SELECT v.model, v.version, v.source_digest, n.policy, MAX(d.decided_s) AS decided_s
+SELECT v.model, v.version, v.source_digest, n.policy, MAX(d.decided_s) AS decided_s, n.cutoff_s
 FROM demands n JOIN versions v ON v.model = n.model JOIN versions d ON {_OF}
 WHERE {_INCOMING} AND {_OUTPUT} AND d.policy = n.policy AND {_DECIDED}
 GROUP BY v.model, v.version HAVING MAX(d.decided_s) < n.cutoff_s
@@ -127,9 +130,10 @@ def version_findings(memory: SweepMemory, now_s: float) -> Iterator[Finding]:
         else:
             why = "It was decided by another policy." if other else "It was never decided."
         yield _finding("undecided", model, version, why, WorkKey(model, str(version), source, policy))
-    for model, version, source, policy, decided_s in memory.rows(_AGED):
+    for model, version, source, policy, decided_s, cutoff_s in memory.rows(_AGED):
         work = WorkKey(model, str(version), source, policy)
-        yield _finding("aged", model, version, _age(now_s - decided_s), work)
+        found = _finding("aged", model, version, _age(now_s - decided_s), work)
+        yield replace(found, old_since_s=now_s - cutoff_s + decided_s)
     for model, version, current, decided_s in memory.rows(_OUTSIDE):
         why = _age(now_s - decided_s) if current else "It was decided by another policy."
         why += " Its source is no version of this registry: submit it again."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from components._runtime.registered_names import require_usable
+from defense_core.errors import ConfigError
 from defense_core.policy import Policy, parse_policy
 from pipelines.triggers.watch import Watch
 
@@ -19,10 +20,12 @@ class Demand:
     Attributes:
         policy: digest of the policy that must have decided.
         max_age_s: oldest decision that still counts, seconds; ``None``: any.
+        registers: whether its decisions come to the registry; those of a policy that only observes do not.
     """
 
     policy: str
     max_age_s: float | None
+    registers: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Scope:
             demands = [demand_of(parse_policy(rule.plan.policy)) for rule in self.watch.rules]
         return {demand.policy: demand for demand in demands}
 
+    @cached_property
+    def observing(self) -> frozenset[str]:
+        """Digests of the policies that only observe: the registry never says that they decided."""
+        return frozenset(digest for digest, demand in self._by_policy.items() if not demand.registers)
+
     def demand(self, model: str) -> Demand | None:
         """What versions of ``model`` need; ``None``: nothing, it is not looked at."""
         if self.watch is None:
@@ -63,12 +71,15 @@ class Scope:
         return self.watch is None or any(rule.register == model for rule in self.watch.rules)
 
     def guarded(self, model: str) -> dict[str, frozenset[str]]:
-        """The guarded aliases of ``model``; for each, digests of the policies whose allow decision covers it."""
+        """The guarded aliases of ``model``; for each, digests of the policies whose allow decision covers it.
+
+        A policy that only observes allows nothing, so a rule with one guards no alias.
+        """
         if self.watch is None:
             return dict.fromkeys(self.aliases, self.accepted.union(self._by_policy))
         found: dict[str, frozenset[str]] = {}
         for rule in self.watch.rules:
-            if rule.register == model:
+            if rule.register == model and rule.policy_digest not in self.observing:
                 found[rule.alias] = found.get(rule.alias, self.accepted) | {rule.policy_digest}
         return found
 
@@ -80,12 +91,18 @@ class Scope:
         return tuple(self._by_policy[each] for each in digests)
 
     def check(self) -> None:
-        """Refuse aliases that MLflow cannot have. Raises ConfigError."""
+        """Refuse aliases that MLflow cannot have, or that nothing could cover. Raises ConfigError."""
         for alias in self.aliases:
             require_usable("model", alias, {})
+        if self.aliases and self.observing and not self.accepted:
+            raise ConfigError(
+                "--alias is for a policy that promotes",
+                expected="a policy with promote: true, or --accept-policy with the one that promoted",
+                got="a policy that only observes, by which nothing covers an alias",
+            )
 
 
 def demand_of(policy: Policy) -> Demand:
     """What a policy demands of time."""
     days = policy.require.max_evidence_age_days
-    return Demand(policy.digest, None if days is None else days * SECONDS_A_DAY)
+    return Demand(policy.digest, None if days is None else days * SECONDS_A_DAY, policy.promote)

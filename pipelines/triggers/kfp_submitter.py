@@ -76,7 +76,7 @@ class KfpSubmitter:
         self._ready: tuple[KfpClient, PipelineVersion, str] | None = None
 
     def submit(self, order: Order) -> str:
-        """As :class:`pipelines.triggers.worker.Submitter` says."""
+        """As :class:`pipelines.triggers.orders.Submitter` says."""
         client, version, account = self._connected()
         request = RunRequest(
             name=order.name,
@@ -97,6 +97,12 @@ class KfpSubmitter:
             # Submitted before the watch file or the pipeline changed. The key says that it is the same work.
             self._log.warning("run was there", run=submitted.run_id, differences=submitted.differences)
         return submitted.run_id
+
+    def at_work(self, name: str) -> bool:
+        """As :class:`pipelines.triggers.orders.Submitter` says."""
+        client, _, _ = self._connected()
+        experiment_id = client.find_experiment(self._target.experiment)
+        return bool(experiment_id) and any(not run.finished for run in client.find_runs(name, experiment_id))
 
     def _connected(self) -> tuple[KfpClient, PipelineVersion, str]:
         with self._lock:

@@ -42,6 +42,9 @@ class Submitter(Protocol):
             QuarantineError: it may be taken later; with exit code 2, perhaps in a moment.
         """
 
+    def at_work(self, name: str) -> bool:
+        """Whether a run called ``name`` has not ended. Raises QuarantineError where there is no answer."""
+
 
 class Registry(Protocol):
     """Whatever knows the versions."""

@@ -107,14 +107,14 @@ class Queue:
         return added
 
     def known(self, keys: Iterable[WorkKey]) -> dict[WorkKey, Known]:
-        """The state of each of ``keys`` that the queue has, and since when."""
+        """The state of each of ``keys`` that the queue has, since when, and in which round."""
         found: dict[WorkKey, Known] = {}
         for batch in _batches(keys):
             by_digest = {key.digest: key for key in batch}
             with self._transaction() as connection:
-                columns = select(work.c.key, work.c.state, work.c.changed_at)
+                columns = select(work.c.key, work.c.state, work.c.changed_at, work.c.round)
                 rows = connection.execute(columns.where(work.c.key.in_(by_digest)))
-                found |= {by_digest[row.key]: Known(row.state, row.changed_at) for row in rows}
+                found |= {by_digest[row.key]: Known(row.state, row.changed_at, row.round) for row in rows}
         return found
 
     def reopen(self, keys: Iterable[WorkKey]) -> int:
@@ -168,7 +168,7 @@ class Queue:
             update(hints)
             .where(at.in_(due.with_for_update(skip_locked=True)))
             .values(due_at=now + lease_s, attempts=hints.c.attempts + 1)
-            .returning(hints.c.model, hints.c.version, hints.c.seen, hints.c.attempts)
+            .returning(hints.c.model, hints.c.version, hints.c.seen, hints.c.attempts, hints.c.received_at)
         )
         with self._transaction() as connection:
             return [Hint(**row._mapping) for row in connection.execute(claimed)]

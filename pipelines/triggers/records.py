@@ -29,12 +29,14 @@ class Hint:
     Attributes:
         seen: how many deliveries named it; one that comes meanwhile keeps the hint alive.
         attempts: how often the registry was asked in vain, this time included.
+        received_at: when it was first named, unix seconds.
     """
 
     model: str
     version: str
     seen: int
     attempts: int
+    received_at: float
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,12 @@ class Known:
 
     Attributes:
         changed_at: since when, unix seconds; of submitted work: when it was submitted.
+        round: of :class:`Work`.
     """
 
     state: str
     changed_at: float
+    round: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,4 +75,12 @@ class Work:
     @property
     def run_key(self) -> str:
         """What the run is looked up by before it is created: the key's digest, and the round after the first."""
-        return self.key.digest if self.round == 0 else f"{self.key.digest}.{self.round}"
+        return self._run_key(self.round)
+
+    @property
+    def former_run_key(self) -> str:
+        """That of the round before; empty in the first."""
+        return self._run_key(self.round - 1) if self.round else ""
+
+    def _run_key(self, number: int) -> str:
+        return f"{self.key.digest}.{number}" if number else self.key.digest

@@ -33,7 +33,10 @@ from pipelines.triggers.watch import Watch, run_name
 FRESH_S = 5.0
 """The registry is asked once more about work that waited longer than this."""
 HINT_LEASE_S = 60.0
-REGISTERING_S = 5.0
+REGISTERING_MAX_S = 86400.0
+"""A version that is not ready so long after it was first named is left to the sweep."""
+FORMER_S = 300.0
+"""Between two looks whether the run of the round before has ended."""
 STORE_AWAY_S = 1.0
 
 
@@ -153,14 +156,21 @@ class Worker:
             self._looked_up("failed", hint.model, hint.version, status=entry.status)
             return
         if entry is not None and entry.status != READY:
-            self._looked_up("registering", hint.model, hint.version, status=entry.status)
-            self.queue.postpone(hint, REGISTERING_S)
+            self._not_ready(hint, entry.status)
             return
         found = "absent" if entry is None else self.watch.key(entry)
         added = self.queue.settle(hint, [found] if isinstance(found, WorkKey) else [])
         result = found if isinstance(found, str) else "new" if added else "known"
         self._more_work.set()
         self._looked_up(result, hint.model, hint.version)
+
+    def _not_ready(self, hint: Hint, status: str) -> None:
+        if self.queue.clock() - hint.received_at >= REGISTERING_MAX_S:
+            self.queue.settle(hint, [])
+            self._looked_up("never_ready", hint.model, hint.version, status=status)
+        else:
+            self.queue.postpone(hint, self.settings.backoff_s(hint.attempts))
+            self._looked_up("registering", hint.model, hint.version, status=status)
 
     def _looked_up(self, result: str, model: str, version: str, **facts: Any) -> None:
         self.metrics.lookups.labels(result).inc()
@@ -173,6 +183,10 @@ class Worker:
         try:
             if self._outdated(item):
                 self._finished("outdated", facts)
+                return
+            if self._overtakes(item):
+                self.queue.retry(item, "the run of the round before has not ended", FORMER_S)
+                self._finished("waits_for_former", facts)
                 return
             run_id = self._submitted(item)
         except QuarantineError as error:
@@ -197,6 +211,11 @@ class Worker:
             self.queue.enqueue([found], origin=item.origin)
         self.queue.fail(item, "the version is gone" if found is None else "the registry or the rules changed")
         return True
+
+    def _overtakes(self, item: Work) -> bool:
+        """Whether the run of the round before is at work still: two of one version would come between each other."""
+        former = item.former_run_key
+        return bool(former) and self.submitter.at_work(run_name(item.key, former))
 
     def _submitted(self, item: Work) -> str | None:
         """The run's id; ``None`` where the lease ran out before anything was asked of the orchestrator."""

@@ -489,6 +489,14 @@ def test_the_sweep_checks_signatures_where_it_is_told_whose(tree: Path, componen
     assert len(volumes) == len(pod["volumes"])
 
 
+def test_a_nightly_sweep_submits_again_every_night(overlay: list[Manifest]) -> None:
+    (cron,) = of_kind(overlay, "CronJob")
+    assert re.fullmatch(r"\d+ \d+ \* \* \*", cron["spec"]["schedule"])
+    arguments = dict(pods(overlay))["quarantine-sweep"]["containers"][0]["args"]
+    hours = float(arguments[arguments.index("--reopen-after-h") + 1])
+    assert hours < 24, "work is submitted minutes after the sweep of its night"
+
+
 def test_a_sweep_on_the_queues_volume_runs_where_the_hook_runs(overlay: list[Manifest]) -> None:
     (cron,) = of_kind(overlay, "CronJob")
     pod = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]

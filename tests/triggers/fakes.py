@@ -88,6 +88,7 @@ class Ledger:
         self._lock = threading.Lock()
         self.errors: list[Exception] = []
         self.calls = 0
+        self.unfinished: set[str] = set()
 
     def submit(self, order: Order) -> str:
         with self._lock:
@@ -98,6 +99,9 @@ class Ledger:
                 with open(self.path, "a") as file:
                     file.write(json.dumps({"name": order.name, "model": order.plan.model}) + "\n")
             return f"run-{order.name}"
+
+    def at_work(self, name: str) -> bool:
+        return name in self.unfinished
 
     def names(self) -> list[str]:
         return [each["name"] for each in self._lines()]

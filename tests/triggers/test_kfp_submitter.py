@@ -52,6 +52,17 @@ def test_one_name_is_one_run(server, package):
     assert (report["created"], report["violations"]) == (2, [])
 
 
+def test_a_run_is_at_work_until_it_has_ended(server, package):
+    worker = submitter(server, package)
+    assert not worker.at_work("vision-a-1-abc")
+    worker.submit(order())
+    assert worker.at_work("vision-a-1-abc")
+    assert not worker.at_work("vision-a-1-ab")
+    (run,) = server.cluster.records["runs"].values()
+    run["state"] = "FAILED"
+    assert not worker.at_work("vision-a-1-abc")
+
+
 def test_settings_of_the_scan_reach_the_run(server, package):
     wanted = order()
     plan = replace(wanted.plan, pool="s3://data/pool.json", scan={"fpr": 0.01})

@@ -116,6 +116,22 @@ def test_version_that_is_still_registering_waits(queue, ledger):
     assert (queue.counts()["hints"], ledger.calls) == (1, 0)
 
 
+def test_version_that_is_never_ready_is_asked_about_ever_more_seldom_and_for_a_day(queue, ledger):
+    now = [1_000_000.0]
+    queue.clock = lambda: now[0]
+    registry = FakeRegistry(entry(status="PENDING_REGISTRATION"))
+    worker = make_worker(queue, registry, ledger, delay_s=2.0, max_delay_s=60.0)
+    deliver(queue)
+    for _ in range(600):
+        worker.ask()
+        now[0] += 1.0
+    assert len(registry.asked) < 40, "every five seconds would be 120 times"
+    assert queue.counts()["hints"] == 1
+    now[0] += 86400.0
+    worker.ask()
+    assert queue.counts()["hints"] == 0
+
+
 def test_version_that_failed_to_be_registered_is_not_asked_about_for_ever(queue, ledger):
     worker = make_worker(queue, FakeRegistry(entry(status="FAILED_REGISTRATION")), ledger)
     deliver(queue)
@@ -183,6 +199,23 @@ def test_refusal_for_good_is_failed_at_once_and_can_be_asked_again(queue, ledger
     deliver(queue, delivery="d2")
     drain(worker, queue)
     assert queue.counts()["submitted"] == 1
+
+
+def test_the_run_of_the_round_before_is_waited_for(queue, ledger):
+    now = [1_000_000.0]
+    queue.clock = lambda: now[0]
+    worker = make_worker(queue, FakeRegistry(entry()), ledger)
+    deliver(queue)
+    drain(worker, queue)
+    (first,) = ledger.names()
+    ledger.unfinished = {first}
+    assert queue.reopen([worker.watch.key(entry())]) == 1
+    worker.submit()
+    assert (ledger.names(), queue.counts()["pending"]) == ([first], 1)
+    now[0] += 600.0
+    ledger.unfinished = set()
+    worker.submit()
+    assert ledger.names() == [first, f"{first}.1"]
 
 
 def test_attempts_end(queue, ledger):

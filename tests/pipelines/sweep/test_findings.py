@@ -10,7 +10,9 @@ import pytest
 
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection
+from pipelines import sweep_queue
 from pipelines.sweep import SweepSettings, open_memory
+from pipelines.sweep_aliases import Journal
 from pipelines.sweep_memory import SweepMemory
 from pipelines.sweep_queue import Queued
 from pipelines.sweep_scope import Scope
@@ -18,6 +20,7 @@ from pipelines.triggers.queue import Queue
 from pipelines.triggers.watch import parse_watch
 from tests.pipelines.sweep.fixtures import (
     RULE,
+    aliases,
     keys,
     named,
     one_policy,
@@ -164,6 +167,96 @@ def test_work_that_failed_is_tried_again_and_no_more_than_asked_is_handed_over(
         queue.fail(item, "no such model")
     second = swept(connection, memory, queue=queue)
     assert (second.queued.enqueued, second.queued.later, queue.counts()["pending"]) == (5, 0, 5)
+
+
+def submit_all(queue: Queue) -> list[int]:
+    """Submit all that waits; the rounds of it."""
+    items = queue.claim(1000, lease_s=60)
+    for item in items:
+        assert queue.submitted(item, f"run-{item.run_key}")
+    return [item.round for item in items]
+
+
+def test_work_that_never_leaves_a_decision_is_tried_ever_more_seldom_and_then_reported(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue
+) -> None:
+    incoming(connection, "vision")
+    swept(connection, memory, queue=queue)
+    submit_all(queue)
+    days = []
+    for day in range(1, 60):
+        queue.clock = lambda day=day: NOW_S + day * DAY_S
+        report = swept(connection, memory, queue=queue, now_s=NOW_S + day * DAY_S)
+        if report.queued.reopened:
+            days.append(day)
+        submit_all(queue)
+    assert days == [1, 3, 7, 15, 31]
+    assert (named(report, "fruitless"), report.found["undecided"]) == ([("vision", "1")], 0)
+    assert (report.queued.impossible, report.exit_code) == (1, 1)
+    assert "submitted 6 times" in report.findings[0].why
+
+
+def test_a_decision_that_grows_old_year_by_year_is_renewed_each_time_and_a_fruitless_renewal_is_not_tried_for_ever(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue, tmp_path: Path
+) -> None:
+    scope = one_policy(policy(max_age_days=30))
+    incoming(connection, "vision")
+    decided(connection, tmp_path, "clean", origin="models:/vision/1", by=policy_mapping(max_age_days=30))
+    (work,) = (each.work for each in swept(connection, memory, scope, now_s=NOW_S + 31 * DAY_S).findings)
+    assert work is not None
+    queue.enqueue([work])
+    submit_all(queue)
+    for _ in range(9):  # as after renewals of many years, each of which led to a decision
+        queue.reopen([work])
+        submit_all(queue)
+    days = []
+    for day in range(31, 120):
+        queue.clock = lambda day=day: NOW_S + day * DAY_S
+        report = swept(connection, memory, scope, queue=queue, now_s=NOW_S + day * DAY_S)
+        if report.queued.reopened:
+            days.append(day)
+        submit_all(queue)
+    assert days == [31, 33, 37, 45, 61]
+    assert (report.found["fruitless"], report.found["aged"]) == (1, 0)
+
+
+def test_what_is_new_goes_before_what_is_submitted_again(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_queue, "BATCH", 2)
+    incoming(connection, "speech", 4)
+    swept(connection, memory, queue=queue)
+    submit_all(queue)
+    incoming(connection, "vision", 3)
+    queue.clock = lambda: NOW_S + 2 * DAY_S
+    few = swept(connection, memory, queue=queue, now_s=NOW_S + 2 * DAY_S, settings=SweepSettings(max_enqueued=4))
+    assert (few.queued.enqueued, few.queued.reopened, few.queued.later) == (3, 1, 3)
+    assert sorted(submit_all(queue)) == [0, 0, 0, 1]
+
+
+def test_what_a_policy_only_observes_is_submitted_once(
+    connection: MlflowConnection, memory: SweepMemory, queue: Queue, tmp_path: Path
+) -> None:
+    observing = {**policy_mapping(), "promote": False}
+    rule = {**RULE, "plan": {"clean": "c.npz", "policy": observing}}
+    scope = Scope(watch=parse_watch({"evidence": "e", "rules": [rule]}, beside=Path()))
+    incoming(connection, "vision", 2)
+    stranger = incoming(connection, "clean")[0]
+    connection.client.set_registered_model_alias("clean", "champion", stranger)
+    journal = Journal(tmp_path / "journal.jsonl")
+    first = swept(connection, memory, scope, queue=queue, journal=journal)
+    assert (first.queued.enqueued, first.found["undecided"], first.moves) == (2, 2, ())
+    submit_all(queue)
+    later = swept(connection, memory, scope, queue=queue, journal=journal, now_s=NOW_S + 40 * DAY_S)
+    assert (later.queued.reopened, later.queued.observed, later.exit_code) == (0, 2, 0)
+    assert aliases(connection)["champion"] == stranger
+    assert queue.counts()["pending"] == 0
+
+
+def test_an_alias_is_guarded_by_the_rule_that_promotes(tmp_path: Path) -> None:
+    observing = {"models": ["b"], "register": "clean", "plan": {"clean": "c.npz", "policy": "observe"}}
+    watch = parse_watch({"evidence": "e", "rules": [RULE, observing]}, beside=Path())
+    assert Scope(watch=watch).guarded("clean") == {"champion": frozenset({policy().digest})}
 
 
 def test_a_version_of_an_earlier_release_is_read_from_its_evidence(
