@@ -46,8 +46,11 @@ _TABLES = {
     " PRIMARY KEY (model, policy)) WITHOUT ROWID",
 }
 
-# A version under a name that was deleted and used again is older than its namesake's decisions.
-_OF = "d.origin_model = v.model AND d.origin_version = v.version AND d.created_ms >= v.created_ms"
+# A version under a name that was deleted and used again is younger than its namesake's decisions.
+_OF = (
+    "o.origin_model = v.model AND o.origin_version = v.version AND o.since_ms >= v.created_ms"
+    " AND d.model = o.model AND d.version = o.version"
+)
 # Versions that were abandoned have no decision; what was found damaged had one, and needs a person.
 _DECIDED = "(d.decision = 'allow' OR (d.decision = 'quarantined' AND d.reason != 'abandoned'))"
 _OUTPUT = "d.model IN (SELECT model FROM outputs)"
@@ -55,16 +58,17 @@ _INCOMING = "NOT (v.decision != '' AND v.model IN (SELECT model FROM outputs))"
 
 _UNDECIDED = f"""
 SELECT v.model, v.version, v.source_digest, n.policy,
-    EXISTS (SELECT 1 FROM versions d WHERE {_OF} AND {_OUTPUT} AND d.decision = 'pending'),
-    EXISTS (SELECT 1 FROM versions d WHERE {_OF} AND {_OUTPUT} AND {_DECIDED})
+    EXISTS (SELECT 1 FROM origins o, versions d WHERE {_OF} AND {_OUTPUT} AND d.decision = 'pending'),
+    EXISTS (SELECT 1 FROM origins o, versions d WHERE {_OF} AND {_OUTPUT} AND {_DECIDED})
 FROM demands n JOIN versions v ON v.model = n.model
 WHERE {_INCOMING}
-    AND NOT EXISTS (SELECT 1 FROM versions d WHERE {_OF} AND {_OUTPUT} AND d.policy = n.policy AND {_DECIDED})
+    AND NOT EXISTS (SELECT 1 FROM origins o, versions d
+        WHERE {_OF} AND {_OUTPUT} AND d.policy = n.policy AND {_DECIDED})
 ORDER BY v.model, v.version
 """  # noqa: S608 - parts of our own
 _AGED = f"""
 SELECT v.model, v.version, v.source_digest, n.policy, MAX(d.decided_s) AS decided_s, n.cutoff_s
-FROM demands n JOIN versions v ON v.model = n.model JOIN versions d ON {_OF}
+FROM demands n JOIN versions v ON v.model = n.model JOIN origins o JOIN versions d ON {_OF}
 WHERE {_INCOMING} AND {_OUTPUT} AND d.policy = n.policy AND {_DECIDED}
 GROUP BY v.model, v.version HAVING MAX(d.decided_s) < n.cutoff_s
 ORDER BY v.model, v.version
@@ -74,7 +78,7 @@ SELECT d.model, d.version, EXISTS (SELECT 1 FROM output_demands n WHERE n.model 
     d.decided_s
 FROM versions d
 WHERE {_OUTPUT} AND d.decision = 'allow' AND NOT d.superseded
-    AND NOT EXISTS (SELECT 1 FROM versions v WHERE {_OF} AND {_INCOMING})
+    AND NOT EXISTS (SELECT 1 FROM origins o, versions v WHERE {_OF} AND {_INCOMING})
     AND NOT EXISTS (SELECT 1 FROM versions later WHERE later.artifact = d.artifact AND later.model = d.model
         AND later.decision = 'allow' AND later.version > d.version)
     AND NOT EXISTS (SELECT 1 FROM output_demands n WHERE n.model = d.model AND n.policy = d.policy

@@ -24,7 +24,7 @@ from pipelines.triggers.keys import source_digest
 
 SQLITE = b"SQLite format 3\0"
 """How every SQLite file begins."""
-LAYOUT = "2"
+LAYOUT = "3"
 """Changes with the tables; a file of another layout is made anew."""
 
 UNREADABLE = "unreadable"
@@ -37,27 +37,33 @@ CREATE TABLE models (name TEXT PRIMARY KEY, updated_ms INTEGER NOT NULL, settled
 CREATE TABLE versions (model TEXT NOT NULL, version INTEGER NOT NULL, created_ms INTEGER NOT NULL,
     source_digest TEXT NOT NULL,
     decision TEXT NOT NULL, reason TEXT NOT NULL, policy TEXT NOT NULL, decided_s REAL NOT NULL,
-    origin_model TEXT NOT NULL, origin_version INTEGER NOT NULL, artifact TEXT NOT NULL,
+    artifact TEXT NOT NULL,
     superseded INTEGER NOT NULL, sweep INTEGER NOT NULL, PRIMARY KEY (model, version)) WITHOUT ROWID;
-CREATE INDEX by_origin ON versions (origin_model, origin_version);
+CREATE TABLE origins (model TEXT NOT NULL, version INTEGER NOT NULL, origin_model TEXT NOT NULL,
+    origin_version INTEGER NOT NULL, since_ms INTEGER NOT NULL, by_evidence INTEGER NOT NULL,
+    PRIMARY KEY (model, version, origin_model, origin_version)) WITHOUT ROWID;
+CREATE INDEX by_origin ON origins (origin_model, origin_version);
 CREATE INDEX by_artifact ON versions (artifact);
 CREATE TABLE proofs (model TEXT NOT NULL, version TEXT NOT NULL, mark TEXT NOT NULL,
     PRIMARY KEY (model, version)) WITHOUT ROWID;
 """
 
-_OWN = {"facts", "models", "versions", "proofs", "asked"}
+_OWN = {"facts", "models", "versions", "origins", "proofs", "asked"}
 """Every table of a memory; ``asked`` had only layout 1."""
 _UPSERT = """
 INSERT INTO versions VALUES (:model, :version, :created_ms, :source_digest, :decision, :reason, :policy, :decided_s,
-    :origin_model, :origin_version, :artifact, :superseded, :sweep)
+    :artifact, :superseded, :sweep)
 ON CONFLICT (model, version) DO UPDATE SET created_ms = excluded.created_ms,
     source_digest = excluded.source_digest, decision = excluded.decision, reason = excluded.reason,
     artifact = excluded.artifact, superseded = excluded.superseded, sweep = excluded.sweep,
     -- What was once read from the evidence of a version without these tags is not forgotten.
     policy = CASE WHEN excluded.policy = '' THEN policy ELSE excluded.policy END,
-    origin_model = CASE WHEN excluded.policy = '' THEN origin_model ELSE excluded.origin_model END,
-    origin_version = CASE WHEN excluded.policy = '' THEN origin_version ELSE excluded.origin_version END,
     decided_s = CASE WHEN excluded.policy = '' THEN decided_s ELSE excluded.decided_s END
+"""
+# An address may stand in both of its tags; the later time counts.
+_ORIGIN = """
+INSERT INTO origins VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (model, version, origin_model, origin_version) DO UPDATE SET since_ms = MAX(since_ms, excluded.since_ms)
 """
 
 log = logging.getLogger("quarantine.sweep")
@@ -155,8 +161,12 @@ class SweepMemory:
             for version in versions:
                 moving += not version.ready or version.decision == tag.PENDING
                 if version.ready:
+                    for each in version.origins:
+                        row = (version.model, version.version, each.model, each.version, each.since_ms, False)
+                        self.database.execute(_ORIGIN, row)
                     yield _row(version, self.sweep)
 
+        self.database.execute("DELETE FROM origins WHERE model = ? AND NOT by_evidence", (model.name,))
         self.database.executemany(_UPSERT, rows())
         gone = "DELETE FROM versions WHERE model = ? AND sweep != ?"
         self.database.execute(gone, (model.name, self.sweep))
@@ -166,9 +176,13 @@ class SweepMemory:
         )
 
     def forget_missing(self) -> None:
-        """Drop the models that this sweep did not see, and proofs of versions that are gone."""
+        """Drop the models that this sweep did not see, and what is known of versions that are gone."""
         self.database.execute("DELETE FROM models WHERE sweep != ?", (self.sweep,))
         self.database.execute("DELETE FROM versions WHERE model NOT IN (SELECT name FROM models)")
+        self.database.execute(
+            "DELETE FROM origins WHERE NOT EXISTS (SELECT 1 FROM versions v"
+            " WHERE v.model = origins.model AND v.version = origins.version)"
+        )
         self.database.execute(
             "DELETE FROM proofs WHERE NOT EXISTS (SELECT 1 FROM versions v"
             " WHERE v.model = proofs.model AND v.version = CAST(proofs.version AS INTEGER))"
@@ -179,10 +193,13 @@ class SweepMemory:
     ) -> None:
         """What the evidence of a version without these tags says."""
         self.database.execute(
-            "UPDATE versions SET policy = ?, origin_model = ?, origin_version = ?, decided_s = MAX(decided_s, ?)"
-            " WHERE model = ? AND version = ?",
-            (policy, *origin, _seconds(decided_at, 0.0), model, version),
+            "UPDATE versions SET policy = ?, decided_s = MAX(decided_s, ?) WHERE model = ? AND version = ?",
+            (policy, _seconds(decided_at, 0.0), model, version),
         )
+        if origin[0]:
+            created = "SELECT created_ms FROM versions WHERE model = ? AND version = ?"
+            for (created_ms,) in self.database.execute(created, (model, version)).fetchall():
+                self.database.execute(_ORIGIN, (model, version, *origin, created_ms, True))
 
     def counts(self) -> tuple[int, int]:
         """How many models and versions there are."""
@@ -287,8 +304,6 @@ def _row(version: ListedVersion, sweep: int) -> dict[str, Any]:
         "reason": version.reason,
         "policy": version.policy_digest,
         "decided_s": _seconds(version.decided_at, version.creation_timestamp / 1000) if decided else 0.0,
-        "origin_model": version.origin[0],
-        "origin_version": version.origin[1],
         "artifact": version.artifact,
         "superseded": bool(version.superseded_by),
         "sweep": sweep,

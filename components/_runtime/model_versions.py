@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from components._runtime.release import EVIDENCE_FOLDER, Identity, Release, evid
 from components._runtime.run_election import TrackedRun
 from defense_core.config import digest
 from defense_core.errors import ConfigError, RegistryConflict
-from defense_core.policy_time import parse_time
+from defense_core.policy_time import parse_time, time_text
 from defense_core.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -111,6 +111,19 @@ def find_or_create(connection: MlflowConnection, order: Order) -> tuple[ModelVer
         connection.client.delete_model_version(order.name, own.version)
         return first, True
     return own, False
+
+
+def note_origin(connection: MlflowConnection, version: ModelVersion, order: Order) -> None:
+    """Tag a version that was there with the address that this work was about: another one may have equal bytes."""
+    address = order.tags.get(tag.ORIGIN)
+    if address is None:
+        return
+    key = tag.ORIGIN_PREFIX + digest(address).removeprefix("sha256:")[:16]
+    value = f"{address} {time_text(datetime.now(UTC))}"
+    connection.client.set_model_version_tag(version.name, version.version, key, value)
+    # A tag is no change of the model; who lists what changed would not see it.
+    model = connection.client.get_registered_model(version.name)
+    connection.client.update_registered_model(version.name, description=model.description or "")
 
 
 def _ensure_model(connection: MlflowConnection, name: str) -> None:

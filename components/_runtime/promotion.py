@@ -7,7 +7,8 @@ step   what is done                                  what a kill right after it 
 2      upload into a folder named by its content     files that nothing points at
 3      create the version, tagged ``pending``        a pending version; the next run takes it up
 4      download what the registry serves, check it   the same
-5      tag the decision                              a decided version; the next run goes on
+5      tag the decision; where the version was       a decided version; the next run goes on
+       there, tag the address of this work too
 6      tag whose alias it was; set it, on PASS only  a promoted version; the next run sets the tag, and the
                                                      alias where it still is with whose it was
 7      tag that the alias was set                    done
@@ -35,6 +36,7 @@ from components._runtime.model_versions import (
     Order,
     find_or_create,
     grew_old,
+    note_origin,
     quarantine,
     require_agreement,
     same_identity,
@@ -162,6 +164,8 @@ def promote(
     with mlflow_errors(f"promote models:/{name}/{version.version}", connection.settings):
         served, signed = _verify(connection, version, order, signatures)
         decided = _decide(connection, version, order)
+        if reused:
+            note_origin(connection, version, order)
         moved = decided == tag.ALLOW and move_alias(connection, version, order)
         return _promotion(connection, version, order, served, signed=signed, reused=reused, moved=moved)
 

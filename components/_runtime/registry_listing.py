@@ -15,6 +15,7 @@ from typing import Any
 from components._runtime import registry_tags as tag
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
 from defense_core.errors import ConfigError, SourceNotFound
+from defense_core.policy_time import SKEW_S, parse_time
 
 PAGE_MODELS = 200
 PAGE_VERSIONS = 500
@@ -40,6 +41,19 @@ class ListedModel:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A version that a decision is about.
+
+    Attributes:
+        since_ms: when its decision was there, unix milliseconds: a later version of this name and number is another.
+    """
+
+    model: str
+    version: int
+    since_ms: int
+
+
+@dataclass(frozen=True)
 class ListedVersion:
     """A version, as the registry says; its tags are hints.
 
@@ -51,7 +65,7 @@ class ListedVersion:
         reason: why it is quarantined, or empty.
         policy_digest: of the policy that decided; empty on versions of earlier releases.
         decided_at: ISO 8601, or empty.
-        origin: name and number of the version that it was made from; ``("", 0)``: of none that is known.
+        origins: the version that it was made from, if that is known, and others with the same bytes.
         artifact: digest of what was fetched, or empty.
         superseded_by: the version with the later decision, or empty.
     """
@@ -66,7 +80,7 @@ class ListedVersion:
     reason: str
     policy_digest: str
     decided_at: str
-    origin: tuple[str, int]
+    origins: tuple[Origin, ...]
     artifact: str
     superseded_by: str
 
@@ -181,19 +195,19 @@ def get_aliases(connection: MlflowConnection, name: str) -> Mapping[str, str]:
 
 def listed(version: Any) -> ListedVersion:
     """What a sweep needs of MLflow's ``ModelVersion``."""
-    tags = dict(version.tags)
+    tags, created_ms = dict(version.tags), int(version.creation_timestamp or 0)
     return ListedVersion(
         model=version.name,
         version=int(version.version),
         source=version.source or "",
         run_id=version.run_id or "",
-        creation_timestamp=int(version.creation_timestamp or 0),
+        creation_timestamp=created_ms,
         ready=str(version.status or READY) == READY,
         decision=tags.get(tag.DECISION, "") if all(tags.get(name) for name in OWN_TAGS) else "",
         reason=tags.get(tag.REASON, ""),
         policy_digest=tags.get(tag.POLICY_DIGEST, ""),
         decided_at=tags.get(tag.DECIDED_AT, ""),
-        origin=parse_origin(tags.get(tag.ORIGIN, "")),
+        origins=tuple(_origins(tags, created_ms)),
         artifact=tags.get(tag.SOURCE_DIGEST, ""),
         superseded_by=tags.get(tag.SUPERSEDED_BY, ""),
     )
@@ -203,6 +217,27 @@ def parse_origin(uri: str) -> tuple[str, int]:
     """Name and number in ``models:/name/version``; ``("", 0)`` for anything else."""
     match = re.fullmatch(r"models:/([^/@:]{1,250})/([0-9]{1,9})", uri)
     return (match[1], int(match[2])) if match else ("", 0)
+
+
+def _origins(tags: Mapping[str, str], created_ms: int) -> Iterator[Origin]:
+    name, number = parse_origin(tags.get(tag.ORIGIN, ""))
+    if name:
+        yield Origin(name, number, created_ms)
+    for key, value in tags.items():
+        if key.startswith(tag.ORIGIN_PREFIX):
+            address, _, at = value.rpartition(" ")
+            name, number = parse_origin(address)
+            since = _milliseconds(at)
+            if name and since is not None:
+                yield Origin(name, number, since)
+
+
+def _milliseconds(at: str) -> int | None:
+    """A time as unix milliseconds, the farthest that clocks may differ later; a tag that is no time says nothing."""
+    try:
+        return int((parse_time(at, "time").timestamp() + SKEW_S) * 1000)
+    except ConfigError:
+        return None
 
 
 def _model(found: Any) -> ListedModel:

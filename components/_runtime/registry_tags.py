@@ -14,6 +14,8 @@ tag                              value
 ``quarantine.policy_digest``     digest of what the policy says
 ``quarantine.decided_at``        time of the decision, ISO 8601
 ``quarantine.origin``            ``models:/name/version`` that the source was read from; absent for other sources
+``quarantine.origin.<digest>``   the same of a further version with equal bytes, and when it came to this decision;
+                                 ``<digest>``: the first 16 digits of the address's
 ``quarantine.scan``              verdict of the backdoor scan: ``pass``, ``fail``, ``unknown``, or
                                  ``none`` where there was none
 ``quarantine.identity``          digest of (source, config, policy) digests
@@ -37,6 +39,7 @@ POLICY = "quarantine.policy"
 POLICY_DIGEST = "quarantine.policy_digest"
 DECIDED_AT = "quarantine.decided_at"
 ORIGIN = "quarantine.origin"
+ORIGIN_PREFIX = "quarantine.origin."
 SCAN = "quarantine.scan"
 IDENTITY = "quarantine.identity"
 SOURCE_DIGEST = "quarantine.source_digest"

@@ -63,12 +63,18 @@ def decided(
     by: dict[str, Any] | None = None,
     at: str = DECIDED,
     alias: str = "champion",
+    content: str = "",
 ) -> str:
-    """A release with real evidence, decided by a policy and promoted; its number."""
+    """A release with real evidence, decided by a policy and promoted; its number.
+
+    Args:
+        content: what its bytes are made of; by default ``origin``.
+    """
     folder = scratch / f"release-{next(_serial)}"
     mapping = by or policy_mapping()
     (folder / "bundle").mkdir(parents=True)
-    weights = f"weights of {origin}".encode()
+    content = content or origin
+    weights = f"weights of {content}".encode()
     (folder / "bundle" / "model.safetensors").write_bytes(weights)
     description = {"input_size": [1, 8, 8], "files": {"model.safetensors": sha256_bytes(weights)}}
     (folder / "bundle" / "bundle.json").write_text(json.dumps(description))
@@ -76,7 +82,7 @@ def decided(
     onnx, bundle = sha256_file(folder / "model.onnx"), sha256_file(folder / "bundle" / "bundle.json")
     evidence = {name: each for name, each in whole_run().items() if name not in ("gate", "promote")}
     told = json.dumps(evidence).replace(sha("onnx"), onnx).replace(sha("purified"), bundle)
-    evidence = json.loads(told.replace(sha("source"), sha(origin)))
+    evidence = json.loads(told.replace(sha("source"), sha(content)))
     for each in evidence.values():
         each["environment"]["started"] = at
     evidence["fetch"]["results"]["uri"] = origin

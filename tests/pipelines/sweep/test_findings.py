@@ -118,6 +118,26 @@ def test_a_namesake_of_a_deleted_version_needs_a_decision_of_its_own(
     assert named(swept(connection, memory), "undecided") == [("vision", "1")]
 
 
+def test_versions_with_equal_bytes_have_one_decision(
+    connection: MlflowConnection, memory: SweepMemory, tmp_path: Path
+) -> None:
+    incoming(connection, "vision", 2)
+    first = decided(connection, tmp_path, "clean", origin="models:/vision/1", content="equal")
+    later = NOW_S + DAY_S  # when nothing of this is as young as to be looked at again anyway
+    assert named(swept(connection, memory, now_s=later), "undecided") == [("vision", "2")]
+    incoming(connection, "vision")
+    for number in (2, 3):
+        assert decided(connection, tmp_path, "clean", origin=f"models:/vision/{number}", content="equal") == first
+    assert swept(connection, memory, now_s=later).exit_code == 0
+    tags = connection.client.get_model_version("clean", first).tags
+    (key,) = (key for key, value in tags.items() if value.startswith("models:/vision/3 "))
+    assert key.startswith(tag.ORIGIN_PREFIX)
+    # The decision is older than this version: it was about another of its name and number.
+    connection.client.set_model_version_tag("clean", first, key, "models:/vision/3 2025-11-01T00:00:00+00:00")
+    with closing(open_memory(connection, None)) as anew:
+        assert named(swept(connection, anew, now_s=later), "undecided") == [("vision", "3")]
+
+
 def test_an_old_decision_is_found_and_submitted_again_once(
     connection: MlflowConnection, memory: SweepMemory, queue: Queue, tmp_path: Path
 ) -> None:
