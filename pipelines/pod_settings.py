@@ -144,21 +144,24 @@ class Retries:
         count: how many.
         backoff_s: wait before the first.
         factor: by which each wait is longer than the one before; a whole number, because Argo takes no other.
+        queue_s: how long all attempts together may wait for a node.
     """
 
     count: int
     backoff_s: int = 30
     factor: int = 2
+    queue_s: int = 24 * 3600
 
     def __post_init__(self) -> None:
         require(0 <= self.count <= 10, "retries.count", "0 to 10", self.count)
         require(0 <= self.backoff_s <= 3600, "retries.backoff_s", "0 to 3600", self.backoff_s)
         require(1 <= self.factor <= 10, "retries.factor", "1 to 10", self.factor)
+        require(0 <= self.queue_s <= MAX_SECONDS, "retries.queue_s", f"0 to {MAX_SECONDS}", self.queue_s)
 
     def longest_s(self, timeout_s: int) -> int:
-        """Time that all attempts and the waits between them can take."""
+        """Time that all attempts, the waits between them and those for a node can take."""
         waits = sum(self.backoff_s * int(self.factor**attempt) for attempt in range(self.count))
-        return (self.count + 1) * timeout_s + waits
+        return (self.count + 1) * timeout_s + waits + self.queue_s
 
 
 @dataclass(frozen=True)
