@@ -10,8 +10,11 @@ from components._runtime.outcome import NO_DECISION, RunOutcome, outcome_of
 from components._runtime.store import open_store
 from defense_core.errors import EXIT_PASS, EXIT_UNKNOWN, QuarantineError
 from pipelines.kfp_api import KfpClient
-from pipelines.kfp_errors import NotOnCluster
+from pipelines.kfp_errors import EndpointUnreachable, NotOnCluster
 from pipelines.kfp_records import Run
+
+OUTAGE_S = 600.0
+"""A run takes hours, an API server's upgrade minutes."""
 
 
 class StillRunning(QuarantineError):
@@ -40,6 +43,7 @@ def follow(
     on_change: Callable[[Run, list[str]], None] = lambda run, lines: None,
     poll_s: float = 5.0,
     timeout_s: float = 0.0,
+    outage_s: float = OUTAGE_S,
 ) -> Run:
     """Ask for the run until its state is final.
 
@@ -47,16 +51,26 @@ def follow(
         on_change: called with the run and one sentence for each state that changed since the last call.
         poll_s: time between two questions.
         timeout_s: longest time to wait; 0: as long as it takes.
+        outage_s: longest time without an answer of the endpoint.
 
     Raises:
         StillRunning: it has not ended in time; it goes on.
         NotOnCluster: somebody removed it.
         KfpError: the endpoint cannot be asked any more; the run goes on.
     """
-    started = time.monotonic()
+    started = answered = time.monotonic()
     known: dict[str, str] = {}
     while True:
-        run = _asked(client, run_id)
+        try:
+            run = _asked(client, run_id)
+        except EndpointUnreachable:
+            now = time.monotonic()
+            left_s = timeout_s - (now - started) if timeout_s else poll_s
+            if now - answered >= outage_s or left_s <= 0:
+                raise
+            time.sleep(min(poll_s, left_s))
+            continue
+        answered = time.monotonic()
         lines = _changes(run, known)
         if lines:
             on_change(run, lines)

@@ -17,7 +17,7 @@ from defense_core import __version__
 from defense_core.config import canonical_json, digest, require
 from defense_core.files import sha256_bytes
 from pipelines.kfp_api import KfpClient
-from pipelines.kfp_errors import AlreadyThere, AnswerLost, RunConflict
+from pipelines.kfp_errors import AlreadyThere, AnswerLost, EndpointDenied, RunConflict
 from pipelines.kfp_records import PipelineVersion, Run
 
 MAX_NAME = 128
@@ -229,7 +229,11 @@ def _keep_earliest(client: KfpClient, runs: list[Run], request: RunRequest) -> R
     for run in later:
         if run.description == request.description == kept.description and not run.finished:
             logger.warning("run %s was submitted twice; %s goes, %s stays", run.name, run.run_id, kept.run_id)
-            client.delete_run(run.run_id)
+            try:
+                client.delete_run(run.run_id)
+            except EndpointDenied as error:
+                # The one that stays is there all the same, and the next call for this name tries again.
+                logger.warning("run %s could not be removed: %s", run.run_id, error)
     return kept
 
 

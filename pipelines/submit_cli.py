@@ -96,6 +96,7 @@ def run_on_cluster(cluster: KfpSettings, job: ClusterJob, how: Following) -> Non
     from components._runtime.step import interruptible
     from pipelines.follow import follow, outcome
     from pipelines.kfp_api import connect
+    from pipelines.kfp_errors import KfpError
     from pipelines.submit import Package, RunRequest, ensure_version, require_same, submit_run
 
     client = connect(cluster)
@@ -128,6 +129,12 @@ def run_on_cluster(cluster: KfpSettings, job: ClusterJob, how: Following) -> Non
         except Cancelled as error:
             raise Cancelled(
                 error.what, hint=f"The run goes on; submit again with --name {how.name} to follow it again"
+            ) from error
+        except KfpError as error:
+            found_again = f"The run {how.name} ({submitted.run_id}) was submitted; submit again with --name {how.name}"
+            hint = f"{error.hint.rstrip('.')}. " if error.hint else ""
+            raise type(error)(
+                error.what, expected=error.expected, got=error.got, hint=f"{hint}{found_again} to follow it again"
             ) from error
     found = outcome(run, job.evidence)
     tasks = [{"name": task.name, "state": task.state, "error": task.error or None} for task in run.tasks]

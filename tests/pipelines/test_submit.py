@@ -23,6 +23,7 @@ from pipelines.follow import StillRunning, follow, outcome
 from pipelines.kfp_api import KfpClient, connect
 from pipelines.kfp_errors import (
     AnswerLost,
+    EndpointDenied,
     EndpointUnreachable,
     NotOnCluster,
     RequestRejected,
@@ -209,6 +210,20 @@ def test_a_double_of_an_earlier_time_goes_and_nobody_elses(
     assert {finished["run_id"], foreign["run_id"]} <= set(kfp.cluster.records["runs"])
 
 
+def test_who_may_not_remove_a_double_is_told_the_run_that_counts(
+    kfp: KfpServer, kfp_client: KfpClient, version: PipelineVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(run_id: str) -> None:
+        raise EndpointDenied("delete run: not allowed", expected="credentials that may do this", got="403")
+
+    first = submit_run(kfp_client, request_of(version))
+    held = kfp.cluster.records["runs"][first.run_id]
+    held["created_at"] = "2026-01-01T00:00:00Z"
+    kfp.cluster._add("runs", dict(held))
+    monkeypatch.setattr(kfp_client, "delete_run", refused)
+    assert submit_run(kfp_client, request_of(version)).run_id == first.run_id
+
+
 @pytest.mark.parametrize("name", ["", " a", "a ", "a\nb", "a\x00", "x" * 129])
 def test_names_that_no_filter_finds_again_are_refused(version: PipelineVersion, name: str) -> None:
     with pytest.raises(ConfigError, match="run name"):
@@ -328,9 +343,21 @@ def test_a_short_outage_does_not_end_the_following(
     kfp.cluster.modes.fail = {"run_service_get_run": 2}
     kfp.cluster.modes.lose = {"run_service_get_run": 1}
     assert follow(kfp_client, run_id, poll_s=0.01).state == "SUCCEEDED"
-    kfp.cluster.modes.fail = {"run_service_get_run": 100}
+    kfp.cluster.modes.fail = {"run_service_get_run": 10_000}
     with pytest.raises(AnswerLost):
-        follow(kfp_client, run_id, poll_s=0.01)
+        follow(kfp_client, run_id, poll_s=0.01, outage_s=0.05)
+
+
+def test_an_outage_of_some_minutes_does_not_end_the_following(
+    kfp: KfpServer, kfp_client: KfpClient, version: PipelineVersion
+) -> None:
+    run_id = submit_run(kfp_client, request_of(version)).run_id
+    failed = 10 * kfp_client.settings.attempts  # as many as ten looks make
+    kfp.cluster.modes.fail = {"run_service_get_run": failed}
+    assert follow(kfp_client, run_id, poll_s=0.01).state == "SUCCEEDED"
+    kfp.cluster.modes.fail = {"run_service_get_run": 10_000}
+    with pytest.raises(AnswerLost):  # no longer than one wants to wait
+        follow(kfp_client, run_id, poll_s=0.01, timeout_s=0.2)
 
 
 def test_a_run_that_is_removed_while_it_is_followed(

@@ -18,6 +18,7 @@ from components._runtime.embedded_s3 import embedded_s3
 from components._runtime.plan import plan_from_arguments
 from components._runtime.store import open_store
 from pipelines import cli, cluster_options
+from pipelines.follow import follow
 from pipelines.kfp_settings import settings_from
 from pipelines.submit import Package
 from tests.pipelines.commands import Call
@@ -266,6 +267,20 @@ def test_a_learned_trigger_is_refused_before_anything_is_sent(quarantine: Call, 
     assert code == 3
     assert "learned trigger cannot be measured on a cluster" in " ".join(err.split())
     assert kfp.cluster.requests == []
+
+
+def test_an_endpoint_that_goes_away_for_good_does_not_take_the_runs_name_with_it(
+    quarantine: Call, kfp: KfpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "__kwdefaults__", {**(follow.__kwdefaults__ or {}), "outage_s": 0.0})
+    kfp.cluster.modes.fail = {"run_service_get_run": 10_000}
+    code, out, _ = quarantine("submit", *JOB, "--poll-s", "0.01", "--json")
+    (run_id,) = kfp.cluster.records["runs"]
+    name = kfp.cluster.records["runs"][run_id]["display_name"]
+    told = json.loads(out)
+    assert (code, told["error"]) == (2, "ServerFailed")
+    assert run_id in told["hint"]
+    assert f"--name {name}" in told["hint"]
 
 
 def test_a_signal_while_following_leaves_the_run_alone(kfp: KfpServer) -> None:
