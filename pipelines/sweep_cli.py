@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from defense_core.errors import ConfigError
+from defense_core.errors import EXIT_PASS, EXIT_UNKNOWN, ConfigError
 from pipelines import options as o
 from pipelines import panels
 
@@ -102,13 +102,22 @@ def sweep(
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Exit code 0 also for findings, where a scheduler calls 1 a failure.")
     ] = False,
+    exit_unknown: Annotated[
+        int,
+        typer.Option(
+            help="Exit code of a sweep that ended and could not find out about something, for schedulers that try "
+            "again at 2.",
+            min=0,
+            max=125,
+        ),
+    ] = EXIT_UNKNOWN,
     as_json: o.AsJson = False,
 ) -> None:
     """Find versions without a current decision and aliases without an allow.
 
     With --queue such versions are enqueued for the hook's worker, with --enforce such aliases are moved back.
 
-    Exit codes: 0 nothing found, 1 findings, 2 cannot be decided, 3 usage.
+    Exit codes: 0 nothing found, 1 findings, 2 cannot be decided or no answer, 3 usage.
     """
     from components._runtime.mlflow_connection import MlflowSettings, connect
     from components._runtime.signing_keys import TrustedSigner
@@ -147,7 +156,9 @@ def sweep(
         print_json(report.to_mapping())
     else:
         _print(report)
-    raise typer.Exit(0 if exit_zero and report.exit_code == 1 else report.exit_code)
+    if report.exit_code == EXIT_UNKNOWN:
+        raise typer.Exit(exit_unknown)
+    raise typer.Exit(EXIT_PASS if exit_zero else report.exit_code)
 
 
 def _scope(watch: str, policy: str, aliases: list[str], accepted: list[str]) -> Scope:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Table, delete, func, or_, select, text, tuple_, update
+from sqlalchemy import Connection, Engine, Table, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
@@ -252,9 +252,11 @@ class Queue:
         return max((self.clock() - each for each in times if each is not None), default=0.0)
 
     def check(self) -> None:
-        """Raise SQLAlchemyError if the database cannot be written."""
+        """Raise SQLAlchemyError if the database cannot be written, a full disk included."""
+        probe = f"probe-{secrets.token_hex(16)}"
         with self._transaction() as connection:
-            connection.execute(text("DELETE FROM deliveries WHERE delivery_id = ''"))
+            connection.execute(insert(deliveries).values(delivery_id=probe, received_at=self.clock()))
+            connection.execute(delete(deliveries).where(deliveries.c.delivery_id == probe))
 
     def purge(self, older_than_s: float, *, limit: int = 5000) -> int:
         """Forget up to ``limit`` delivery ids of more than ``older_than_s`` ago; how many."""

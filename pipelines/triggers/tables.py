@@ -22,7 +22,7 @@ from sqlalchemy import (
     event,
     make_url,
 )
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from defense_core.errors import ConfigError
 
@@ -30,6 +30,16 @@ MAX_NAME_CHARS = 256
 """Longest name of a registered model that MLflow's own database holds."""
 
 BUSY_TIMEOUT_S = 10.0
+POSTGRESQL_WAITS: dict[str, Any] = {
+    "connect_timeout": 5,
+    "keepalives": 1,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20000,
+    "options": "-c statement_timeout=10000 -c lock_timeout=10000",
+}
+"""libpq's: a database that hangs, or a network that swallows packets, must not hold a caller."""
 WAL_PAGES = 250
 """SQLite folds its log into the file at this size, 1 MB: a log that fills a small disk could no longer be folded."""
 
@@ -106,7 +116,9 @@ def open_engine(url: str, *, durable: bool = True) -> Engine:
                 expected="sqlite:////path/queue.db or postgresql+psycopg://user@host/database",
                 got=parsed.render_as_string(hide_password=True),
             )
-        options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if backend == "sqlite" else {}
+        given = {} if backend == "sqlite" else parsed.query  # what the address itself says stays
+        waits = {"timeout": BUSY_TIMEOUT_S} if backend == "sqlite" else POSTGRESQL_WAITS
+        options = {"connect_args": {name: value for name, value in waits.items() if name not in given}}
         engine = create_engine(parsed, pool_pre_ping=backend == "postgresql", **options)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError) as error:  # ValueError: the port
         raise ConfigError(
@@ -117,8 +129,17 @@ def open_engine(url: str, *, durable: bool = True) -> Engine:
         ) from None  # an error of the port may hold the rest of a password
     if backend == "sqlite":
         _prepare_sqlite(engine, durable=durable)
-    metadata.create_all(engine)
+    _create_tables(engine)
     return engine
+
+
+def _create_tables(engine: Engine) -> None:
+    try:
+        metadata.create_all(engine)
+    except DBAPIError as error:
+        if "already exists" not in str(error.orig):
+            raise
+        metadata.create_all(engine)  # another process made one between the look and the creation
 
 
 def password_of(url: str) -> str:

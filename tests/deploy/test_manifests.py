@@ -335,6 +335,12 @@ def test_rights_are_bound_to_accounts_that_are_there_and_never_to_all(overlay: l
             assert "*" not in {*rule["apiGroups"], *rule["resources"], *rule["verbs"]}
 
 
+def test_the_worker_may_remove_runs_and_nothing_else(overlay: list[Manifest]) -> None:
+    (role,) = [each for each in of_kind(overlay, "Role", RUNS) if each["metadata"]["name"] == "quarantine-submit"]
+    removing = [rule["resources"] for rule in role["rules"] if "delete" in rule["verbs"]]
+    assert removing == [["runs"]]
+
+
 # -- network ---------------------------------------------------------------------------
 
 PORTS = {53, 80, 443, 988, 5000, 5432, 6443, 8080, 8887, 8888, 9000}
@@ -487,6 +493,25 @@ def test_the_sweep_checks_signatures_where_it_is_told_whose(tree: Path, componen
     assert volumes["trust"]["configMap"]["name"] == "quarantine-trust"
     assert volumes["tmp"]["emptyDir"] == {"sizeLimit": "16Gi"}, "a version is downloaded whole"
     assert len(volumes) == len(pod["volumes"])
+
+
+def test_no_probe_but_readiness_asks_the_queue(overlay: list[Manifest]) -> None:
+    for container in dict(pods(overlay))["quarantine-hooks"]["containers"]:
+        for probe in ("livenessProbe", "startupProbe"):
+            assert container.get(probe, {}).get("httpGet", {}).get("path", "/healthz") == "/healthz", container["name"]
+        assert "livenessProbe" in container
+
+
+def test_a_sweep_that_ended_is_not_repeated(overlay: list[Manifest]) -> None:
+    """Each attempt would hand over ``--max-enqueued`` pieces of work again."""
+    (cron,) = of_kind(overlay, "CronJob")
+    arguments = dict(pods(overlay))["quarantine-sweep"]["containers"][0]["args"]
+    unknown = int(arguments[arguments.index("--exit-unknown") + 1])
+    (rule,) = cron["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert {3, unknown} <= set(rule["onExitCodes"]["values"])
+    assert unknown not in {0, 1, 2}, "2 is a registry that does not answer"
+    assert 2 not in rule["onExitCodes"]["values"]
 
 
 def test_a_nightly_sweep_submits_again_every_night(overlay: list[Manifest]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from defense_core.errors import ConfigError, StorageError
+from pipelines.triggers import tables
 from pipelines.triggers.queue import Queue
 from pipelines.triggers.records import Delivery, Known
 from pipelines.triggers.serve import open_queue
-from pipelines.triggers.tables import metadata, open_engine
+from pipelines.triggers.tables import fold_log, metadata, open_engine
 from tests.triggers.fakes import key
 
 
@@ -262,6 +264,22 @@ def test_full_disk_keeps_nothing_of_the_batch_and_everything_before(sqlite):
     assert all(sqlite.record(refused))
 
 
+def test_readiness_is_a_write(sqlite):
+    sqlite.record(deliveries("a"))
+    sqlite.check()
+    fold_log(sqlite.engine)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as a disk without a byte to give
+    try:
+        with pytest.raises(OperationalError):
+            sqlite.check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sqlite.check()
+    with sqlite.engine.connect() as connection:
+        assert connection.execute(text("SELECT delivery_id FROM deliveries")).scalars().all() == ["a"]
+
+
 def test_a_disk_that_the_log_filled_recovers_by_itself(sqlite, tmp_path):
     with sqlite.engine.connect() as connection:
         connection.exec_driver_sql("ROLLBACK")
@@ -315,6 +333,40 @@ def test_other_addresses_are_refused_without_their_password(address):
     with pytest.raises(ConfigError) as refused:
         open_engine(address)
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_database_that_hangs_holds_nobody_for_ever(monkeypatch):
+    made = []
+
+    def create(url, **options):
+        made.append(options["connect_args"])
+        raise ModuleNotFoundError("no driver")
+
+    monkeypatch.setattr(tables, "create_engine", create)
+    for query in ("", "?connect_timeout=2&options=-c%20statement_timeout%3D5000"):
+        with pytest.raises(ConfigError):
+            open_engine(f"postgresql+psycopg://u@h/d{query}")
+    waits, own = made
+    assert (waits["connect_timeout"], waits["keepalives"], waits["tcp_user_timeout"]) == (5, 1, 20000)
+    assert "statement_timeout=10000" in waits["options"]
+    assert "lock_timeout=10000" in waits["options"]
+    assert own.keys() == waits.keys() - {"connect_timeout", "options"}
+
+
+def test_tables_that_another_process_makes_meanwhile_are_taken(tmp_path, monkeypatch):
+    url, create_all, calls = f"sqlite:///{tmp_path}/queue.db", metadata.create_all, []
+
+    def overtaken(engine):
+        calls.append(engine)
+        create_all(engine)
+        if len(calls) == 1:
+            raise OperationalError("CREATE TABLE", {}, sqlite3.OperationalError("table deliveries already exists"))
+
+    monkeypatch.setattr(metadata, "create_all", overtaken)
+    opened = Queue.open(url)
+    assert opened.record(deliveries("a")) == [True]
+    opened.close()
+    assert len(calls) == 2
 
 
 def test_store_that_is_away_is_an_error_of_ours(tmp_path):

@@ -280,6 +280,13 @@ def test_exit_codes_and_json(connection: MlflowConnection, tmp_path: Path, drift
     assert "1 undecided, 1 drift" in output
     assert "champion" in output
     assert run(connection, "--policy", str(by), "--alias", "champion", "--exit-zero")[0] == 0
+    store = tmp_path / "mlflow" / "mlartifacts"
+    connection.client.set_registered_model_alias("clean", "champion", drifted["second"])
+    store.rename(tmp_path / "elsewhere")
+    assert run(connection, "--policy", str(by), "--alias", "champion", "--exit-zero")[0] == 2
+    code, output = run(connection, "--policy", str(by), "--alias", "champion", "--exit-unknown", "4", "--json")
+    assert (code, json.loads(output)["exit_code"]) == (4, 2)
+    (tmp_path / "elsewhere").rename(store)
     connection.client.delete_model_version("clean", drifted["stranger"])
     code, output = run(connection, "--policy", str(by), "--alias", "champion", "--queue", f"sqlite:///{tmp_path}/q.db")
     assert code == 0
