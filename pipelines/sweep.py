@@ -4,9 +4,10 @@
 step   what is done                                   what a failure or a kill there leaves
 =====  =============================================  ===============================================
 1      list the models, and the versions of those     nothing: the memory is as the last sweep left it
-       that changed, into the memory
-2      read the evidence of promoted versions         the same
-3      keep the memory, work out the findings         the memory of this sweep; nothing was changed
+       that changed, into the memory, and keep it
+2      read the evidence of promoted versions         which of them were covered; they are read again when
+                                                      that grows old, each at its own time
+3      work out the findings                          nothing was changed
 4      enqueue, in batches                            a part of the work is queued; the rest is next time
 5      with ``enforce``: move one alias at a time     each alias is where it was, or where it belongs
 =====  =============================================  ===============================================
@@ -68,7 +69,8 @@ class SweepSettings:
     """How a sweep goes about it.
 
     Attributes:
-        full_after_s: models are listed whole, and promoted versions read again, after so many seconds; 0: every time.
+        full_after_s: all models are listed, and a promoted version is read again, after so many seconds; 0: every
+            time.
         reopen_after_s: work that was submitted so long ago and left no decision is submitted again, seconds; see
             :class:`pipelines.sweep_queue.Handover`.
         max_enqueued: most work that one sweep hands over; ``None``: all of it.
@@ -128,7 +130,7 @@ class SweepReport:
 
 @dataclass
 class _Read:
-    """What step 1 and 2 found."""
+    """What steps 1 and 2 found."""
 
     full: bool
     listed: int = 0
@@ -161,6 +163,8 @@ def sweep(
     begun, now_s = time.monotonic(), clock()
     with memory.reading():
         read = _read_registry(connection, memory, scope, settings, now_s)
+    read.drift += _alias_findings(connection, memory, scope, settings, read.guarded, now_s=now_s)
+    read.drift += _hidden_findings(connection, scope)
     found: dict[str, int] = dict.fromkeys(KINDS, 0)
     listed: list[Finding] = []
 
@@ -222,13 +226,10 @@ def _read_registry(
     read.listed += _read_models(connection, memory, changed, now_s)
     memory.forget_missing()
     if read.full:
-        memory.forget_proofs()
         memory.set_fact(LAST_FULL, str(now_s))
     set_scope(memory, scope, now_s)
     for name, number in unstated(memory):
         _read_evidence(connection, memory, name, number)
-    read.drift += _alias_findings(connection, memory, scope, settings, read.guarded)
-    read.drift += _hidden_findings(connection, scope)
     return read
 
 
@@ -269,9 +270,19 @@ def _read_evidence(connection: MlflowConnection, memory: SweepMemory, name: str,
 
 
 def _alias_findings(
-    connection: MlflowConnection, memory: SweepMemory, scope: Scope, settings: SweepSettings, guarded: Sequence[Guarded]
+    connection: MlflowConnection,
+    memory: SweepMemory,
+    scope: Scope,
+    settings: SweepSettings,
+    guarded: Sequence[Guarded],
+    *,
+    now_s: float,
 ) -> Iterator[Finding]:
-    """Aliases that no allow decision covers. Evidence is many small requests: a few versions are read at a time."""
+    """Aliases that no allow decision covers; which ones one covers is kept as it is found out.
+
+    Evidence is many small requests: a few versions are read at a time. To be verified a version is downloaded whole,
+    with what it was made from: one at a time.
+    """
 
     def judged(each: tuple[Guarded, Any]) -> Coverage:
         (name, alias, _), version = each
@@ -288,15 +299,16 @@ def _alias_findings(
             unproven = [
                 (each, version, mark)
                 for each, version, mark in zip(batch, versions, marks, strict=True)
-                if version is None or not memory.proven(each[0], each[2], mark)
+                if version is None or not memory.proven(each[0], each[2], mark, after_s=now_s - settings.full_after_s)
             ]
-            answers = pool.map(judged, [(each, version) for each, version, _ in unproven])
-            for ((name, alias, number), _, mark), answer in zip(unproven, answers, strict=True):
-                if answer.covered:
-                    memory.prove(name, number, mark)
-                else:
-                    kind: Kind = "unknown" if answer.gap == "unknown" else "drift"
-                    yield Finding(kind, name, number, answer.why, alias=alias)
+            for group in [unproven] if settings.trusted is None else [[each] for each in unproven]:
+                answers = list(pool.map(judged, [(each, version) for each, version, _ in group]))
+                judgements = list(zip(group, answers, strict=True))
+                memory.prove([(each[0], each[2], mark) for (each, _, mark), got in judgements if got.covered], now_s)
+                for ((name, alias, number), _, _), answer in judgements:
+                    if not answer.covered:
+                        kind: Kind = "unknown" if answer.gap == "unknown" else "drift"
+                        yield Finding(kind, name, number, answer.why, alias=alias)
 
 
 def _hidden_findings(connection: MlflowConnection, scope: Scope) -> Iterator[Finding]:

@@ -2,8 +2,9 @@
 
 The file is a memory, never a truth: it is made again from the registry when it is lost, damaged, of
 another registry or of another release. It holds one short row a version, so the process stays small
-however large the registry is. One transaction spans the reading of the registry: a sweep that breaks
-off leaves the memory of the sweep before.
+however large the registry is. One transaction spans the listing of the registry: a sweep that breaks off there
+leaves the memory of the sweep before. That a promoted version was covered is kept as it is found out, because
+verifying all of them may take longer than a sweep is given.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ CREATE TABLE origins (model TEXT NOT NULL, version INTEGER NOT NULL, origin_mode
     PRIMARY KEY (model, version, origin_model, origin_version)) WITHOUT ROWID;
 CREATE INDEX by_origin ON origins (origin_model, origin_version);
 CREATE INDEX by_artifact ON versions (artifact);
-CREATE TABLE proofs (model TEXT NOT NULL, version TEXT NOT NULL, mark TEXT NOT NULL,
+CREATE TABLE proofs (model TEXT NOT NULL, version TEXT NOT NULL, mark TEXT NOT NULL, at_s REAL NOT NULL,
     PRIMARY KEY (model, version)) WITHOUT ROWID;
 """
 
@@ -128,9 +129,7 @@ class SweepMemory:
             yield
             self.database.execute("COMMIT")
         except sqlite3.Error as error:
-            raise StorageError(
-                "cannot keep the sweep's memory", expected="free space", got=error, hint="Free space, then sweep again"
-            ) from error
+            raise _unkept(error) from error
         finally:
             if self.database.in_transaction:
                 self.database.execute("ROLLBACK")
@@ -224,18 +223,32 @@ class SweepMemory:
         """Remember a fact."""
         self.database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
-    def proven(self, model: str, version: str, mark: str) -> bool:
-        """Whether the version was covered under the same circumstances."""
-        found = self.database.execute("SELECT mark FROM proofs WHERE model = ? AND version = ?", (model, version))
-        return bool(found.fetchone() == (mark,))
+    def proven(self, model: str, version: str, mark: str, *, after_s: float) -> bool:
+        """Whether the version was covered under the same circumstances, and later than ``after_s``, unix seconds."""
+        query = "SELECT 1 FROM proofs WHERE model = ? AND version = ? AND mark = ? AND at_s > ?"
+        return self.database.execute(query, (model, version, mark, after_s)).fetchone() is not None
 
-    def prove(self, model: str, version: str, mark: str) -> None:
-        """Remember that it was."""
-        self.database.execute("INSERT OR REPLACE INTO proofs VALUES (?, ?, ?)", (model, version, mark))
+    def prove(self, proofs: Iterable[tuple[str, str, str]], at_s: float) -> None:
+        """Remember that versions were: model, version and mark of each. Kept at once, whatever becomes of the sweep.
 
-    def forget_proofs(self) -> None:
-        """Every promoted version is to be looked at again."""
-        self.database.execute("DELETE FROM proofs")
+        Raises:
+            StorageError: they cannot be kept.
+        """
+        rows = [(*proof, at_s) for proof in proofs]
+        try:
+            self.database.execute("BEGIN IMMEDIATE")
+            self.database.executemany("INSERT OR REPLACE INTO proofs VALUES (?, ?, ?, ?)", rows)
+            self.database.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self.database.in_transaction:
+                self.database.execute("ROLLBACK")
+            raise _unkept(error) from error
+
+
+def _unkept(error: sqlite3.Error) -> StorageError:
+    return StorageError(
+        "cannot keep the sweep's memory", expected="free space", got=error, hint="Free space, then sweep again"
+    )
 
 
 def _existing(path: Path, registry: str) -> sqlite3.Connection | None:

@@ -18,6 +18,7 @@ from defense_core import __version__
 from pipelines import cli
 from pipelines.node_pools import POOLS, parse_node_pools
 from pipelines.resources import component_names
+from pipelines.triggers.app import PATH as WEBHOOKS
 from pipelines.triggers.watch import read_watch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -378,6 +379,20 @@ def test_only_whom_it_serves_reaches_a_service(overlay: list[Manifest]) -> None:
     assert steps["key"] == "model-quarantine/step"
 
 
+def test_an_mlflow_outside_the_cluster_reaches_the_hook_and_nothing_else_of_it(tree: Path) -> None:
+    built = documents(kustomize(tree / "overlays" / "eks"))
+    (ingress,) = of_kind(built, "Ingress")
+    (service,) = of_kind(built, "Service", SYSTEM)
+    (rule,) = ingress["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    assert (path["path"], path["pathType"]) == (WEBHOOKS, "Exact")
+    backend = path["backend"]["service"]
+    assert backend["name"] == service["metadata"]["name"]
+    assert backend["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+    (allowed,) = [each for each in of_kind(built, "NetworkPolicy", SYSTEM) if each["metadata"]["name"] == "webhooks"]
+    assert all("ipBlock" in peer for peer in allowed["spec"]["ingress"][0]["from"])
+
+
 def test_kubeflow_can_be_told_to_let_the_worker_in(tree: Path) -> None:
     built = built_with(tree, "kubeflow-access")
     (added,) = of_kind(built, "NetworkPolicy", "kubeflow")
@@ -437,6 +452,12 @@ def built_with(tree: Path, *components: str) -> list[Manifest]:
 def sweep_with(tree: Path, component: str) -> Manifest:
     """The sweep's pod where an overlay takes ``component``."""
     return dict(pods(built_with(tree, component)))["quarantine-sweep"]
+
+
+@pytest.mark.parametrize("component", ["verify", "verify-chain"])
+def test_a_sweep_that_downloads_whole_versions_has_the_night_and_the_day(tree: Path, component: str) -> None:
+    (cron,) = of_kind(built_with(tree, component), "CronJob")
+    assert 43200 <= cron["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] < 86400
 
 
 def test_the_queue_in_postgresql_goes_with_secrets_from_files(tree: Path) -> None:

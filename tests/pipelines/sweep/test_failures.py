@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from components._runtime.mlflow_connection import MlflowConnection
+from components._runtime.registered_decisions import Coverage, coverage
 from components._runtime.registry_prompts import PROMPT_SOURCE, PROMPT_TAG
+from components._runtime.signing_keys import TrustedSigner, generate_key_pair
 from defense_core.errors import ConfigError, QuarantineError, RegistryUnavailable, StorageError
-from pipelines.sweep import open_memory
+from pipelines.sweep import SweepSettings, open_memory
 from pipelines.sweep_aliases import Journal
 from pipelines.sweep_cli import app as sweep_app
 from pipelines.sweep_memory import SweepMemory
@@ -115,6 +119,7 @@ def test_mlflow_that_goes_away_at_any_call_leaves_nothing_half_done(
     watched, calls = counted(connection)
     memory = open_memory(connection, tmp_path / "count.db")
     swept(watched, memory)
+    whole = memory.counts()
     memory.close()
 
     def away(at: int) -> Callable[[int, str, str], None]:
@@ -131,7 +136,7 @@ def test_mlflow_that_goes_away_at_any_call_leaves_nothing_half_done(
         with pytest.raises(RegistryUnavailable) as caught:
             swept(interposed(connection, away(at)), memory, queue=queue, journal=journal)
         assert caught.value.exit_code == 2
-        assert memory.counts() == (0, 0)
+        assert memory.counts() in ((0, 0), whole)
         assert not journal.path.exists()
         assert sum(queue.counts().values()) == 0
         assert aliases(connection)["champion"] == drifted["stranger"]
@@ -141,6 +146,58 @@ def test_mlflow_that_goes_away_at_any_call_leaves_nothing_half_done(
             "drift": 1,
         }
         memory.close()
+
+
+def test_what_was_read_of_promoted_versions_outlives_a_sweep_that_breaks_off(
+    connection: MlflowConnection, memory: SweepMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import sweep as sweeping
+
+    names = ["a", "b", "c"]
+    for name in names:
+        decided(connection, tmp_path, name, origin=f"s3://in/{name}")
+    asked: list[str] = []
+
+    def breaking(connection: MlflowConnection, version: Any, **how: Any) -> Any:
+        asked.append(version.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return coverage(connection, version, **how)
+
+    monkeypatch.setattr(sweeping, "coverage", breaking)
+    monkeypatch.setattr(sweeping, "BATCH_ALIASES", 1)
+    with pytest.raises(KeyboardInterrupt):
+        swept(connection, memory)
+    swept(connection, memory, now_s=NOW_S + DAY_S)
+    assert asked == ["a", "b", "c", "c"]
+    swept(connection, memory, now_s=NOW_S + 7 * DAY_S)  # a and b are a week old, c is not
+    assert asked == ["a", "b", "c", "c", "a", "b"]
+
+
+def test_versions_are_verified_one_at_a_time(
+    connection: MlflowConnection, memory: SweepMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import sweep as sweeping
+
+    for name in ("a", "b", "c", "d"):
+        decided(connection, tmp_path, name, origin=f"s3://in/{name}")
+    together, most, lock = [0], [0], threading.Lock()
+
+    def judged(*_: Any, **__: Any) -> Coverage:
+        with lock:
+            together[0] += 1
+            most[0] = max(most[0], together[0])
+        time.sleep(0.05)
+        with lock:
+            together[0] -= 1
+        return Coverage("", "Verified and allowed.")
+
+    generate_key_pair(tmp_path / "keys")
+    monkeypatch.setattr(sweeping, "coverage", judged)
+    swept(connection, memory, settings=SweepSettings(trusted=TrustedSigner(tmp_path / "keys" / "signing.pub")))
+    assert most == [1]
+    swept(connection, memory, settings=SweepSettings(full_after_s=0))
+    assert most[0] > 1, "evidence alone is read a few at a time"
 
 
 def test_mlflow_that_goes_away_before_an_alias_is_moved_leaves_it_and_the_next_sweep_moves_it(
