@@ -21,7 +21,7 @@ MAX_ROUNDS = 5
 """So often work is submitted again. The waits double: with a day, a month in all."""
 FRUITLESS = f"It was submitted {MAX_ROUNDS + 1} times and no run left a decision: look at them, then submit it by hand."
 
-_Fate = Literal["new", "again", "waiting", "observed", "fruitless"]
+_Fate = Literal["new", "again", "renewed", "waiting", "observed", "fruitless"]
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Handover:
     now_s: float
     observing: frozenset[str] = frozenset()
     queued: Queued = field(default_factory=Queued)
-    _again: list[WorkKey] = field(default_factory=list)
+    _again: list[tuple[WorkKey, _Fate]] = field(default_factory=list)
 
     def take(self, findings: Iterable[Finding], report: Callable[[Finding], object] = lambda _: None) -> Queued:
         """Hand over the work of all ``findings``, which are read to their end whatever becomes of them.
@@ -99,7 +99,7 @@ class Handover:
             due = [key for key, fate in fates.items() if fate == "new"]
             fresh = due[: self._room()]
             self.queued.enqueued += self.queue.enqueue(fresh)
-        again = [key for key, fate in fates.items() if fate == "again"]
+        again = [(key, fate) for key, fate in fates.items() if fate in ("again", "renewed")]
         self.queued.later += len(due) - len(fresh) + len(again)
         room = self._room()
         self._again.extend(again if room is None else again[: max(0, room - len(self._again))])
@@ -114,7 +114,9 @@ class Handover:
         if self.queue is None or not again:
             return
         with queue_errors():
-            self.queued.reopened += self.queue.reopen(again)
+            for fate in ("again", "renewed"):
+                keys = [key for key, each in again if each == fate]
+                self.queued.reopened += self.queue.reopen(keys, renewed=fate == "renewed")
         self.queued.later -= len(again)
 
     def _room(self) -> int | None:
@@ -128,17 +130,14 @@ class Handover:
             return "waiting"
         if finding.work is not None and finding.work.policy_digest in self.observing:
             return "observed"
-        if finding.old_since_s is None:
-            last, wait_s = known.round >= MAX_ROUNDS, self.reopen_after_s * 2 ** min(known.round, MAX_ROUNDS)
-        else:
-            # Rounds before its decision grew old were not fruitless, and nobody counted those since: a wait as long as
-            # it has been tried in vain doubles all the same.
-            tried_s = known.changed_at - finding.old_since_s
-            last = tried_s > self.reopen_after_s * 2 ** (MAX_ROUNDS - 1)
-            wait_s = max(self.reopen_after_s, tried_s)
+        renewed = finding.old_since_s is not None and known.changed_at < finding.old_since_s
+        repeated = 0 if renewed else known.repeated
+        last = repeated >= MAX_ROUNDS
         # Until then its run may be at work still, also one that makes a decision anew which grew old.
-        if self.now_s - known.changed_at < (self.reopen_after_s if last else wait_s):
+        if self.now_s - known.changed_at < self.reopen_after_s * (1 if last else 2**repeated):
             return "waiting"
+        if renewed:
+            return "renewed"
         return "fruitless" if last else "again"
 
     def _stands(self, finding: Finding, fates: Mapping[WorkKey, _Fate]) -> bool:

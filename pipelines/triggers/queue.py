@@ -107,24 +107,31 @@ class Queue:
         return added
 
     def known(self, keys: Iterable[WorkKey]) -> dict[WorkKey, Known]:
-        """The state of each of ``keys`` that the queue has, since when, and in which round."""
+        """The state of each of ``keys`` that the queue has, since when, and how often it was repeated."""
         found: dict[WorkKey, Known] = {}
         for batch in _batches(keys):
             by_digest = {key.digest: key for key in batch}
             with self._transaction() as connection:
-                columns = select(work.c.key, work.c.state, work.c.changed_at, work.c.round)
+                columns = select(
+                    work.c.key, work.c.state, work.c.changed_at, (work.c.round - work.c.since_round).label("repeated")
+                )
                 rows = connection.execute(columns.where(work.c.key.in_(by_digest)))
-                found |= {by_digest[row.key]: Known(row.state, row.changed_at, row.round) for row in rows}
+                found |= {by_digest[row.key]: Known(row.state, row.changed_at, row.repeated) for row in rows}
         return found
 
-    def reopen(self, keys: Iterable[WorkKey]) -> int:
-        """Submit again what was submitted but ended without a decision; how many. Each gets a new run key."""
+    def reopen(self, keys: Iterable[WorkKey], *, renewed: bool = False) -> int:
+        """Submit again what was submitted but ended without a decision; how many. Each gets a new run key.
+
+        Args:
+            renewed: there was a decision, and it is to be made anew: this is no repetition.
+        """
+        since = {"since_round": work.c.round + 1} if renewed else {}
         reopened = 0
         for batch in _batches(keys):
             again = (
                 update(work)
                 .where(work.c.key.in_([key.digest for key in batch]), work.c.state == SUBMITTED)
-                .values(round=work.c.round + 1, **self._fresh())
+                .values(round=work.c.round + 1, **since, **self._fresh())
             )
             with self._transaction() as connection:
                 reopened += connection.execute(again).rowcount

@@ -45,12 +45,12 @@ class Known:
 
     Attributes:
         changed_at: since when, unix seconds; of submitted work: when it was submitted.
-        round: of :class:`Work`.
+        repeated: how often it was submitted again without a decision.
     """
 
     state: str
     changed_at: float
-    round: int = 0
+    repeated: int = 0
 
 
 @dataclass(frozen=True)

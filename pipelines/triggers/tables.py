@@ -20,7 +20,9 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    inspect,
     make_url,
+    text,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
@@ -80,6 +82,7 @@ work = Table(
     Column("policy_digest", String(71), nullable=False),
     Column("origin", String(16), nullable=False),
     Column("round", Integer, nullable=False),
+    Column("since_round", Integer, nullable=False, server_default="0"),
     Column("state", String(16), nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("due_at", Float, nullable=False),
@@ -91,7 +94,8 @@ work = Table(
     UniqueConstraint("key", name="one_row_per_key"),
     Index("work_by_state", "state", "due_at"),
 )
-"""One row for each key, for ever: it is what makes a later request for the same work a repetition."""
+"""One row for each key, for ever: it is what makes a later request for the same work a repetition. ``since_round`` is
+the round that the present need began with: what was submitted before it led to a decision."""
 
 
 def open_engine(url: str, *, durable: bool = True) -> Engine:
@@ -140,6 +144,11 @@ def _create_tables(engine: Engine) -> None:
         if "already exists" not in str(error.orig):
             raise
         metadata.create_all(engine)  # another process made one between the look and the creation
+    with engine.begin() as connection:
+        if "since_round" not in {column["name"] for column in inspect(connection).get_columns(work.name)}:
+            # A queue of an earlier release. SQLite's transactions exclude each other and know no IF NOT EXISTS here.
+            unless = "" if engine.dialect.name == "sqlite" else "IF NOT EXISTS "
+            connection.execute(text(f"ALTER TABLE work ADD COLUMN {unless}since_round INTEGER NOT NULL DEFAULT 0"))
 
 
 def password_of(url: str) -> str:

@@ -130,6 +130,29 @@ def test_submitted_work_is_only_reopened_on_purpose(queue):
     assert again.run_key == f"{key().digest}.1"
 
 
+def test_repetitions_count_from_the_last_decision(queue):
+    queue.enqueue([key()])
+    repeated = []
+    for renewed in (False, False, True, False):
+        queue.submitted(queue.claim(1, lease_s=10)[0], "run")
+        queue.reopen([key()], renewed=renewed)
+        repeated.append(queue.known([key()])[key()].repeated)
+    assert repeated == [1, 2, 0, 1]
+    assert queue.claim(1, lease_s=10)[0].round == 4
+
+
+def test_queue_of_an_earlier_release_goes_on(url, clock):
+    former = Queue.open(url, clock=clock)
+    former.enqueue([key()])
+    with former.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE work DROP COLUMN since_round"))
+    former.close()
+    for _ in range(2):
+        opened = Queue.open(url, clock=clock)
+        assert opened.known([key()])[key()] == Known("pending", clock.now)
+        opened.close()
+
+
 def test_hint_that_was_touched_meanwhile_stays(queue, clock):
     queue.record(deliveries("a"))
     (hint,) = queue.claim_hints(10, lease_s=60)
