@@ -6,7 +6,6 @@ needs, and nothing else. Anything that is not listed is refused, whether or not 
 
 from __future__ import annotations
 
-import pickletools
 import re
 import struct
 import zipfile
@@ -16,11 +15,11 @@ from typing import BinaryIO
 import torch
 
 from defense_core.errors import CorruptArtifact, UnsafeArtifact
+from defense_core.pickle_opcodes import MAX_PICKLE_BYTES, TooLarge, opcodes
 
-MAX_PICKLE_BYTES = 16 << 20
 _MAX_OPCODES = 2_000_000
 _MAX_IMPORTS = 3
-# How pickletools reports damage, depending on where the bytes end or stop making sense.
+# How damage is reported, depending on where the bytes end or stop making sense.
 _DAMAGE = (ValueError, KeyError, IndexError, EOFError, OverflowError, struct.error, AssertionError)
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file by torch < 1.6, torch/serialization.py
 
@@ -77,6 +76,7 @@ class PickleWalk:
         damage: why it cannot be read to its STOP opcode; ``None`` if nothing was found that says so.
         complete: whether it can, and was.
         called: whether something is called with arguments.
+        too_large: whether it is of more than :data:`MAX_PICKLE_BYTES`.
     """
 
     facts: PickleFacts
@@ -85,6 +85,7 @@ class PickleWalk:
     damage: str | None
     complete: bool
     called: bool
+    too_large: bool = False
 
     @property
     def names_code(self) -> bool:
@@ -94,30 +95,6 @@ class PickleWalk:
         because importing a module runs it.
         """
         return bool(self.imports) and (self.complete or self.called)
-
-
-class _Clipped:
-    """A stream of at most ``left`` bytes: a length that an opcode claims is never allocated before it is there."""
-
-    def __init__(self, stream: BinaryIO, left: int) -> None:
-        self._stream, self._left = stream, left
-        self.position = 0
-
-    def read(self, size: int) -> bytes:
-        if size > self._left:
-            raise ValueError(f"an opcode claims {size} bytes, more than {MAX_PICKLE_BYTES} in all")
-        return self._count(self._stream.read(size))
-
-    def readline(self) -> bytes:
-        return self._count(self._stream.readline(self._left))
-
-    def tell(self) -> int:
-        return self.position
-
-    def _count(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        self.position += len(data)
-        return data
 
 
 def walk_pickle(stream: BinaryIO, *, max_objections: int = 1, to_end: bool = False) -> PickleWalk:
@@ -135,38 +112,43 @@ def walk_pickle(stream: BinaryIO, *, max_objections: int = 1, to_end: bool = Fal
     strings = 0
     seen: set[str] = set()
     damage = None
-    fails = False
-    clipped = _Clipped(stream, MAX_PICKLE_BYTES)
+    fails = too_large = False
     try:
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(clipped)):  # type: ignore[arg-type]
-            what = _objection(opcode.name, argument) if count <= _MAX_OPCODES else f"more than {_MAX_OPCODES} opcodes"
+        for count, (opcode, argument, position, needs_stack) in enumerate(opcodes(stream)):
+            what = _objection(opcode, argument) if count <= _MAX_OPCODES else f"more than {_MAX_OPCODES} opcodes"
             if what is not None and len(objections) < max_objections:
-                objections.append((position or 0, what))
-            if what is not None and len(imports) < _MAX_IMPORTS and _imports(opcode.name, argument, strings):
-                imports.append((position or 0, what))
-            if opcode.name == "GLOBAL":
+                objections.append((position, what))
+            if what is not None and len(imports) < _MAX_IMPORTS and _imports(opcode, argument, strings):
+                imports.append((position, what))
+            if opcode == "GLOBAL":
                 found.append(str(argument).replace(" ", ".", 1))
             # As of much text: no unpickler gets beyond it.
-            fails |= count == 0 and bool(opcode.stack_before)
-            strings += "UNICODE" in opcode.name or "STRING" in opcode.name
-            seen.add(opcode.name)
-            if first_integer is None and isinstance(argument, int) and opcode.name in ("LONG1", "BININT", "BININT2"):
+            fails |= count == 0 and needs_stack
+            strings += "UNICODE" in opcode or "STRING" in opcode
+            seen.add(opcode)
+            if first_integer is None and isinstance(argument, int) and opcode in ("LONG1", "BININT", "BININT2"):
                 first_integer = argument
-            if count > _MAX_OPCODES or (len(objections) >= max_objections and not to_end):
+            too_large = position > MAX_PICKLE_BYTES
+            if count > _MAX_OPCODES or ((too_large or len(objections) >= max_objections) and not to_end):
                 break
+    except TooLarge:
+        too_large = True
     except _DAMAGE as error:
         damage = str(error)[:200] or type(error).__name__
     if fails and damage is None:
         damage = "its first opcode takes something from an empty stack"
     called = bool(seen & _CALLS) and bool(seen & _ARGUMENTS)
     facts = PickleFacts(tuple(found), first_integer)
-    return PickleWalk(facts, tuple(objections), tuple(imports), damage, damage is None and "STOP" in seen, called)
+    complete = damage is None and "STOP" in seen
+    return PickleWalk(facts, tuple(objections), tuple(imports), damage, complete, called, too_large)
 
 
 def _objection(opcode: str, argument: object) -> str | None:
     """What is not on the lists; ``None`` if the opcode and what it names are."""
     if opcode not in _OPCODES:
-        return f"pickle opcode {opcode}" + (f" {argument!r}"[:80] if argument else "")
+        # A number of many digits has no decimal text.
+        shown = argument if not isinstance(argument, int) or argument.bit_length() <= 64 else hex(argument)
+        return f"pickle opcode {opcode}" + (f" {shown!r}"[:80] if argument else "")
     if opcode == "GLOBAL":
         module, _, name = str(argument).partition(" ")
         return None if (module, name) in _GLOBALS else f"{module}.{name}"
@@ -189,12 +171,16 @@ def check_pickle(stream: BinaryIO, *, where: str) -> PickleFacts:
         where: name of the file or member, for messages.
 
     Raises:
-        UnsafeArtifact: an opcode or a global that is not allowed, or too many opcodes.
+        UnsafeArtifact: an opcode or a global that is not allowed, or too many opcodes or bytes.
         CorruptArtifact: the bytes are no complete pickle.
     """
     walk = walk_pickle(stream)
     if walk.objections:
         raise _refused(where, walk.objections[0][1])
+    if walk.too_large:
+        raise UnsafeArtifact(
+            f"pickle in {where} is too large", expected=f"at most {MAX_PICKLE_BYTES} bytes", got="more"
+        )
     if walk.damage is not None:
         raise CorruptArtifact(
             f"pickle in {where} is damaged",
@@ -245,6 +231,8 @@ def refuse_if_pickle(stream: BinaryIO, *, where: str) -> None:
     walk = walk_pickle(stream, to_end=True)
     if walk.objections and (walk.damage is None or walk.names_code):
         raise _refused(where, (walk.imports or walk.objections)[0][1])
+    if walk.too_large and walk.damage is None:
+        raise _refused(where, f"a pickle of more than {MAX_PICKLE_BYTES} bytes")
 
 
 def _refused(where: str, what: str) -> UnsafeArtifact:

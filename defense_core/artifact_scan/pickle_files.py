@@ -13,11 +13,13 @@ from defense_core.artifact_scan.findings import MAX_FINDINGS, ScanFinding
 from defense_core.artifact_scan.kinds import ends_as_zip
 from defense_core.artifact_scan.second_opinion import Opinion, SecondOpinionMissing, second_opinion
 from defense_core.limits import LoadLimits
-from defense_core.pickles import LEGACY_MAGIC, MAX_PICKLE_BYTES, PickleWalk, walk_pickle
+from defense_core.pickle_opcodes import MAX_PICKLE_BYTES
+from defense_core.pickles import LEGACY_MAGIC, PickleFacts, PickleWalk, walk_pickle
 
 _LEGACY_PICKLES = 5
 _COUNT_BYTES = 8  # in front of each storage of an old file: how many elements it has
 _MAX_PICKLES = 1000
+_UNREAD = PickleWalk(PickleFacts((), None), (), (), damage=None, complete=False, called=False, too_large=True)
 
 
 def scan_one_pickle(
@@ -100,7 +102,7 @@ def scan_bare_pickle(path: Path, where: str) -> list[ScanFinding]:
             walk = walk_pickle(stream, max_objections=MAX_FINDINGS)
             found += _objections(walk, where, start)
             # Several pickles may stand one behind the other, and a reader may read them all.
-            if len(found) >= MAX_FINDINGS or walk.damage is not None or not stream.read(1):
+            if len(found) >= MAX_FINDINGS or not walk.complete or not stream.read(1):
                 break
             stream.seek(-1, io.SEEK_CUR)
     if not any(finding.rule == "pickle-code" for finding in found):
@@ -124,16 +126,19 @@ def scan_text(path: Path, where: str) -> list[ScanFinding]:
     """
     with open(path, "rb") as stream:
         *_, (_, last) = _one_behind_the_other(stream)
-    return [ScanFinding("format-unsupported", where, "a text that is a pickle too")] if last.complete else []
+    return [ScanFinding("format-unsupported", where, "a text that is a pickle too")] if last.damage is None else []
 
 
 def _one_behind_the_other(stream: BinaryIO) -> Iterator[tuple[int, PickleWalk]]:
     """Where each pickle starts, and what it is made of; the last is incomplete, the file's end or one too many."""
-    for _ in range(_MAX_PICKLES):
+    for number in itertools.count():
         start = stream.tell()
+        if number >= _MAX_PICKLES or start > MAX_PICKLE_BYTES:
+            yield start, _UNREAD
+            return
         walk = walk_pickle(stream, to_end=True)
         yield start, walk
-        if not walk.complete or stream.tell() > MAX_PICKLE_BYTES or not stream.read(1):
+        if not walk.complete or not stream.read(1):
             return
         stream.seek(-1, io.SEEK_CUR)
 
@@ -145,7 +150,7 @@ def _hidden(walk: PickleWalk, where: str, start: int) -> list[ScanFinding]:
             for at, what in walk.imports
         ]
     if walk.damage is None and not walk.complete:
-        return [ScanFinding("too-large", where, "read as a pickle it has too many opcodes", start)]
+        return [ScanFinding("too-large", where, "read as a pickle it is too long to be looked at whole", start)]
     return []
 
 
@@ -161,6 +166,8 @@ def scan_raw(path: Path, where: str) -> list[ScanFinding]:
 
 def _objections(walk: PickleWalk, where: str, start: int) -> list[ScanFinding]:
     found = [ScanFinding("pickle-code", where, f"it asks for {what}", start + at) for at, what in walk.objections]
+    if walk.too_large:
+        found.append(ScanFinding("too-large", where, f"a pickle of more than {MAX_PICKLE_BYTES} bytes", start))
     if walk.damage is not None:
         found.append(ScanFinding("damaged", where, f"no complete pickle: {walk.damage}", start))
     return found

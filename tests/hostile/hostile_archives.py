@@ -256,6 +256,11 @@ ARCHIVES: dict[str, tuple[str, Maker]] = {
     "pickle named onnx": ("wrong names", written("model.onnx", payload)),
     "pickle named json": ("wrong names", written("config.json", payload)),
     "pickle named png": ("wrong names", written("preview.png", payload)),
+    **{
+        f"{name} named model.bin": ("polyglots", written("model.bin", OPCODES[name][0]))
+        for name in ("integer-of-base-16", "number-that-ends-at-a-zero-byte", "integer-of-5000-digits")
+    },
+    "text pickle of base 16 named README.md": ("wrong names", written("README.md", OPCODES["integer-of-base-16"][0])),
     "text pickle named README.md": ("wrong names", written("README.md", OPCODES["text-only-opcodes"][0])),
     "torch file named safetensors": ("wrong names", written("model.safetensors", lambda c: torch_zip(payload(c)))),
     "good torch file named safetensors": ("wrong names", written("model.safetensors", lambda c: good_torch())),

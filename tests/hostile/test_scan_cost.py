@@ -48,7 +48,7 @@ def test_pickles_one_behind_the_other(data: bytes, tmp_path: Path) -> None:
 
 
 def test_a_text_of_many_pickles(tmp_path: Path) -> None:
-    assert rules(scanned(tmp_path / "m.txt", b"N." * (2 << 20))) == {"format-unsupported"}
+    assert rules(scanned(tmp_path / "m.txt", b"N." * (2 << 20))) == {"format-unsupported", "too-large"}
 
 
 # -- torch.export ----------------------------------------------------------------------
