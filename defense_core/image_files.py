@@ -147,7 +147,9 @@ def _read_npz(path: Path, input_size: tuple[int, int, int], limits: DataLimits) 
         with zipfile.ZipFile(path) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
             if not {"images", "labels"} <= members.keys():
-                raise DataError(f"{path} lacks arrays", expected="arrays images and labels", got=", ".join(members))
+                raise DataError(
+                    f"{path} lacks arrays", expected="arrays images and labels", got=", ".join(members)[:200]
+                )
             images = _read_npy(archive, members["images"], path, input_size, limits)
             labels = _read_npy(archive, members["labels"], path, input_size, limits)
     except _NPZ_ERRORS as error:

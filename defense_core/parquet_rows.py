@@ -32,7 +32,7 @@ def image_column(schema: pyarrow.Schema, path: Path) -> str:
         DataError: there are no such columns.
     """
     if not {"image", "label"} <= set(schema.names):
-        raise DataError(f"{path} lacks columns", expected="columns image and label", got=", ".join(schema.names))
+        raise DataError(f"{path} lacks columns", expected="columns image and label", got=", ".join(schema.names)[:200])
     kind = schema.field("label").type
     if not pyarrow.types.is_integer(kind):
         raise DataError(f"{path} has malformed labels", expected="integers", got=kind)

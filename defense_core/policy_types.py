@@ -12,6 +12,8 @@ from urllib.parse import unquote
 from defense_core.config import digest, to_mapping
 
 POLICY_SCHEMA = 1
+_MAX_PARTS = 200  # of a pattern: wildcards and what stands between them
+_MAX_MATCHED = 10_000  # characters of what a pattern is held against; what is longer matches nothing
 
 Scalar = bool | int | float | str
 BoundKind = Literal["max", "min", "equals", "one_of", "matches"]
@@ -176,17 +178,37 @@ def matches(pattern: str, text: str) -> bool:
     """Whether ``text`` is what ``pattern`` describes, letter case included.
 
     ``*`` stands for any characters but ``/``, ``**`` for any. An address that climbs (a segment
-    ``..``, spelt out or percent-encoded) matches nothing: it names another place than it shows.
+    ``..``, spelt out or percent-encoded) matches nothing: it names another place than it shows. Nothing
+    matches where the pattern has more than 200 parts or the text more than 10,000 characters.
 
     Examples:
         >>> matches("s3://models/*", "s3://models/a.pt"), matches("s3://models/*", "s3://models/x/a.pt")
         (True, False)
     """
-    if ".." in re.split(r"[/\\]", unquote(text)):
+    parts = [part for part in re.split(r"(\*\*|\*)", pattern) if part]
+    if len(parts) > _MAX_PARTS or len(text) > _MAX_MATCHED or ".." in re.split(r"[/\\]", unquote(text)):
         return False
-    wild = {"**": ".*", "*": "[^/]*"}
-    parts = re.split(r"(\*\*|\*)", pattern)
-    return re.fullmatch("".join(wild.get(part, re.escape(part)) for part in parts), text, re.DOTALL) is not None
+    # Every place in the text that the pattern may have come to: a stranger's pattern is never tried over and over.
+    reached = {0}
+    for part in parts:
+        if part in ("*", "**"):
+            reached = _beyond(reached, text, stop="/" if part == "*" else None)
+        else:
+            reached = {at + len(part) for at in reached if text.startswith(part, at)}
+        if not reached:
+            return False
+    return len(text) in reached
+
+
+def _beyond(reached: set[int], text: str, *, stop: str | None) -> set[int]:
+    """Every place that is reached, and those behind it up to where a ``stop`` begins."""
+    found: set[int] = set()
+    inside = False
+    for at in range(min(reached), len(text) + 1):
+        inside = at in reached or (inside and text[at - 1] != stop)
+        if inside:
+            found.add(at)
+    return found
 
 
 def kind_of(value: Any) -> str:

@@ -12,6 +12,7 @@ from defense_core.errors import NonFiniteWeights, StateDictMismatch
 # What wrappers put before every name: DataParallel, torch.compile, and modules that hold the network.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 _SHOWN = 3
+_SHOWN_CHARACTERS = 200
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
@@ -107,7 +108,8 @@ def _counts(tensor: Tensor) -> bool:
 
 def _some(what: str, names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{what} {', '.join(names[:_SHOWN])}{more}" if names else ""
+    shown = (name[:_SHOWN_CHARACTERS] for name in names[:_SHOWN])
+    return f"{what} {', '.join(shown)}{more}" if names else ""
 
 
 def _shape(tensor: Tensor) -> str:

@@ -9,9 +9,10 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from defense_core.errors import ConfigError
 
 # Of databases and of presigned addresses; what signs one is masked wherever it stands in a text.
+# Bounded, and without a way back: strangers' text is searched too.
 _SECRETS = re.compile(
-    r"(?i)((?:[?&][^=&#\s]*(?:pass|pwd|secret|token|key|sig)[^=&#\s]*"
-    r"|signature|x-amz-[a-z-]*|awsaccesskeyid|token|secret)=)[^&\s]+"
+    r"(?i)((?:[?&](?=[^=&#\s]{0,200}?(?:pass|pwd|secret|token|key|sig))[^=&#\s]{1,300}+"
+    r"|signature|x-amz-[a-z-]{0,100}+|awsaccesskeyid|token|secret)=)[^&\s]+"
 )
 
 

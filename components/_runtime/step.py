@@ -26,6 +26,8 @@ LOG_FORMAT = "%(asctime)s quarantine %(levelname)s %(message)s"
 STEP_LINE = re.compile(r"\S+ \S+ quarantine (?P<level>[A-Z]+) (?P<message>.*)")
 """A line as steps log it, among those of the orchestrator."""
 
+_MAX_TEXT = 2000  # characters; a stranger's file may have a name of a megabyte, which messages quote
+
 logger = logging.getLogger("quarantine")
 
 
@@ -151,20 +153,22 @@ def failure_record(name: str, error: BaseException) -> dict[str, Any]:
     else:
         facts = {
             "error": type(error).__name__,
-            "what": str(error)[:2000],
+            "what": str(error),
             "expected": None,
             "got": None,
             "hint": "This is a defect of the program or of its environment; see the step's log",
             "exit_code": EXIT_UNKNOWN,
         }
-    record = {"name": name, "step": name.partition(".")[0], **facts, "message": str(error)[:2000]}
+    record = {"name": name, "step": name.partition(".")[0], **facts, "message": str(error)}
     return {key: redacted(value) if isinstance(value, str) else value for key, value in record.items()}
 
 
 def redacted(text: str) -> str:
-    """``text`` without the ``user:password@`` of addresses and without parameters that are secrets."""
+    """At most 2,000 characters of ``text``, without the ``user:password@`` of addresses and secret parameters."""
+    # More is searched than is kept: what the cut breaks in two is no longer known for a secret.
+    text = text[: 2 * _MAX_TEXT]
     text = re.sub(r"://(?:[^/\s]*@|[^/@:\s]*:(?![0-9]{1,5}/)[^@\s]*@)", "://", text)
-    return without_secret_parameters(text)
+    return without_secret_parameters(text)[:_MAX_TEXT]
 
 
 def configure_logging() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +198,20 @@ def test_a_failure_record_holds_no_credentials() -> None:
     assert secret not in json.dumps(failure_record("fetch", error))
     assert redacted(f"s3://k?AWSAccessKeyId={secret}") == "s3://k?AWSAccessKeyId=…"
     assert redacted(f"http://u:p@{secret}@host/x or mysql://u:a/{secret}@host/x") == "http://host/x or mysql://host/x"
+
+
+@pytest.mark.parametrize("text", ["?key", "://a:", "x-amz-", "?a=token", "&sig?pass"])
+def test_a_long_text_of_a_stranger_is_recorded_in_no_time(text: str) -> None:
+    error = errors.StateDictMismatch("does not fit", got=text * 250_000)
+    started = time.process_time()
+    record = failure_record("fetch", error)
+    assert time.process_time() - started < 2
+    assert max(len(value) for value in record.values() if isinstance(value, str)) <= 2000
+
+
+def test_what_a_cut_would_break_in_two_is_masked() -> None:
+    record = failure_record("fetch", RuntimeError("x" * 1985 + "http://user:" + "p4ssw0rd" * 4 + "@host/"))
+    assert "p4ssw0rd"[:3] not in json.dumps(record)
 
 
 def test_a_record_of_a_stranger_is_one_line() -> None:

@@ -336,6 +336,7 @@ def _without(name: str) -> dict[str, Tensor]:
         ({**_state(), "linear.bias": torch.ones(10, dtype=torch.int64)}, StateDictMismatch, "kind of numbers"),
         ({"a": torch.ones(1)}, StateDictMismatch, "does not fit"),
         ({}, StateDictMismatch, "missing conv1"),
+        ({**_state(), "?key" * 500: torch.ones(1)}, StateDictMismatch, r"unexpected (\?key){50}\."),
     ],
 )
 def test_weights_that_do_not_fit(state: dict[str, Tensor], error: type[Exception], words: str, tmp_path: Path) -> None:

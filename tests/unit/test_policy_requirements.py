@@ -1,6 +1,11 @@
 """What a policy requires of every model, without writing rules for it."""
 
+import re
+import time
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from defense_core.policy import decide, parse_policy, signature_findings
 from defense_core.policy_types import Requirements, matches
@@ -210,3 +215,23 @@ def test_a_finished_release_must_be_signed_as_required(signed, verdict, value, w
 def test_no_signature_is_demanded_where_none_is_required():
     assert signature_findings(policy(), None) == ()
     assert signature_findings(policy(), ["model"]) == ()
+
+
+def _by_regular_expression(pattern: str, text: str) -> bool:
+    wild = {"**": ".*", "*": "[^/]*"}
+    parts = re.split(r"(\*\*|\*)", pattern)
+    return re.fullmatch("".join(wild.get(part, re.escape(part)) for part in parts), text, re.DOTALL) is not None
+
+
+@settings(max_examples=500, deadline=None)
+@given(pattern=st.text("a/*b\n", max_size=9), text=st.text("a/*b\n", max_size=12))
+def test_a_pattern_matches_as_the_regular_expression_of_it(pattern, text):
+    assert matches(pattern, text) is _by_regular_expression(pattern, text)
+
+
+def test_a_pattern_of_many_stars_is_judged_in_no_time():
+    started = time.process_time()
+    assert not matches("*a" * 99 + "*b", "a" * 10_000)
+    assert matches("*a" * 99 + "*", "a" * 10_000)
+    assert not matches("*" * 100_000, "a")
+    assert time.process_time() - started < 10
