@@ -96,7 +96,7 @@ def evidence_digest(files: Mapping[str, Any], names: Mapping[str, Evidence]) -> 
     """
     try:
         return digest({name: _without_nan(files[name]) for name in names})
-    except ConfigError as error:
+    except (ConfigError, RecursionError) as error:
         raise EvidenceMismatch(
             "evidence is malformed", expected="JSON values", got=str(error), hint="Run the step again"
         ) from error

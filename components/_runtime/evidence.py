@@ -27,8 +27,13 @@ REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
 PROMOTION = "promotion.json"
 """The signed statement of the promotion, which lies there too: it is made after the release."""
 BESIDE = (DECISION, POLICY, REPORT_DATA, PROMOTION)
+_SHAPE: Mapping[str, type] = {"inputs": dict, "outputs": dict, "results": dict, "findings": list}
+_NAMES = {dict: "an object", list: "a list"}
+_OF_ATTEMPT = ("started", "seconds", "accelerator")
 IMAGE_DIGEST_VARIABLE = "QUARANTINE_IMAGE_DIGEST"
 """Environment variable, set where the image runs: the image's own digest, ``sha256:<hex>``."""
+MAX_DEPTH = 100
+"""Levels of lists and objects in evidence; steps write about ten, and what walks it calls itself for each."""
 FAILED = ".failed.json"
 """How the name of a failure record ends."""
 
@@ -66,9 +71,16 @@ class Clock:
 
 
 def repeats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two evidence mappings say the same and differ at most in ``environment``: when, how long and where, which
+    """Whether two evidence mappings say the same and differ at most in when, how long and on which accelerator, which
     no attempt of a step shares with another."""
-    return {**one, "environment": None} == {**other, "environment": None}
+    return _without_attempt(one) == _without_attempt(other)
+
+
+def _without_attempt(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    environment = evidence.get("environment")
+    if not isinstance(environment, Mapping):
+        return dict(evidence)
+    return {**evidence, "environment": {key: value for key, value in environment.items() if key not in _OF_ATTEMPT}}
 
 
 def compose(
@@ -132,8 +144,13 @@ def parse_evidence(data: bytes, where: str) -> dict[str, Any]:
         mapping = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise _damaged(where, "JSON", str(error)) from error
+    if is_deep(mapping):
+        raise _damaged(where, f"lists and objects in {MAX_DEPTH} levels at most", "more")
     if not isinstance(mapping, dict) or mapping.get("schema") != EVIDENCE_SCHEMA or "name" not in mapping:
         raise _damaged(where, f"an object of schema {EVIDENCE_SCHEMA} with a name", str(mapping)[:80])
+    for key, kind in _SHAPE.items():
+        if not isinstance(mapping.get(key, kind()), kind):
+            raise _damaged(where, f"{_NAMES[kind]} as {key}", type(mapping[key]).__name__)
     return mapping
 
 
@@ -189,6 +206,17 @@ def started_of(evidence: Mapping[str, Any]) -> str | None:
 def source_of(evidence: Mapping[str, Any]) -> str:
     """The digest of the fetched artifact that ``evidence`` speaks of."""
     return str(evidence["inputs"]["source"])
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects lie in each other deeper than :data:`MAX_DEPTH`."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list))]
+        if not inside:
+            return False
+        level = [item for items in inside for item in items]
+    return True
 
 
 def _damaged(where: str, expected: str, got: str) -> EvidenceMismatch:

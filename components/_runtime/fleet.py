@@ -13,7 +13,7 @@ from components._runtime import registry_tags as tag
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.evidence import DECISION, FAILED
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
-from components._runtime.registered_decisions import UNREADABLE, registered_decision
+from components._runtime.registered_decisions import MALFORMED, UNREADABLE, registered_decision
 from components._runtime.registry_prompts import HIDDEN, taken_for_prompts
 from components._runtime.store import open_store
 from defense_core.errors import AccessDenied, EvidenceMissing
@@ -150,9 +150,9 @@ def _folder_version(folder: Path) -> _Placed:
     try:
         report = report_of_folder(folder)
     except UNREADABLE as error:
-        decided = (folder / DECISION).is_file()
-        row = version_without_evidence(folder.name, "", aliases=(), problem=str(error), decided=decided)
-        return _Placed(row, "")
+        return _unjudged(folder, str(error))
+    except MALFORMED as error:
+        return _unjudged(folder, _malformed(error))
     promoted = _promoted(folder)
     promotion = at(promoted, "results")
     origin = next((fact.value for fact in report.came_in if fact.label == "Address"), "")
@@ -216,8 +216,20 @@ def _registered_version(
         return version_without_evidence(version.name, number, aliases=own, problem="It never went through quarantine.")
     try:
         found = registered_decision(connection, version)
+        report = _decided_report(found.folder)
     except UNREADABLE as error:
         return version_without_evidence(version.name, number, aliases=own, problem=str(error), decided=True)
-    return version_of_report(
-        _decided_report(found.folder), model=version.name, version=number, aliases=own, problems=found.problems
-    )
+    except MALFORMED as error:
+        problem = _malformed(error)
+        return version_without_evidence(version.name, number, aliases=own, problem=problem, decided=True)
+    return version_of_report(report, model=version.name, version=number, aliases=own, problems=found.problems)
+
+
+def _unjudged(folder: Path, problem: str) -> _Placed:
+    """The row of a folder that no report can be made of."""
+    decided = (folder / DECISION).is_file()
+    return _Placed(version_without_evidence(folder.name, "", aliases=(), problem=problem, decided=decided), "")
+
+
+def _malformed(error: Exception) -> str:
+    return f"Its evidence cannot be judged: {type(error).__name__}: {error}"[:500]

@@ -28,8 +28,11 @@ def keep_promotion(connection: MlflowConnection, run: TrackedRun, promoted: Mapp
 
     Raises:
         ConfigError: its name or alias is none that the registry takes; they become names of files.
-        EvidenceMismatch: its version is no number.
+        EvidenceMismatch: it lacks one of them, or its version is no number.
     """
+    missing = [key for key in ("name", "alias", "version") if key not in promoted]
+    if missing:
+        raise EvidenceMismatch("evidence promote is damaged", expected=", ".join(missing), got="nothing")
     require_usable(str(promoted["name"]), str(promoted["alias"]), {})
     if not re.fullmatch(r"[0-9]{1,18}", str(promoted["version"])):
         raise EvidenceMismatch(

@@ -52,6 +52,8 @@ UNREADABLE = (
     ConfigError,
 )
 """What is wrong with a version rather than with the registry."""
+MALFORMED = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+"""What evidence of a shape that no step writes may make of the code that reads it: a defect, and of one version."""
 
 logger = logging.getLogger("quarantine")
 
@@ -159,23 +161,25 @@ def coverage(
     if not stated.covered:
         return stated
     try:
-        by_evidence = _by_evidence(registered_decision(connection, version), policies)
-        if by_evidence.covered and trusted is not None:
-            return _verified(connection, version, trusted, approvers)
+        found = _by_evidence(registered_decision(connection, version), policies)
+        if found.covered and trusted is not None:
+            found = _verified(connection, version, trusted, approvers)
     except (AccessDenied, RegistryUnavailable) as error:
         # Credentials that expired must not look like a fleet without evidence; and one version whose files are
         # out of reach must not hide all others, unless it is MLflow itself that went away.
         read_version(connection, version.name, version.version)
-        return Coverage("unknown", f"Its evidence cannot be read: {error}")
+        found = Coverage("unknown", f"Its evidence cannot be read: {error}")
     except UNREADABLE as error:
-        return Coverage("not_proven", f"Its tag says allow and its evidence does not hold: {error}")
+        found = Coverage("not_proven", f"Its tag says allow and its evidence does not hold: {error}")
+    except MALFORMED as error:
+        found = Coverage("unknown", f"Its evidence cannot be judged: {type(error).__name__}: {error}"[:500])
     except QuarantineError:
         raise
     except Exception as error:
         # An error that nobody foresaw, a store's client's for instance, is of this version until it shows elsewhere.
         logger.exception("models:/%s/%s cannot be judged", version.name, version.version)
-        by_evidence = Coverage("unknown", f"Its evidence cannot be read: {type(error).__name__}; the log says more.")
-    return by_evidence
+        found = Coverage("unknown", f"Its evidence cannot be read: {type(error).__name__}; the log says more.")
+    return found
 
 
 def _by_evidence(found: RegisteredDecision, policies: Collection[str]) -> Coverage:

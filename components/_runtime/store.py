@@ -14,9 +14,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components._runtime.addresses import local_path, split_address
-from components._runtime.evidence import BESIDE, FAILED, parse_evidence, repeats, require_named
+from components._runtime.evidence import BESIDE, FAILED, is_deep, parse_evidence, repeats, require_named
 from defense_core.config import canonical_json
-from defense_core.errors import AccessDenied, EvidenceMismatch, SourceNotFound, StorageError
+from defense_core.errors import (
+    EXIT_FAIL,
+    EXIT_UNKNOWN,
+    EXIT_USAGE,
+    AccessDenied,
+    Cancelled,
+    EvidenceMismatch,
+    QuarantineError,
+    SourceNotFound,
+    StorageError,
+    TransferFailed,
+)
 from defense_core.files import reading, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -132,7 +143,11 @@ class EvidenceStore:
         self.put_failure(name, {**failure, SETTLED: True})
 
     def records(self) -> Records:
-        """Everything that is there; a file that cannot be read is named, not hidden."""
+        """Everything that is there; a file that cannot be read is named, not hidden.
+
+        Raises:
+            AccessDenied, StorageError, TransferFailed: the store does not say what lies there.
+        """
         evidence: dict[str, dict[str, Any]] = {}
         failures: dict[str, dict[str, Any]] = {}
         damaged: dict[str, str] = {}
@@ -145,7 +160,9 @@ class EvidenceStore:
                     failures[file.removesuffix(FAILED)] = _parse_failure(data, file)
                 else:
                     evidence[file.removesuffix(".json")] = _named_evidence(data, file.removesuffix(".json"))
-            except EvidenceMismatch as error:
+            except (AccessDenied, Cancelled, StorageError, TransferFailed):
+                raise  # of the store, not of what lies there
+            except QuarantineError as error:
                 damaged[file] = str(error)
         open_failures = {
             name: failure
@@ -225,8 +242,13 @@ def _parse_failure(data: bytes, file: str) -> dict[str, Any]:
         mapping = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise EvidenceMismatch(f"failure record {file} is damaged", expected="JSON", got=error) from error
-    if not isinstance(mapping, dict) or "message" not in mapping:
+    if not isinstance(mapping, dict) or "message" not in mapping or is_deep(mapping):
         raise EvidenceMismatch(
-            f"failure record {file} is damaged", expected="an object with a message", got=str(mapping)[:80]
+            f"failure record {file} is damaged", expected="a flat object with a message", got=str(mapping)[:80]
+        )
+    code = mapping.get("exit_code", EXIT_UNKNOWN)
+    if isinstance(code, bool) or code not in (EXIT_FAIL, EXIT_UNKNOWN, EXIT_USAGE):
+        raise EvidenceMismatch(
+            f"failure record {file} is damaged", expected="an exit code of 1, 2 or 3", got=repr(code)[:80]
         )
     return mapping

@@ -14,6 +14,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from components._runtime import fleet
 from components._runtime import registry_tags as tag
 from components._runtime.evidence import write_evidence
 from components._runtime.fleet import folder_versions, registry_versions, report_of_folder
@@ -168,6 +169,20 @@ def test_a_decision_that_does_not_replay_is_a_row_that_says_so(tmp_path: Path) -
     for file in (tmp_path / "decided").glob("*.json"):
         file.write_text("{")
     assert build_fleet(folder_versions(tmp_path)).drift == ()
+
+
+def test_evidence_of_a_shape_that_nobody_thought_of_is_a_row_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "a", whole_run())
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise KeyError("a key that every step writes")
+
+    monkeypatch.setattr(fleet, "build_report", broken)
+    (row,) = folder_versions(tmp_path)
+    assert row.outcome == "no evidence"
+    assert "cannot be judged: KeyError" in row.headline
 
 
 def test_a_folder_without_evidence_is_refused(tmp_path: Path) -> None:

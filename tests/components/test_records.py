@@ -19,7 +19,7 @@ from components._runtime.mlflow_connection import MlflowSettings, connect
 from components._runtime.outcome import outcome_of
 from components._runtime.plan import RunSettings
 from components._runtime.step import LOG_FORMAT, STEP_LINE, OneLine, Scope, failure_record, redacted
-from components._runtime.store import Records, open_store
+from components._runtime.store import EvidenceStore, Records, open_store
 from defense_core import errors
 from defense_core.progress import NullProgress
 from tests.finished_chain import Chain
@@ -50,6 +50,22 @@ def test_results_that_a_step_did_not_measure_are_never_handed_on(
     assert store.put(measured) == measured
     assert "other results" in caplog.text
     assert store.records().evidence == {"fetch": planted}, "the store never changes"
+
+
+@pytest.mark.parametrize("key", ["version", "torch", "image", "seed", "device"])
+def test_an_environment_that_a_step_did_not_run_in_is_never_handed_on(key: str, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), "run")
+    own = fetch_evidence(n=1)
+    store.put({**own, "environment": {**own["environment"], key: "chosen"}})
+    assert store.put(own) == own
+
+
+def test_when_how_long_and_where_an_attempt_ran_is_the_first_ones(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), "run")
+    own = fetch_evidence(n=1)
+    first = {**own, "environment": {**own["environment"], "started": "x", "seconds": 9.0, "accelerator": "y"}}
+    store.put(first)
+    assert store.put(own) == first
 
 
 def test_what_a_retried_step_hands_on_is_what_the_store_keeps(tmp_path: Path) -> None:
@@ -86,12 +102,46 @@ def test_what_an_earlier_attempt_left_is_read_again(tmp_path: Path) -> None:
         store.earlier("fetch")
 
 
-@pytest.mark.parametrize("data", ["[" * 200_000, "{", "{}"])
+DEEP = json.dumps({**fetch_evidence(), "message": "m"})[:-1] + ', "x": ' + "[" * 495 + "]" * 495 + "}"
+
+
+@pytest.mark.parametrize("data", ["[" * 200_000, "{", "{}", pytest.param(DEEP, id="deep")])
 def test_what_is_no_record_is_named(data: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for file in ("fetch.json", "scan.failed.json"):
         (tmp_path / "run" / file).write_text(data)
     assert set(open_store(str(tmp_path), "run").records().damaged) == {"fetch.json", "scan.failed.json"}
+
+
+@pytest.mark.parametrize("key", ["inputs", "outputs", "results", "findings"])
+def test_evidence_of_another_shape_is_damaged(key: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "gate.json").write_text(json.dumps({**fetch_evidence(), "name": "gate", key: "text"}))
+    records = open_store(str(tmp_path), "run").records()
+    assert (dict(records.evidence), set(records.damaged)) == ({}, {"gate.json"})
+    assert outcome_of(records).exit_code == errors.EXIT_USAGE
+
+
+@pytest.mark.parametrize("code", ["x", 0, 4, True, 1.5, None, [1]])
+def test_a_failure_that_ends_with_another_code_is_damaged(code: Any, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), "run")
+    store.put_failure("scan", {"name": "scan", "message": "m", "exit_code": code})
+    records = store.records()
+    assert (dict(records.failures), set(records.damaged)) == ({}, {"scan.failed.json"})
+    assert outcome_of(records).exit_code == errors.EXIT_USAGE
+
+
+def test_an_object_that_is_too_large_is_named_and_a_store_that_is_away_is_not(tmp_path: Path) -> None:
+    def refused(error: errors.QuarantineError) -> Any:
+        def get(name: str) -> bytes:
+            raise error
+
+        return SimpleNamespace(get=get, names=lambda: ["scan.json"])
+
+    large = EvidenceStore(refused(errors.ArtifactTooLarge("scan.json is too large")))
+    assert set(large.records().damaged) == {"scan.json"}
+    with pytest.raises(errors.TransferFailed):
+        EvidenceStore(refused(errors.TransferFailed("cut"))).records()
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "purify.other", None, ["purify.tsbd"]])

@@ -130,6 +130,20 @@ def test_credentials_that_cannot_read_evidence_decide_nothing(
     assert aliases(connection)["champion"] == drifted["second"]
 
 
+def test_evidence_of_a_shape_that_nobody_thought_of_hides_no_other_version(
+    connection: MlflowConnection, memory: SweepMemory, drifted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components._runtime import registered_decisions
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OverflowError("int too large to convert to float")
+
+    connection.client.set_registered_model_alias("clean", "champion", drifted["second"])
+    monkeypatch.setattr(registered_decisions, "replay_decision", broken)
+    report = swept(connection, memory)
+    assert (report.exit_code, report.found["unknown"]) == (2, 1)
+
+
 def test_a_store_that_is_not_mounted_takes_no_alias_away(
     connection: MlflowConnection, memory: SweepMemory, drifted: dict[str, str], tmp_path: Path
 ) -> None:
