@@ -28,7 +28,7 @@ PROMOTION = "promotion.json"
 """The signed statement of the promotion, which lies there too: it is made after the release."""
 BESIDE = (DECISION, POLICY, REPORT_DATA, PROMOTION)
 _SHAPE: Mapping[str, type] = {"inputs": dict, "outputs": dict, "results": dict, "findings": list}
-_NAMES = {dict: "an object", list: "a list"}
+_NAMES: Mapping[type, str] = {dict: "an object", list: "a list"}
 _OF_ATTEMPT = ("started", "seconds", "accelerator")
 IMAGE_DIGEST_VARIABLE = "QUARANTINE_IMAGE_DIGEST"
 """Environment variable, set where the image runs: the image's own digest, ``sha256:<hex>``."""

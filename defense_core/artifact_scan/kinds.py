@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from defense_core.archives import common_root
 from defense_core.errors import UnsafeArtifact
@@ -24,6 +26,7 @@ OTHER, UNKNOWN, EMPTY, SPECIAL = "other", "unknown", "empty", "special"
 
 HEAD_BYTES = 4096
 MAX_TEXT_BYTES = 16 << 20
+_ZIP_TAIL_BYTES = (1 << 16) + 22  # of the longest comment, as zipfile reads it, and the record in front
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 _PROGRAMS = (
     b"\x7fELF", b"MZ", b"#!", b"\xcf\xfa\xed\xfe", b"\xfe\xed\xfa\xce", b"\xfe\xed\xfa\xcf", b"\xca\xfe\xba\xbe",
@@ -92,28 +95,51 @@ def name_objection(name: str, kind: Kind) -> str | None:
 
 
 def is_tar(head: bytes) -> bool:
-    """Whether the first 512 bytes carry the checksum of a tar header, with or without ``ustar``."""
+    """Whether a tar reader would accept the first 512 bytes as a header, with or without ``ustar``."""
     block = head[:512]
     if len(block) < 512 or not any(block):
         return False
-    stated = re.match(rb"[ 0]*([0-7]{1,7})[ \x00]", block[148:156])
-    return stated is not None and int(stated[1], 8) == sum(block[:148]) + 8 * 32 + sum(block[156:])
+    field = block[148:156]
+    octal = re.match(rb"[ 0]*([0-7]{1,7})[ \x00]", field)
+    stated = int(octal[1], 8) if octal else int.from_bytes(field[1:], "big") if field[0] == 0x80 else None
+    # Some old programs added up signed bytes, and readers accept that.
+    if stated is not None and stated in (_sum(block, "148B8x356B"), _sum(block, "148b8x356b")):
+        return True
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        return False
+    return True
+
+
+def _sum(block: bytes, form: str) -> int:
+    counted: tuple[int, ...] = struct.unpack(form, block)
+    return 8 * 32 + sum(counted)
 
 
 def ends_as_zip(path: Path, size: int) -> bool:
     """Whether a zip reader would accept the end of the file."""
     with open(path, "rb") as stream:
-        stream.seek(max(0, size - 65_557))
+        stream.seek(max(0, size - _ZIP_TAIL_BYTES))
         tail = stream.read()
-    start = size - len(tail)
-    at = tail.rfind(b"PK\x05\x06")
-    while at >= 0:
-        if at + 22 <= len(tail):
-            length, offset = struct.unpack_from("<2I", tail, at + 12)
-            fits = offset == 0xFFFFFFFF or offset + length <= start + at
-            if tail[at + 4 : at + 8] == bytes(4) and fits:
+        start = size - len(tail)
+        at = tail.rfind(b"PK\x05\x06")
+        while at >= 0:
+            if at + 22 <= len(tail) and _is_zip_end(stream, start + at, tail[at : at + 22]):
                 return True
-        at = tail.rfind(b"PK\x05\x06", 0, at)
+            at = tail.rfind(b"PK\x05\x06", 0, at)
+    return False
+
+
+def _is_zip_end(stream: BinaryIO, at: int, record: bytes) -> bool:
+    length, offset = struct.unpack_from("<2I", record, 12)
+    if record[4:8] == bytes(4) and (offset == 0xFFFFFFFF or offset + length <= at):
+        return True
+    # zipfile asks neither for the disks nor where the table is said to lie: it looks in front of the record.
+    for place, magic in ((at - length, b"PK\x01\x02"), (at - 20, b"PK\x06\x07")):
+        stream.seek(max(place, 0))
+        if place >= 0 and stream.read(4) == magic:
+            return True
     return False
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.resources
+import io
 import json
 import pickle
+import struct
 import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +29,7 @@ from defense_core.artifact_scan import (
     FileScan,
     ScanFinding,
     State,
+    kinds,
     pickle_files,
     require_clean,
     scan_artifact,
@@ -195,6 +201,53 @@ def test_opcodes_beyond_the_limit_are_not_clean(tmp_path: Path) -> None:
 def _written(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+# -- two formats at once ---------------------------------------------------------------
+
+
+def _tar_header(checksum: Callable[[bytes], bytes]) -> bytes:
+    info = tarfile.TarInfo("m\u00e9.pt")  # a name whose bytes have a high bit: the two sums differ
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[148:156] = b" " * 8
+    block[148:156] = checksum(bytes(block))
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    "checksum",
+    [
+        lambda block: b"%06o\x00 " % sum(block),
+        lambda block: b"%06o\x00 " % sum(struct.unpack("512b", block)),
+        lambda block: b"\x80" + sum(block).to_bytes(7, "big"),
+        lambda block: b"\t%06o " % sum(block),
+        lambda block: b"0o%o\x00\x00" % sum(block),
+    ],
+    ids=["unsigned", "signed", "base 256", "tab", "prefix"],
+)
+def test_what_tarfile_reads_is_a_tar(checksum: Callable[[bytes], bytes]) -> None:
+    block = _tar_header(checksum)
+    assert tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").isreg()
+    assert kinds.is_tar(block)
+    assert not kinds.is_tar(block[:300] + bytes([block[300] ^ 1]) + block[301:])
+
+
+@pytest.mark.parametrize("comment", [0, 65_535])
+@pytest.mark.parametrize("patch", [(4, b"\x01\x00\x02\x00"), (16, struct.pack("<I", 1 << 24)), (0, b"")])
+def test_what_zipfile_opens_ends_as_zip(patch: tuple[int, bytes], comment: int, tmp_path: Path) -> None:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("a", "content")
+        archive.comment = b"c" * comment
+    data = bytearray(b"raw" + made.getvalue())
+    at, changed = data.rfind(b"PK\x05\x06") + patch[0], patch[1]
+    data[at : at + len(changed)] = changed
+    path = _written(tmp_path / "x", bytes(data))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["a"]
+    assert kinds.ends_as_zip(path, len(data))
+    other = _written(tmp_path / "y", b"raw" * 30 + b"PK\x05\x06" + b"\x01" * 18)
+    assert not kinds.ends_as_zip(other, other.stat().st_size)
 
 
 # -- damage ----------------------------------------------------------------------------
