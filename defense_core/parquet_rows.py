@@ -47,6 +47,19 @@ def image_column(schema: pyarrow.Schema, path: Path) -> str:
     return name
 
 
+def stated_rows(table: pyarrow.parquet.ParquetFile, path: Path) -> int:
+    """How many rows the footer says there are.
+
+    Raises:
+        DataError: it contradicts itself.
+    """
+    groups = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+    count = int(table.metadata.num_rows)
+    if count < 0 or min(groups, default=0) < 0 or count != sum(groups):
+        raise _other_rows(path, sum(groups), count)
+    return count
+
+
 def parquet_rows(
     table: pyarrow.parquet.ParquetFile, column: str, labels: numpy.ndarray, path: Path, *, max_bytes: int
 ) -> Iterator[tuple[str, bytes | None]]:
@@ -54,16 +67,19 @@ def parquet_rows(
 
     Args:
         column: from :func:`image_column`.
+        labels: one place for each of the :func:`stated_rows`.
         max_bytes: largest size of the encoded images together.
 
     Raises:
-        DataError: more than ``max_bytes``, or a row without label.
+        DataError: more than ``max_bytes``, a row without label, or other rows than there are places.
     """
     row = seen_bytes = 0
     for batch in table.iter_batches(_BATCH_ROWS, columns=[column, "label"]):
         stated = batch.column("label")
         if stated.null_count:
             raise DataError(f"{path} has malformed labels", expected="a label a row", got=f"{stated.null_count} nulls")
+        if row + len(stated) > len(labels):
+            raise _other_rows(path, len(labels), row + len(stated))
         labels[row : row + len(stated)] = stated.to_numpy(zero_copy_only=False).astype(numpy.int64)
         # What the footer says of sizes is the file's own claim.
         seen_bytes += _encoded_bytes(batch.column("image"))
@@ -76,6 +92,12 @@ def parquet_rows(
         for image in batch.column("image"):
             yield f"row {row}", _bytes_of(image)
             row += 1
+    if row != len(labels):
+        raise _other_rows(path, len(labels), row)
+
+
+def _other_rows(path: Path, expected: int, got: int) -> DataError:
+    return DataError(f"{path} does not hold the rows that its footer states", expected=f"{expected} rows", got=got)
 
 
 def _bytes_of(image: pyarrow.Scalar) -> bytes | None:

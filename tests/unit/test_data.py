@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -113,6 +114,55 @@ def test_parquet_in_several_row_groups_keeps_its_order(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
     loaded = load(tmp_path / "a.parquet")
     assert torch.equal(loaded.images, torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("places", [[0], [-1], [0, -1]], ids=["file", "row group", "both"])
+@pytest.mark.parametrize("stated", [126, 1], ids=["63 rows", "-1 rows"])
+def test_parquet_that_states_other_rows_than_it_holds(places: list[int], stated: int, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [encoded(image) for image in pixels()], some_labels())
+    data = bytearray(path.read_bytes())
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    # 12 rows, as the footer writes a 64-bit number: of the file first, of its one row group last.
+    found = [at + 1 for at in range(footer, len(data) - 8) if data[at : at + 2] == b"\x16\x18"]
+    for place in places:
+        data[found[place]] = stated
+    path.write_bytes(data)
+    refused(path, "the rows that its footer states")
+
+
+def test_parquet_of_two_columns_of_one_name(tmp_path: Path) -> None:
+    columns = [pyarrow.array([encoded(image) for image in pixels()]), pyarrow.array(some_labels())]
+    table = pyarrow.table([*columns, columns[1]], names=["image", "label", "label"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", "no readable parquet file")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': (), 'fortran_order': False, 'shape': (12,)}",
+        "{1: 0, 'a': 0}",
+        "{'descr': '|u1', 'shape': (12,",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (" + "1," * 5000 + ")}",
+    ],
+    ids=["no type", "keys", "unbalanced", "dimensions"],
+)
+def test_npz_headers_that_numpy_trips_over(header: str, tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "a.npz", pixels(), some_labels())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("images", "labels"):
+            array = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+            archive.writestr(f"{name}.npy", array)
+    refused(path, "no readable npz file")
+
+
+def test_a_png_that_pillow_trips_over(tmp_path: Path) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">2I5B", 8, 8, 8, 3, 0, 0, 0)) + chunk(b"tRNS", b"\x00")
+    png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(72))) + chunk(b"IEND", b"")
+    refused(write_parquet(tmp_path / "a.parquet", [png] * 12, some_labels()), "not an image")
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK"])
