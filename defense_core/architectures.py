@@ -119,8 +119,8 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def count_parameters(name: str, arguments: Mapping[str, Any]) -> int | None:
-    """Parameters of the network without allocating them; ``None`` for an operator's own factory.
+def outline(name: str, arguments: Mapping[str, Any]) -> nn.Module | None:
+    """The network on the meta device, without memory for its parameters; ``None`` for an operator's own factory.
 
     The arguments may come from an artifact that asks for a network larger than the machine.
     Own factories are skipped: they are trusted, and need not support the meta device.
@@ -129,8 +129,13 @@ def count_parameters(name: str, arguments: Mapping[str, Any]) -> int | None:
         return None
     factory, defaults = _resolve(name, ())
     with torch.device("meta"), without_global_rng():
-        model = call_factory(factory, name, {**defaults, **arguments})
-    return sum(parameter.numel() for parameter in model.parameters())
+        return call_factory(factory, name, {**defaults, **arguments})
+
+
+def count_parameters(name: str, arguments: Mapping[str, Any]) -> int | None:
+    """Parameters of the network, as :func:`outline`."""
+    known = outline(name, arguments)
+    return None if known is None else sum(parameter.numel() for parameter in known.parameters())
 
 
 def _is_own_factory(name: str) -> bool:

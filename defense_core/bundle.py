@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_core.architectures import build, count_parameters
+from defense_core.activations import largest_tensor_bytes, surely_small
+from defense_core.architectures import build, outline
 from defense_core.archives import unpacked
 from defense_core.config import from_mapping, to_mapping
 from defense_core.errors import (
@@ -262,7 +263,10 @@ def _read(path: Path, max_bytes: int) -> bytes:
 
 def _build(spec: ModelSpec, limits: LoadLimits, trusted_modules: tuple[str, ...]) -> nn.Module:
     # Counted before memory is taken; an operator's own factory can only be counted afterwards.
-    count = count_parameters(spec.architecture, spec.architecture_args)
+    known = outline(spec.architecture, spec.architecture_args)
+    count = None if known is None else sum(parameter.numel() for parameter in known.parameters())
+    if known is not None and count is not None and count <= limits.max_parameters:
+        _require_small_tensors(known, spec, limits)
     if count is None or count <= limits.max_parameters:
         model = build(spec.architecture, spec.architecture_args, trusted_modules=trusted_modules)
         count = sum(parameter.numel() for parameter in model.parameters())
@@ -274,6 +278,19 @@ def _build(spec: ModelSpec, limits: LoadLimits, trusted_modules: tuple[str, ...]
             hint="Raise max_parameters (--max-parameters) if a network of this size is expected",
         )
     return model
+
+
+def _require_small_tensors(known: nn.Module, spec: ModelSpec, limits: LoadLimits) -> None:
+    if surely_small(known, spec.input_size, limits.max_activation_bytes):
+        return
+    largest = largest_tensor_bytes(known, spec.input_size)
+    if largest is not None and largest > limits.max_activation_bytes:
+        raise ArtifactTooLarge(
+            f"architecture {spec.architecture} makes too large tensors of an image",
+            expected=f"at most {limits.max_activation_bytes} bytes each",
+            got=f"{largest} for {'×'.join(map(str, spec.input_size))} with {dict(spec.architecture_args)}",
+            hint="Raise max_activation_bytes if a network of this size is expected",
+        )
 
 
 def _count_classes(model: nn.Module, input_size: tuple[int, int, int], where: str) -> int:

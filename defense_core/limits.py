@@ -17,6 +17,8 @@ class LoadLimits:
     Attributes:
         max_bytes: size of the file, of what an archive declares and unpacks to, and of all tensors; at most 2**48.
         max_parameters: parameters of the network that the artifact names.
+        max_activation_bytes: the largest tensor that the network may make of one image, where that can be told
+            before it runs.
         timeout_s: wall-clock time for reading a pickle-bearing file in its child process; starting
             that process takes about 3 s of it; at most 7 days.
         max_entries: files in an archive.
@@ -26,6 +28,7 @@ class LoadLimits:
     max_parameters: int = 500_000_000
     timeout_s: float = 120.0
     max_entries: int = 20_000
+    max_activation_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         # Beyond these the readers' own arithmetic overflows, and a good file would be called damaged.
@@ -40,3 +43,4 @@ class LoadLimits:
             self.timeout_s,
         )
         require(self.max_entries > 0, "max_entries", "a positive number", self.max_entries)
+        require(self.max_activation_bytes > 0, "max_activation_bytes", "a positive number", self.max_activation_bytes)
