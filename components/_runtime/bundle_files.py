@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from components._runtime.small_files import read_small
 from defense_core.errors import CorruptArtifact, DigestMismatch
 from defense_core.files import sha256_file
 
@@ -18,6 +19,7 @@ def bundle_digest(folder: Path) -> str:
 
     Raises:
         CorruptArtifact: ``bundle.json`` is missing or not readable.
+        EvidenceMismatch: it is too large.
         DigestMismatch: a file is not the one that it lists.
     """
     for name, expected in listed_files(folder).items():
@@ -36,12 +38,12 @@ def copy_bundle(source: Path, destination: Path) -> None:
 
 
 def listed_files(folder: Path) -> dict[str, str]:
-    """Digest by name of the files that ``bundle.json`` lists. Raises CorruptArtifact."""
+    """Digest by name of the files that ``bundle.json`` lists. Raises CorruptArtifact, EvidenceMismatch."""
     path = Path(folder) / DESCRIPTION
     try:
-        description: Any = json.loads(path.read_text("utf-8"))
+        description: Any = json.loads(read_small(path).decode("utf-8"))
         files = {str(name): str(digest) for name, digest in description["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptArtifact(f"{path} is not readable", expected="a bundle's description", got=error) from error
     outside = [name for name in files if Path(name).name != name]
     if outside:

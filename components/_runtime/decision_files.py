@@ -11,6 +11,7 @@ from typing import Any
 from components._runtime import approvals as signed_files
 from components._runtime.approvals import SignedApproval
 from components._runtime.evidence import DECISION, POLICY, read_folder, write_evidence
+from components._runtime.small_files import read_small
 from defense_core.config import canonical_json, from_mapping
 from defense_core.errors import ConfigError, EvidenceMismatch, EvidenceMissing
 from defense_core.files import write_atomic
@@ -68,14 +69,14 @@ def replay_decision(folder: Path) -> DecisionFolder:
 
     Raises:
         EvidenceMissing: a file is not there.
-        EvidenceMismatch: a file is damaged, or policy, evidence and approvals give another decision.
+        EvidenceMismatch: a file is damaged or too large, or policy, evidence and approvals give another decision.
         PolicyError: the policy is malformed.
     """
     folder = Path(folder)
     evidence = read_folder(folder)
     try:
-        policy = json.loads((folder / POLICY).read_bytes())
-        stated = (folder / DECISION).read_bytes()
+        policy = json.loads(read_small(folder / POLICY))
+        stated = read_small(folder / DECISION)
     except FileNotFoundError as error:
         raise EvidenceMissing(f"{error.filename} is missing", hint="Run the gate again") from error
     except (ValueError, RecursionError) as error:

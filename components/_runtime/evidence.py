@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from components._runtime.pod import accelerator
+from components._runtime.small_files import read_small
 from defense_core import __version__
 from defense_core.config import canonical_json, to_mapping
 from defense_core.errors import AccessDenied, EvidenceMismatch, EvidenceMissing
@@ -129,12 +130,12 @@ def read_evidence(path: Path) -> dict[str, Any]:
     Raises:
         EvidenceMissing: there is no such file.
         AccessDenied: this account may not read it.
-        EvidenceMismatch: it is no file, damaged, or of another schema.
+        EvidenceMismatch: it is no file, too large, damaged, or of another schema.
     """
     with reading(path, EvidenceMismatch, "a readable file", denied=AccessDenied):
         if not Path(path).exists():
             raise EvidenceMissing(f"evidence {path} is missing", hint="Run the step that writes it")
-        data = Path(path).read_bytes()
+        data = read_small(Path(path))
     return parse_evidence(data, str(path))
 
 

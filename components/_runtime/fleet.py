@@ -15,8 +15,9 @@ from components._runtime.evidence import DECISION, FAILED
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
 from components._runtime.registered_decisions import MALFORMED, UNREADABLE, registered_decision
 from components._runtime.registry_prompts import HIDDEN, taken_for_prompts
+from components._runtime.small_files import read_small
 from components._runtime.store import open_store
-from defense_core.errors import AccessDenied, EvidenceMissing
+from defense_core.errors import AccessDenied, EvidenceMismatch, EvidenceMissing
 from defense_core.report import Report, build_report
 from defense_core.report_fleet import FleetVersion, version_of_report, version_without_evidence
 from defense_core.report_text import at, text
@@ -167,8 +168,8 @@ def _promoted(folder: Path) -> Any:
     """What promote.json holds; ``None`` where there is none."""
     path = folder / "promote.json"
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else None
-    except (ValueError, RecursionError):
+        return json.loads(read_small(path)) if path.is_file() else None
+    except (ValueError, RecursionError, EvidenceMismatch):
         return None  # the report names the damaged file
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from components._runtime.certificates import require_signer
 from components._runtime.signing_keys import SigningKey, TrustedSigner, key_of, load_public_key
+from components._runtime.small_files import read_small
 from defense_core.errors import EvidenceMismatch
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _refused(trusted: TrustedSigner, got: str) -> EvidenceMismatch:
 def _bundle(path: Path) -> dict[str, Any]:
     """The parsed signature file, which must be exactly what the library writes: nothing unsigned has room in it."""
     try:
-        data = path.read_bytes()
+        data = read_small(path)
     except FileNotFoundError as error:
         raise EvidenceMismatch(
             f"{SIGNATURE} is missing",

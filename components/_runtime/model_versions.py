@@ -14,10 +14,11 @@ from components._runtime import registry_tags as tag
 from components._runtime.decision_files import stated_circumstances
 from components._runtime.evidence import DECISION, read_evidence
 from components._runtime.mlflow_connection import MlflowConnection
-from components._runtime.registered_files import MAX_EVIDENCE_BYTES, Manifest, download_version
+from components._runtime.registered_files import Manifest, download_version
 from components._runtime.registry_prompts import require_versions_shown
 from components._runtime.release import EVIDENCE_FOLDER, Identity, Release, evidence_digest
 from components._runtime.run_election import TrackedRun
+from components._runtime.small_files import MAX_EVIDENCE_BYTES, read_small
 from defense_core.config import digest
 from defense_core.errors import ConfigError, RegistryConflict
 from defense_core.policy_time import parse_time, time_text
@@ -44,6 +45,7 @@ class Order:
     description: str = ""
     renews_before: datetime | None = None
     supersedes: str | None = None
+    decision_digest: str | None = None
 
 
 def version_tags(
@@ -72,7 +74,7 @@ def _decided(release: Release) -> dict[str, str]:
     tags = {}
     if (evidence / DECISION).is_file():
         # Decisions of schema 1 knew no time.
-        at = stated_circumstances((evidence / DECISION).read_bytes(), str(evidence / DECISION))["at"]
+        at = stated_circumstances(read_small(evidence / DECISION), str(evidence / DECISION))["at"]
         tags = {tag.DECIDED_AT: str(at)} if at else {}
     if (evidence / "fetch.json").is_file():
         uri = dict(read_evidence(evidence / "fetch.json").get("results") or {}).get("uri")

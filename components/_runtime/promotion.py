@@ -127,6 +127,7 @@ def promote(
     renews_before: datetime | None = None,
     supersedes: str | None = None,
     signatures: SignatureCheck = NOBODY,
+    decision_digest: str | None = None,
 ) -> Promotion:
     """Register ``release`` as a version of ``name``; move ``alias`` to it only on PASS.
 
@@ -144,6 +145,7 @@ def promote(
         renews_before: decisions of the same work that were made before this time are too old to count.
         supersedes: digest of the decision that this one takes the place of; a version that it refused is no conflict.
         signatures: checked on what the registry serves; checking ``release`` first is the caller's.
+        decision_digest: of the ``decision.json`` that gives ``verdict``; a new version must hold it. ``None``: any.
 
     Raises:
         ConfigError: reserved alias, unusable name or tag, malformed digest.
@@ -157,13 +159,24 @@ def promote(
     manifest = check_release(release)
     tagged = version_tags(release, identity, policy, manifest, tags)
     order = Order(
-        release, name, run, identity, verdict, alias, manifest, tagged, description, renews_before, supersedes
+        release,
+        name,
+        run,
+        identity,
+        verdict,
+        alias,
+        manifest,
+        tagged,
+        description,
+        renews_before,
+        supersedes,
+        decision_digest,
     )
     with mlflow_errors(f"register {name}", connection.settings):
         version, reused = find_or_create(connection, order)
     with mlflow_errors(f"promote models:/{name}/{version.version}", connection.settings):
         served, signed = _verify(connection, version, order, signatures)
-        decided = _decide(connection, version, order)
+        decided = _decide(connection, version, order, served)
         if reused:
             note_origin(connection, version, order)
         moved = decided == tag.ALLOW and move_alias(connection, version, order)
@@ -242,7 +255,7 @@ def _registered(connection: MlflowConnection, version: ModelVersion, folder: Pat
 # -- decision ----------------------------------------------------------------------
 
 
-def _decide(connection: MlflowConnection, version: ModelVersion, order: Order) -> str:
+def _decide(connection: MlflowConnection, version: ModelVersion, order: Order, served: Manifest) -> str:
     """Step 5: tag the decision; the decision that the version has now."""
     fresh = connection.client.get_model_version(version.name, version.version)
     if fresh.tags.get(tag.DECISION) != tag.PENDING:
@@ -256,6 +269,15 @@ def _decide(connection: MlflowConnection, version: ModelVersion, order: Order) -
         # Another run may have decided it, or found it damaged, while its files were read.
         require_agreement(fresh, order)
         return str(fresh.tags.get(tag.DECISION))
+    got = served.get(f"{EVIDENCE_FOLDER}/{DECISION}")
+    if order.decision_digest not in (None, got):
+        quarantine(connection, version, tag.BYTES_DIFFER)
+        raise RegistryConflict(
+            f"models:/{version.name}/{version.version} holds another decision than the one that was made again",
+            expected=order.decision_digest,
+            got=got or "no such file",
+            hint=f"It is quarantined and the alias {order.alias} was not moved; find out who changed it",
+        )
     if order.verdict is not Verdict.PASS:
         quarantine(connection, version, REASONS[order.verdict])
         decision = tag.QUARANTINED

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Literal
 from components._runtime import registry_tags as tag
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
-from components._runtime.registered_files import MAX_EVIDENCE_BYTES, Manifest, download_version
+from components._runtime.registered_files import Manifest, download_version
 from components._runtime.release import EVIDENCE_FOLDER, evidence_digest
+from components._runtime.small_files import MAX_EVIDENCE_BYTES
 from defense_core.errors import (
     AccessDenied,
     ArtifactTooLarge,

@@ -28,8 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components._runtime.approvals import FOLDER as APPROVALS
+from components._runtime.evidence import FAILED, PROMOTION, REPORT_DATA
 from components._runtime.model_signature import SIGNATURE
 from components._runtime.registered_files import Manifest, folder_manifest, manifest_differences
+from components._runtime.small_files import read_small
 from defense_core.config import digest
 from defense_core.errors import ConfigError, CorruptArtifact, DigestMismatch, SourceNotFound
 from defense_core.files import sha256_bytes, write_atomic
@@ -74,7 +77,7 @@ class Parts:
     Attributes:
         onnx_path: the exported model, one file.
         bundle_dir: the chosen bundle.
-        evidence_dir: the decision's folder, one JSON file per step.
+        evidence_dir: the decision's folder: one JSON file per step, policy, decision and approvals.
     """
 
     onnx_path: Path
@@ -109,10 +112,22 @@ def stage(parts: Parts, folder: Path) -> None:
             raise SourceNotFound(f"{path} is missing", expected="a finished step", got="nothing", hint="Rerun the step")
     shutil.copyfile(parts.onnx_path, folder / ONNX_NAME)
     shutil.copytree(parts.bundle_dir, folder / BUNDLE_FOLDER, symlinks=True)
-    shutil.copytree(parts.evidence_dir, folder / EVIDENCE_FOLDER, symlinks=True)
+    _copy_decision(parts.evidence_dir, folder / EVIDENCE_FOLDER)
     description = _bundle_description(folder / BUNDLE_FOLDER / "bundle.json")
     write_atomic(folder / MLMODEL, _mlmodel(description))
     write_atomic(folder / REQUIREMENTS_NAME, REQUIREMENTS.encode())
+
+
+def _copy_decision(source: Path, target: Path) -> None:
+    """Copy what a decision consists of and nothing that lies beside it: whatever is in a release is signed."""
+    target.mkdir()
+    if (source / APPROVALS).is_dir():
+        (target / APPROVALS).mkdir()
+    for path in sorted([*source.glob("*.json"), *(source / APPROVALS).glob("*")]):
+        plain = path.is_file() or path.is_symlink()
+        if plain and path.name not in (REPORT_DATA, PROMOTION) and not path.name.endswith(FAILED):
+            # A link stays one, and is refused with the release.
+            shutil.copyfile(path, target / path.relative_to(source), follow_symlinks=False)
 
 
 def check_release(release: Release) -> Manifest:
@@ -122,6 +137,7 @@ def check_release(release: Release) -> Manifest:
         SourceNotFound: a file or folder is not there.
         DigestMismatch: the ONNX file, the bundle or what is served around them is not what the evidence gives.
         CorruptArtifact: the bundle's description is not readable.
+        EvidenceMismatch: it is too large.
         UnsafeArtifact: it holds a link.
     """
     _require_digest("ONNX digest", release.onnx_digest)
@@ -182,17 +198,25 @@ def part_of(name: str) -> str:
 
 def _bundle_description(path: Path) -> dict[str, Any]:
     try:
-        description = json.loads(path.read_text("utf-8"))
+        description = json.loads(read_small(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise SourceNotFound(
             f"{path} is missing", expected="a release", got="no bundle", hint="Rerun the step"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptArtifact(
             f"{path.name} is not readable", expected="JSON", got=str(error), hint="Rerun the step that wrote it"
         ) from error
     if not isinstance(description, dict):
         raise CorruptArtifact(f"{path.name} is not readable", expected="a JSON object", got=type(description).__name__)
+    size = description.get("input_size", [])
+    sized = isinstance(size, list) and all(type(side) is int for side in size)
+    if not sized or not isinstance(description.get("files", {}), dict):
+        raise CorruptArtifact(
+            f"{path.name} is not readable",
+            expected="files as a JSON object, and input_size as a list of whole numbers",
+            got=f"{description.get('files')!r:.80}, {size!r:.80}",
+        )
     return description
 
 

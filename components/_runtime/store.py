@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from components._runtime.addresses import local_path, split_address
 from components._runtime.evidence import BESIDE, FAILED, is_deep, parse_evidence, repeats, require_named
+from components._runtime.small_files import read_small
 from defense_core.config import canonical_json
 from defense_core.errors import (
     EXIT_FAIL,
@@ -52,7 +53,7 @@ class Shelf(Protocol):
 
         Raises:
             FileNotFoundError, SourceNotFound: it is not there.
-            EvidenceMismatch: it is no file.
+            EvidenceMismatch: it is no file, or too large.
             AccessDenied: it may not be read, or S3 does not say whether it is there.
         """
         ...
@@ -207,7 +208,7 @@ class _FolderShelf:
     def get(self, name: str) -> bytes:
         path = self.folder / name
         try:
-            return path.read_bytes()
+            return read_small(path)
         except FileNotFoundError:
             raise
         except OSError:

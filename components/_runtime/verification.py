@@ -28,12 +28,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from components._runtime.approvals import FOLDER
 from components._runtime.bundle_files import DESCRIPTION, listed_files
 from components._runtime.decided_files import identity_of_decision, release_of
-from components._runtime.decision_files import replay_decision
-from components._runtime.evidence import DECISION, read_folder
+from components._runtime.decision_files import DecisionFolder, replay_decision
+from components._runtime.evidence import DECISION, POLICY, read_folder
+from components._runtime.ml_bom import ML_BOM
 from components._runtime.model_signature import SIGNATURE
-from components._runtime.release import ATTESTATIONS, BUNDLE_FOLDER, EVIDENCE_FOLDER, ONNX_NAME
+from components._runtime.release import ATTESTATIONS, BOM_FOLDER, BUNDLE_FOLDER, EVIDENCE_FOLDER, ONNX_NAME
 from components._runtime.signing_keys import TrustedSigner
 from components._runtime.verification_approvals import approval_findings
 from components._runtime.verification_chain import chain_problems, read_statements
@@ -151,6 +153,21 @@ def _check_decision(check: Check) -> None:
     ):
         check.replayed = replay_decision(evidence)
         identity_of_decision(check.replayed)
+        for name in _unaccounted(check, check.replayed):
+            why = f"{name} is unexpected: it is of no step, and the decision does not name it."
+            check.differ("verify.decision", name, expected="no such file", got=check.hashed[name], why=why)
+
+
+def _unaccounted(check: Check, replayed: DecisionFolder) -> list[str]:
+    """Files among the evidence that neither the decision nor a later check looks at."""
+    known = {f"{EVIDENCE_FOLDER}/{name}.json" for name in replayed.evidence}
+    known |= {f"{EVIDENCE_FOLDER}/{name}" for name in (DECISION, POLICY)} | {f"{BOM_FOLDER}/{ML_BOM}"}
+    folders = (f"{EVIDENCE_FOLDER}/{FOLDER}/", f"{ATTESTATIONS}/")
+    return sorted(
+        name
+        for name in check.hashed
+        if name.startswith(f"{EVIDENCE_FOLDER}/") and name not in known and not name.startswith(folders)
+    )
 
 
 def _check_statements(check: Check) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from components._runtime.approvals import FOLDER, approval_files, open_approval
 from components._runtime.decision_files import DecisionFolder
+from components._runtime.small_files import read_small
 from components._runtime.verification_files import FileFinding
 from defense_core.errors import EvidenceMismatch
 from defense_core.verdict import Verdict
@@ -34,7 +35,7 @@ def approval_findings(replayed: DecisionFolder, approvers: Mapping[str, SSlibKey
             findings.append(FileFinding(RULE, Verdict.UNKNOWN, None, bound, why, file))
             continue
         try:
-            open_approval(path.read_bytes(), approvers, file)
+            open_approval(read_small(path), approvers, file)
         except EvidenceMismatch as error:
             findings.append(FileFinding(RULE, Verdict.FAIL, error.got, bound, str(error), file))
         else:

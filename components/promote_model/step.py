@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from components._runtime.decided_files import identity_of_decision, release_of
-from components._runtime.decision_files import DecisionFolder, replay_decision
+from components._runtime.decision_files import DecisionFolder, decision_bytes, replay_decision
 from components._runtime.evidence import Clock, compose
 from components._runtime.journal import parent_run
 from components._runtime.mlflow_connection import MlflowConnection
@@ -21,6 +21,7 @@ from components._runtime.release import EVIDENCE_FOLDER, check_release
 from components._runtime.signing_keys import TrustedSigner
 from defense_core.config import to_mapping
 from defense_core.errors import EvidenceMismatch
+from defense_core.files import sha256_bytes
 from defense_core.policy_time import SKEW_S, is_after, parse_time
 from defense_core.verdict import Finding, Verdict
 
@@ -90,6 +91,7 @@ def promote_model(
             renews_before=_oldest_that_counts(replayed),
             supersedes=replayed.decision.supersedes,
             signatures=signatures,
+            decision_digest=sha256_bytes(decision_bytes(replayed.decision)),
         )
         results = {"registered": True, "outcome": replayed.decision.outcome, **to_mapping(done)}
         finding = Finding("promote.registered", Verdict.PASS, done.version, replayed.decision.outcome, _sentence(done))

@@ -48,7 +48,7 @@ def sign_evidence(
     Args:
         model: the selected bundle.
         onnx: folder that holds ``model.onnx``.
-        decision: folder that the gate wrote; it is made again from its policy and evidence first.
+        decision: folder that the gate wrote; its copy is made again from its policy and evidence before it is signed.
         out: folder that becomes the release.
         destination: what it is signed for.
         key: ``None``: the release stays unsigned. What is signed must be a whole chain: each step took in what an
@@ -65,16 +65,17 @@ def sign_evidence(
         EvidenceMissing: the decision names no model, or the policy demands signatures and there is no key.
     """
     clock = Clock.start()
-    replayed = replay_decision(decision)
     require((Path(onnx) / ONNX_NAME).is_file(), "onnx", f"a folder with {ONNX_NAME}", str(onnx))
-    _require_key(replayed, key)
-    _require_policy(replayed, policy)
-    if key is not None:
-        _require_chain(replayed)
-    identity = identity_of_decision(replayed)
     count = 0
     with atomic_directory(out) as folder:
-        stage(Parts(Path(onnx) / ONNX_NAME, Path(model), replayed.folder), folder)
+        stage(Parts(Path(onnx) / ONNX_NAME, Path(model), Path(decision)), folder)
+        # What is checked is the copy, which is what is signed.
+        replayed = replay_decision(folder / EVIDENCE_FOLDER)
+        _require_key(replayed, key)
+        _require_policy(replayed, policy)
+        if key is not None:
+            _require_chain(replayed)
+        identity = identity_of_decision(replayed)
         release = release_of(folder, replayed)
         check_release(release)
         write_ml_bom(folder / BOM_FOLDER, replayed.evidence)

@@ -114,7 +114,7 @@ def locked(monkeypatch: pytest.MonkeyPatch, name: str, method: str) -> None:
 @pytest.mark.parametrize("command", ["report", "fleet"])
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("decision.json", "is_file"), ("decision.json", "read_bytes"), ("fetch.json", "read_bytes")],
+    [("decision.json", "is_file"), ("decision.json", "open"), ("fetch.json", "open")],
 )
 def test_what_may_not_be_read_is_a_typed_error(
     command: str, name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,7 +143,7 @@ def test_a_report_is_of_one_run_or_of_two(words: tuple[str, ...], tmp_path: Path
 
 def test_records_without_a_decision_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "run", {"fetch": whole_run()["fetch"]})
-    locked(monkeypatch, "fetch.json", "read_bytes")
+    locked(monkeypatch, "fetch.json", "open")
     for read in (report_of_folder, folder_versions):
         with pytest.raises(AccessDenied, match=r"fetch\.json cannot be read"):
             read(tmp_path / "run")

@@ -10,9 +10,19 @@ from typing import Any
 import pytest
 import yaml
 
+from components._runtime.bundle_files import listed_files
+from components._runtime.evidence import read_evidence
 from components._runtime.registered_files import folder_manifest, manifest_differences
 from components._runtime.release import Identity, check_release, evidence_digest, model_files, stage, without_evidence
-from defense_core.errors import ConfigError, CorruptArtifact, DigestMismatch, SourceNotFound, UnsafeArtifact
+from components._runtime.small_files import MAX_EVIDENCE_BYTES
+from defense_core.errors import (
+    ConfigError,
+    CorruptArtifact,
+    DigestMismatch,
+    EvidenceMismatch,
+    SourceNotFound,
+    UnsafeArtifact,
+)
 from tests.integration.releases import IDENTITY, digest_of, make_parts, make_release
 
 
@@ -91,6 +101,43 @@ def test_an_unreadable_bundle_description(tmp_path: Path, text: str) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(CorruptArtifact, match=r"bundle\.json"):
         stage(parts, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "description",
+    [{"input_size": 5}, {"input_size": [1, "\ud800"]}, {"input_size": [[1]]}, {"files": [1, 2]}, {"files": "x"}],
+)
+def test_a_bundle_description_of_another_shape(description: dict[str, Any], tmp_path: Path) -> None:
+    release = make_release(tmp_path)
+    (release.folder / "bundle" / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(CorruptArtifact, match=r"bundle\.json"):
+        check_release(release)
+
+
+def test_a_file_that_is_too_large_to_be_evidence_is_not_read(tmp_path: Path) -> None:
+    release = make_release(tmp_path)
+    for name in ("bundle/bundle.json", "evidence/fetch.json"):
+        with (release.folder / name).open("wb") as stream:
+            stream.truncate(MAX_EVIDENCE_BYTES + 1)
+    for read in (lambda: check_release(release), lambda: listed_files(release.folder / "bundle")):
+        with pytest.raises(EvidenceMismatch, match="too large"):
+            read()
+    with pytest.raises(EvidenceMismatch, match="too large"):
+        read_evidence(release.folder / "evidence" / "fetch.json")
+
+
+def test_what_lies_beside_the_evidence_is_not_released(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path / "in")
+    evidence = parts.evidence_dir
+    (evidence / "approvals").mkdir()
+    (evidence / "more").mkdir()
+    beside = ("notes.txt", "report.json", "promotion.json", "scan.failed.json", "more/fetch.json")
+    for name in (*beside, "approvals/0.json"):
+        (evidence / name).write_text("{}")
+    (tmp_path / "out").mkdir()
+    stage(parts, tmp_path / "out")
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out" / "evidence").rglob("*.*")}
+    assert names == {"evidence/fetch.json", "evidence/evaluate.tsbd.json", "evidence/approvals/0.json"}
 
 
 def test_a_link_is_never_registered(tmp_path: Path) -> None:

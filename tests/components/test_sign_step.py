@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from components._runtime.decision_files import replay_decision
 from components._runtime.envelopes import unseal
 from components._runtime.evidence import IMAGE_DIGEST_VARIABLE, Clock
 from components._runtime.mlflow_connection import MlflowConnection
@@ -22,11 +23,13 @@ from components._runtime.signing_keys import (
     load_signing_key,
 )
 from components._runtime.statements import LICENSED_FETCH_PREDICATE, PREDICATES, chain_order, parse_statement
+from components._runtime.verification import verify_release
 from components.gate_promotion.step import gate_promotion
 from components.promote_model.step import promote_model
 from components.sign_evidence.step import sign_evidence
 from defense_core import errors
 from defense_core.files import sha256_bytes, sha256_file
+from defense_core.verdict import Verdict
 from tests.finished_chain import DESTINATION, Chain, decide_again, make_release
 from tests.small_model import DEMANDING, POLICY
 
@@ -154,6 +157,20 @@ def test_what_another_policy_decided_is_not_signed(chain: Chain, keys: KeyPair, 
         sign_evidence(*parts, tmp_path / "release", policy=json.dumps(asked), **wishes)
     assert not (tmp_path / "release").exists()
     sign_evidence(*parts, tmp_path / "release", policy=json.dumps(POLICY), **wishes)
+
+
+def test_what_is_checked_is_what_is_signed(
+    chain: Chain, keys: KeyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swapped(folder: Path) -> Any:
+        replayed = replay_decision(folder)
+        for path in chain["decision"].glob("*.json"):
+            path.write_text("{}")
+        return replayed
+
+    monkeypatch.setattr("components.sign_evidence.step.replay_decision", swapped)
+    make_release(chain, tmp_path / "release", keys.private)
+    assert verify_release(tmp_path / "release", TrustedSigner(public_key=keys.public)).verdict is Verdict.PASS
 
 
 def test_what_is_no_chain_is_not_signed(chain: Chain, keys: KeyPair, tmp_path: Path) -> None:

@@ -99,6 +99,15 @@ def test_an_unexpected_file_is_named(release: Path, keys: KeyPair, name: str) ->
     assert name in named(verified(release, keys))
 
 
+@pytest.mark.parametrize(
+    "name", ["evidence/notes.txt", "evidence/report.json", "evidence/scan.failed.json", "evidence/bom/more.json"]
+)
+def test_what_nothing_accounts_for_is_named_even_where_it_was_signed(release: Path, keys: KeyPair, name: str) -> None:
+    (release / name).write_text("{}")
+    signed_again(release, keys.private)
+    assert named(verified(release, keys)) == {name}
+
+
 def test_what_is_no_plain_file_is_named(release: Path, keys: KeyPair) -> None:
     (release / "link").symlink_to("model.onnx")
     (release / "empty").mkdir()

@@ -67,6 +67,18 @@ def stored_files(connection: MlflowConnection, version: str, name: str = NAME) -
 # -- decisions -------------------------------------------------------------------------
 
 
+def test_a_new_version_must_hold_the_decision_that_was_made_again(
+    mlflow_sqlite: MlflowConnection, tmp_path: Path
+) -> None:
+    release = make_release(tmp_path)
+    (release.folder / "evidence" / "decision.json").write_text("{}")
+    with pytest.raises(RegistryConflict, match="another decision"):
+        promoted(mlflow_sqlite, release, decision_digest=digest_of("another"))
+    (version,) = mlflow_sqlite.client.search_model_versions("")
+    assert (version.tags[tag.DECISION], version.tags[tag.REASON]) == (tag.QUARANTINED, tag.BYTES_DIFFER)
+    assert not dict(mlflow_sqlite.client.get_registered_model(version.name).aliases)
+
+
 def test_allow_registers_everything_and_moves_the_alias(mlflow_sqlite: MlflowConnection, tmp_path: Path) -> None:
     release = make_release(tmp_path / "release")
     result = promoted(mlflow_sqlite, release, tags={"team": "vision"})
