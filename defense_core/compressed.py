@@ -6,7 +6,6 @@ The readers of the standard library end where the stream ends, and never look at
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import lzma
 import zlib
@@ -20,6 +19,8 @@ from defense_core.files import CHUNK_BYTES
 # Little, because what is left of a piece is copied at each stream's end.
 _PACKED_BYTES = 1 << 16
 _MAGIC_BYTES = 6
+_GZIP = 31  # how zlib calls streams with gzip's header and checksum
+_XZ_MEMORY_BYTES = 256 << 20  # of a dictionary that the file chooses; packers at their most need 65 MiB
 _MAX_STREAMS = 20_000  # packers that work in parallel end a stream every 900 kB
 
 
@@ -63,10 +64,28 @@ def _as_it_is(raw: BinaryIO, where: str) -> Iterator[bytes]:
 
 
 def _gzip(raw: BinaryIO, where: str) -> Iterator[bytes]:
-    # This reader takes what follows a stream for the next one.
-    with gzip.open(raw, "rb") as source:
-        while piece := source.read(CHUNK_BYTES):
-            yield piece
+    packed = raw.read(_PACKED_BYTES)
+    for _ in range(_MAX_STREAMS):
+        engine = zlib.decompressobj(wbits=_GZIP)
+        while not engine.eof:
+            piece = engine.decompress(packed, CHUNK_BYTES)
+            packed = engine.unconsumed_tail
+            if piece:
+                yield piece
+            elif not packed and not engine.eof:
+                packed = raw.read(_PACKED_BYTES)
+                if not packed:
+                    raise EOFError("the stream ends before its end mark")
+        packed = engine.unused_data
+        # The format's readers pass over zeros behind a stream.
+        while not (packed := packed.lstrip(b"\x00")):
+            packed = raw.read(_PACKED_BYTES)
+            if not packed:
+                return
+        packed = packed if len(packed) >= _MAGIC_BYTES else packed + raw.read(_PACKED_BYTES)
+        if not packed.startswith(b"\x1f\x8b"):
+            raise zlib.error("what follows the stream is no further one")
+    raise _more(raw, packed, where)
 
 
 def _bzip2(raw: BinaryIO, where: str) -> Iterator[bytes]:
@@ -83,7 +102,7 @@ def _bzip2(raw: BinaryIO, where: str) -> Iterator[bytes]:
 def _xz(raw: BinaryIO, where: str) -> Iterator[bytes]:
     left = raw.read(_PACKED_BYTES)
     for _ in range(_MAX_STREAMS):
-        left = yield from _stream(raw, left, lzma.LZMADecompressor(lzma.FORMAT_XZ))
+        left = yield from _stream(raw, left, lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY_BYTES))
         # The format allows zeros behind a stream, four at a time.
         zeros = 0
         while left.startswith(b"\x00"):

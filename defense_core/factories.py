@@ -23,6 +23,7 @@ _TOO_WIDE = frozenset({"torch", "torchvision", "timm", "numpy", "defense_core"})
 _SEED = 0
 # A library's builder loops over depths that the artifact may choose; even without memory that takes for ever.
 _MAX_SIZE_ASKED = 16_384
+_MAX_LEVELS = 32  # of lists and mappings in the arguments
 
 
 @contextmanager
@@ -189,16 +190,18 @@ def _size_asked(value: Any) -> float:
     return abs(value) if isinstance(value, (int, float)) else 0
 
 
-def _check_json(value: Any, where: str) -> None:
+def _check_json(value: Any, where: str, levels: int = _MAX_LEVELS) -> None:
+    if not levels:
+        raise ConfigError("architecture arguments are nested too deeply", expected=f"at most {_MAX_LEVELS} levels")
     if value is None or isinstance(value, (bool, int, float, str)):
         return
     if isinstance(value, (list, tuple)):
         for item in value:
-            _check_json(item, where)
+            _check_json(item, where, levels - 1)
         return
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         for key, item in value.items():
-            _check_json(item, f"{where}.{key}")
+            _check_json(item, f"{where}.{key}", levels - 1)
         return
     raise ConfigError(f"{where} has no JSON form", expected="a JSON type", got=type(value).__name__)
 

@@ -53,8 +53,10 @@ def read_data(folder: Path) -> RunData:
     folder = Path(folder)
     try:
         probes = json.loads((folder / PROBES).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{folder} holds no run data", expected=f"{CLEAN} and {PROBES}", got=error) from error
+    if not isinstance(probes, list):
+        raise DataError(f"{folder} holds no run data", expected=f"a list in {PROBES}", got=type(probes).__name__)
     test, pool = ((folder / name if (folder / name).is_file() else None) for name in (TEST, POOL))
     return RunData(folder / CLEAN, test, tuple(probes), pool)
 

@@ -146,7 +146,7 @@ def parse_json(text: str, where: str) -> Any:
     """JSON from a pipeline parameter. Raises ConfigError naming ``where``."""
     try:
         return json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{where} is malformed",
             expected="a JSON string",

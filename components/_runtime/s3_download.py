@@ -40,6 +40,9 @@ def look_up(client: Any, location: S3Location) -> Head:
     """
     with s3_errors(location, client):
         answer = client.head_object(**location.parameters)
+    missing = [name for name in ("ContentLength", "ETag") if answer.get(name) is None]
+    if missing:
+        raise transfer_failed(location, f"no {' and no '.join(missing)} in the answer")
     return Head(
         location=replace(location, version_id=answer.get("VersionId") or location.version_id),
         size_bytes=int(answer["ContentLength"]),

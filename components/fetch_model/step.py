@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,11 @@ def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullP
     """
     clock = Clock.start()
     policy = check_plan(plan)
-    with tempfile.TemporaryDirectory(prefix="quarantine-fetch-") as scratch, atomic_directory(out) as bundle_folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="quarantine-fetch-") as scratch,
+        ExitStack() as made,
+        atomic_directory(out) as bundle_folder,
+    ):
         limits = plan.loading.limits
         acquired = acquire(
             plan.model,
@@ -86,7 +93,15 @@ def fetch_model(plan: Plan, out: Path, data: Path, *, progress: Progress = NullP
             write_data(data_folder, clean, test, plan.probes)
             if pool is not None:
                 save_pool(pool, data_folder / POOL)
+        # It is there before the bundle is, which may still fail.
+        made.push(partial(_removed_on_error, data))
     return _evidence(plan, policy, clock, acquired, scan, bundle, digest, clean, test, pool, licence)
+
+
+def _removed_on_error(folder: Path, kind: type[BaseException] | None, *_: object) -> bool:
+    if kind is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def check_plan(plan: Plan) -> Policy:

@@ -161,7 +161,7 @@ def load_pool(path: Path) -> Pool:
                 f"{path} is too large for a pool", expected=f"at most {MAX_POOL_BYTES} bytes", got=path.stat().st_size
             )
         mapping = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no calibration pool", expected="the file that quarantine calibrate writes", got=str(error)
         ) from error

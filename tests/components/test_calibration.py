@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from components.scan_backdoor import calibrate
-from defense_core.errors import Cancelled, DataError, OutputExists, StorageError
+from defense_core.errors import Cancelled, ConfigError, DataError, OutputExists, StorageError
 from defense_core.loop import Tuning
 from defense_core.scan import references
 from defense_core.scan.observe import Observed
@@ -155,3 +155,9 @@ def test_each_reference_is_read_on_its_own_images(tmp_path: Path, monkeypatch: p
         drawn = [sorted(pixels) for of, pixels in read[:6] if of == regime]
         assert [len(each) for each in drawn] == [count] * 3
         assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
+def test_a_pool_that_is_nested_too_deeply_is_none(tmp_path: Path) -> None:
+    (tmp_path / "pool.json").write_text("[" * 200_000)
+    with pytest.raises(ConfigError, match="no calibration pool"):
+        load_pool(tmp_path / "pool.json")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from components._runtime import copies
+from components._runtime import copies, registered_files
 from components._runtime.addresses import local_path, split_address
 from components._runtime.checkpoint_store import files_below
 from components._runtime.evidence import read_evidence, read_folder
+from components._runtime.mlflow_connection import MlflowConnection
+from components._runtime.s3_connection import S3Location
+from components._runtime.s3_download import look_up
 from components._runtime.signing_keys import TrustedSigner
 from components._runtime.sources import Acquired, _model_within, acquire
 from components._runtime.store import open_store
@@ -28,6 +32,7 @@ from defense_core.errors import (
     SourceError,
     SourceNotFound,
     StorageError,
+    TransferFailed,
     UnsafeArtifact,
 )
 from defense_core.files import atomic_directory
@@ -202,3 +207,28 @@ def test_a_folder_in_the_place_of_evidence_is_damage(tmp_path: Path) -> None:
         read_folder(tmp_path / "run")
     with pytest.raises(EvidenceMismatch, match="cannot be read"):
         open_store(str(tmp_path), "run").earlier("fetch")
+
+
+@pytest.mark.parametrize("missing", ["ETag", "ContentLength"])
+def test_an_answer_of_s3_that_lacks_what_pins_an_object(missing: str) -> None:
+    answer = {"ETag": '"1"', "ContentLength": 1, "ResponseMetadata": {}}
+    client = SimpleNamespace(head_object=lambda **_: {key: each for key, each in answer.items() if key != missing})
+    with pytest.raises(TransferFailed, match=f"no {missing}"):
+        look_up(client, S3Location("bucket", "key"))
+
+
+def test_files_of_a_version_are_added_up_while_they_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(repository: object, path: str, folder: Path, what: str) -> None:
+        asked.append(path)
+        (folder / path).write_bytes(bytes(100))
+
+    monkeypatch.setattr(registered_files, "_repository", lambda *_: None)
+    monkeypatch.setattr(registered_files, "_listing", lambda *_: dict.fromkeys("abc", 1))
+    monkeypatch.setattr(registered_files, "_download", download)
+    monkeypatch.setattr(registered_files, "require_allowed_source", lambda *_: None)
+    connection = cast(MlflowConnection, SimpleNamespace(settings=None))
+    with pytest.raises(ArtifactTooLarge):
+        registered_files.download_files(connection, tmp_path.as_uri(), tmp_path, "models:/m/1", max_bytes=150)
+    assert asked == ["a", "b"]

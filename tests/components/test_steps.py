@@ -27,7 +27,7 @@ from components.gate_promotion.step import decide_given, gate_promotion
 from components.purify_model import step as purify_step
 from components.purify_model.step import purify_candidate, purify_model
 from components.select_model.step import select_model
-from defense_core import errors
+from defense_core import errors, files
 from defense_core.bundle import load_model_file, save_bundle
 from defense_core.limits import LoadLimits
 from defense_core.parity import ParityBounds
@@ -70,6 +70,30 @@ def test_the_identity_is_of_content_not_of_places(finished: Chain, tmp_path: Pat
     assert same["results"]["identity"] == finished.evidence["fetch"]["results"]["identity"]
     other = fetch_model(replace(finished.plan, seed=1), tmp_path / "b2", tmp_path / "d2")
     assert other["results"]["identity"] != same["results"]["identity"]
+
+
+def test_a_bundle_that_cannot_be_put_in_its_place_leaves_no_data(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = files._publish
+
+    def full(folder: Path, path: Path, *, replace: bool) -> None:
+        if path.name == "bundle":
+            raise OSError(28, "No space left on device")
+        publish(folder, path, replace=replace)
+
+    monkeypatch.setattr(files, "_publish", full)
+    with pytest.raises(errors.StorageError):
+        fetch_model(plan, tmp_path / "bundle", tmp_path / "data")
+    assert not (tmp_path / "bundle").exists()
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "7"])
+def test_run_data_of_another_shape(text: str, tmp_path: Path) -> None:
+    (tmp_path / "probes.json").write_text(text)
+    with pytest.raises(errors.DataError, match="no run data"):
+        read_data(tmp_path)
 
 
 def damaged_model(kind: str, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -187,7 +211,13 @@ def test_a_plan_survives_the_way_through_pipeline_arguments(plan: Plan) -> None:
 
 @pytest.mark.parametrize(
     ("parameter", "text"),
-    [("policy", "{"), ("loading", '{"max_byte": 1}'), ("configs", '{"nft": {}}'), ("probes", "7")],
+    [
+        ("policy", "[" * 200_000),
+        ("policy", "{"),
+        ("loading", '{"max_byte": 1}'),
+        ("configs", '{"nft": {}}'),
+        ("probes", "7"),
+    ],
 )
 def test_a_malformed_argument_is_a_config_error(parameter: str, text: str, plan: Plan) -> None:
     with pytest.raises(errors.ConfigError):

@@ -245,6 +245,18 @@ def test_streams_of_parallel_packers_are_read_as_one(name: str, tmp_path: Path) 
         expand(path, sink, 3 << 20, bare_zlib=True)
 
 
+@pytest.mark.parametrize("name", ["m.gz", "m.bz2", "m.xz"])
+def test_streams_without_end_are_refused(name: str, tmp_path: Path) -> None:
+    assert _judged(tmp_path / name, PACKED[name](b"") * 20_001)[1] == {"archive-unsafe"}
+
+
+def test_an_xz_stream_that_asks_for_more_memory_than_packers_do_is_damage(tmp_path: Path) -> None:
+    packed = lzma.compress(PLAIN, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30, "preset": 0}])
+    assert _judged(tmp_path / "m.xz", packed) == ("inconclusive", {"damaged"})
+    usual = lzma.compress(PLAIN, preset=9 | lzma.PRESET_EXTREME)
+    assert _judged(tmp_path / "m.xz", usual) == ("clean", set())
+
+
 def test_padding_between_xz_streams_is_whole_words(tmp_path: Path) -> None:
     first, second = lzma.compress(PLAIN[:40]), lzma.compress(PLAIN[40:])
     for zeros, state in ((4, "clean"), (100_000, "clean"), (3, "dangerous"), (99_999, "dangerous")):

@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -255,3 +256,11 @@ def test_initialising_draws_by_its_seed_and_seeds_nothing_else(monkeypatch: pyte
     assert not torch.equal(one, third)
     assert torch.equal(torch.get_rng_state(), before)
     assert seeded == []
+
+
+def test_arguments_that_are_nested_too_deeply() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="too deeply"):
+        build("torchvision:resnet18", {"norm_layer": deep})
