@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from components._runtime.ml_bom_card import Evidences, incoming_card, model_card, prop
+from components._runtime.release import ML_BOM
 from defense_core import __version__
 from defense_core.config import canonical_json, digest, require
 from defense_core.errors import ConfigError, EvidenceMissing
@@ -33,7 +34,6 @@ from defense_core.evidence import DIGEST
 from defense_core.files import sha256_file, write_atomic
 from defense_core.report_text import at, text
 
-ML_BOM = "ml-bom.cdx.json"
 SPEC_VERSION = "1.6"
 IMAGE_SBOM_DIGEST = "QUARANTINE_IMAGE_SBOM_SHA256"
 """Environment variable: digest of the image's dependency SBOM, ``sha256:<hex>``."""
@@ -119,7 +119,7 @@ def ml_bom(evidence: Evidences, *, image_sbom: ImageSbom | None = None) -> bytes
 
 
 def write_ml_bom(folder: Path, evidence: Evidences, *, environment: Mapping[str, str] | None = None) -> Path:
-    """Write :data:`ML_BOM` into ``folder``, whole or not at all; its path.
+    """Write :data:`~components._runtime.release.ML_BOM` into ``folder``, whole or not at all; its path.
 
     Args:
         environment: where the image's SBOM is named; by default this process's environment.

@@ -172,14 +172,12 @@ def coverage(
         found = Coverage("unknown", f"Its evidence cannot be read: {error}")
     except UNREADABLE as error:
         found = Coverage("not_proven", f"Its tag says allow and its evidence does not hold: {error}")
-    except MALFORMED as error:
-        found = Coverage("unknown", f"Its evidence cannot be judged: {type(error).__name__}: {error}"[:500])
     except QuarantineError:
         raise
     except Exception as error:
-        # An error that nobody foresaw, a store's client's for instance, is of this version until it shows elsewhere.
+        # An error that nobody foresaw, of malformed evidence or a store's client, is of this version alone.
         logger.exception("models:/%s/%s cannot be judged", version.name, version.version)
-        found = Coverage("unknown", f"Its evidence cannot be read: {type(error).__name__}; the log says more.")
+        found = Coverage("unknown", f"Its evidence cannot be judged: {type(error).__name__}: {error}"[:500])
     return found
 
 

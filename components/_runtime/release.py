@@ -41,7 +41,7 @@ ONNX_NAME = "model.onnx"
 BUNDLE_FOLDER = "bundle"
 EVIDENCE_FOLDER = "evidence"
 ATTESTATIONS = "evidence/attestations"
-BOM_FOLDER = "evidence/bom"
+BOM_FOLDER, ML_BOM = "evidence/bom", "ml-bom.cdx.json"
 MLMODEL, REQUIREMENTS_NAME = "MLmodel", "requirements.txt"
 REQUIREMENTS = "mlflow>=3\nnumpy\nonnx>=1.17\nonnxruntime>=1.20\n"
 

@@ -33,9 +33,8 @@ from components._runtime.bundle_files import DESCRIPTION, listed_files
 from components._runtime.decided_files import identity_of_decision, release_of
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.evidence import DECISION, POLICY, read_folder
-from components._runtime.ml_bom import ML_BOM
 from components._runtime.model_signature import SIGNATURE
-from components._runtime.release import ATTESTATIONS, BOM_FOLDER, BUNDLE_FOLDER, EVIDENCE_FOLDER, ONNX_NAME
+from components._runtime.release import ATTESTATIONS, BOM_FOLDER, BUNDLE_FOLDER, EVIDENCE_FOLDER, ML_BOM, ONNX_NAME
 from components._runtime.signing_keys import TrustedSigner
 from components._runtime.verification_approvals import approval_findings
 from components._runtime.verification_chain import chain_problems, read_statements

@@ -16,11 +16,11 @@ from components._runtime.ml_bom import (
     IMAGE_SBOM,
     IMAGE_SBOM_DIGEST,
     IMAGE_SBOM_URI,
-    ML_BOM,
     ImageSbom,
     ml_bom,
     write_ml_bom,
 )
+from components._runtime.release import ML_BOM
 from defense_core.errors import ConfigError, EvidenceMissing
 from tests.unit.report_records import sha, whole_run
 

@@ -525,7 +525,13 @@ def test_a_real_process_ends_with_the_exit_code(inputs: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_during_purify_leaves_nothing(number: signal.Signals, inputs: Path, tmp_path: Path) -> None:
     settings = ("--set", "epochs=1000000", "--set", "lr=1e-3", "--set", "n=0.1", "--set", "unlearn_epochs=1")
-    command = [sys.executable, "-m", "pipelines.cli", *purify_words(inputs, tmp_path / "out", *settings)]
+    # As from a terminal, also where the tests themselves run under nohup.
+    begin = (
+        "import runpy, signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "runpy.run_module('pipelines.cli', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", begin, *purify_words(inputs, tmp_path / "out", *settings)]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

@@ -11,7 +11,7 @@ from torch import nn
 
 from defense_core.architectures import build
 from defense_core.data import CleanSet
-from defense_core.errors import ConfigError
+from defense_core.errors import ConfigError, NonFiniteOutputs
 from defense_core.progress import NullProgress
 from defense_core.scan import features
 from defense_core.scan.base import Deadline, Observation, OutOfTime, Subject, subject_of
@@ -131,13 +131,12 @@ def test_curvature_settings_out_of_range(values: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("detector", [activeness, curvature])
 @pytest.mark.parametrize("factor", [1e26, 1e30])
-def test_answers_that_are_huge_are_not_measured(detector: Callable[[Subject], Observation], factor: float) -> None:
+def test_answers_that_are_huge_are_refused(detector: Callable[[Subject], Observation], factor: float) -> None:
     model = _network()
     with torch.no_grad():
         model.linear.weight.mul_(factor)
-    found = detector(_subject(model))
-    assert not found.measured
-    assert found.why.startswith("Not measured on this model: ")
+    with pytest.raises(NonFiniteOutputs, match="not finite"):
+        detector(_subject(model))
 
 
 def test_weights_that_move_beyond_all_numbers_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
