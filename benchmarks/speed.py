@@ -117,8 +117,7 @@ def costs(train: CleanSet, known: Collection[tuple[Any, ...]] = (), *, device: s
                 seconds = round(time.perf_counter() - started, 2)
             except MethodDiverged:
                 seconds = None
-            parameters = sum(parameter.numel() for parameter in network.parameters())
-            yield {**case, "parameters": parameters, "seconds": seconds}
+            yield {**case, "parameters": architectures.count_parameters(network), "seconds": seconds}
 
 
 def case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:

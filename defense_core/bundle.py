@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_core.activations import largest_tensor_bytes, surely_small
-from defense_core.architectures import build, outline
+from defense_core.architectures import build, count_parameters, outline
 from defense_core.archives import unpacked
 from defense_core.config import from_mapping, to_mapping
 from defense_core.errors import (
@@ -264,12 +264,12 @@ def _read(path: Path, max_bytes: int) -> bytes:
 def _build(spec: ModelSpec, limits: LoadLimits, trusted_modules: tuple[str, ...]) -> nn.Module:
     # Counted before memory is taken; an operator's own factory can only be counted afterwards.
     known = outline(spec.architecture, spec.architecture_args)
-    count = None if known is None else sum(parameter.numel() for parameter in known.parameters())
+    count = None if known is None else count_parameters(known)
     if known is not None and count is not None and count <= limits.max_parameters:
         _require_small_tensors(known, spec, limits)
     if count is None or count <= limits.max_parameters:
         model = build(spec.architecture, spec.architecture_args, trusted_modules=trusted_modules)
-        count = sum(parameter.numel() for parameter in model.parameters())
+        count = count_parameters(model)
     if count > limits.max_parameters:
         raise ArtifactTooLarge(
             f"architecture {spec.architecture} is too large",

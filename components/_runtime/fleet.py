@@ -13,7 +13,7 @@ from components._runtime import registry_tags as tag
 from components._runtime.decision_files import DecisionFolder, replay_decision
 from components._runtime.evidence import DECISION, FAILED
 from components._runtime.mlflow_connection import MlflowConnection, mlflow_errors
-from components._runtime.registered_decisions import MALFORMED, UNREADABLE, registered_decision
+from components._runtime.registered_decisions import UNREADABLE, registered_decision
 from components._runtime.registry_prompts import HIDDEN, taken_for_prompts
 from components._runtime.small_files import read_small
 from components._runtime.store import open_store
@@ -25,6 +25,8 @@ from defense_core.report_text import at, text
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
+MALFORMED = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+"""What evidence of a shape that no step writes may make of the code that reads it: a defect, and of one version."""
 MAX_DEPTH = 4
 PAGE_VERSIONS = 200
 

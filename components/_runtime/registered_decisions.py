@@ -53,8 +53,6 @@ UNREADABLE = (
     ConfigError,
 )
 """What is wrong with a version rather than with the registry."""
-MALFORMED = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
-"""What evidence of a shape that no step writes may make of the code that reads it: a defect, and of one version."""
 
 logger = logging.getLogger("quarantine")
 

@@ -18,6 +18,7 @@ from components._runtime.licences import Licence, licence_of
 from components._runtime.loading import open_images, open_model
 from components._runtime.plan import Loading, Plan
 from components._runtime.sources import Acquired, acquire
+from defense_core.architectures import count_parameters
 from defense_core.artifact_scan import ArtifactScan, require_clean, scan_artifact
 from defense_core.attacks import Probe, probe_from_spec
 from defense_core.bundle import Bundle, Origin, bundle_of, save_bundle
@@ -210,7 +211,7 @@ def _evidence(  # noqa: PLR0917
             "std": list(bundle.spec.std),
             "num_classes": bundle.spec.num_classes,
             "class_names": list(bundle.spec.class_names),
-            "parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),
+            "parameters": count_parameters(bundle.model),
             "clean_images": len(clean.distinct),
             "clean_class_counts": list(clean.without_copies().class_counts),
             "test_images": len(test.distinct) if test is not None else None,
