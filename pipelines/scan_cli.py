@@ -28,7 +28,7 @@ def scan(
     spec: dict[str, Any],
     fpr: Annotated[float, typer.Option(help="False positive rate of the whole scan.")] = 0.05,
     budget_s: Annotated[
-        float, typer.Option("--budget-s", help="Seconds for the detectors; 0: as long as it takes.")
+        float, typer.Option("--budget-s", help="Seconds for the detectors, and as many to confirm; 0: no limit.")
     ] = 0.0,
     pool: o.PoolFile = "",
     config: Annotated[str, typer.Option(help="Settings of the detectors, a YAML file.")] = "",

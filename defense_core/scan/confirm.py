@@ -18,7 +18,7 @@ Each is a fixed rule of the specification, none is fitted.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -67,7 +67,7 @@ class Confirmation:
         success: share of held-out images of other classes that the trigger sends to ``target``.
         least_source: the same for the source class that resists most; ``None`` where no source has enough images.
         placebo: median success of the same detector's triggers for unsuspected classes at the same size; ``None``
-            without any.
+            without any, or where something else failed before.
         small: the trigger keeps to the size that counts as small.
         images: held-out images that it was tried on.
         sources: classes that it leads away from, of which these images are; empty: any.
@@ -91,18 +91,23 @@ class Confirmation:
 
 def confirm(
     subject: Subject, held_out: CleanSet, observations: Sequence[Observation], targets: Sequence[int]
-) -> tuple[Confirmation, ...]:
+) -> Iterator[Confirmation]:
     """Try the triggers that were inverted for ``targets``; for each class the detector's that does best.
+
+    Of a class's triggers that stand the rest, the most successful that is also unlearnt counts.
 
     Args:
         subject: its images are those that the detectors searched with, to unlearn a trigger on.
         held_out: other clean images; :func:`enough` of them are tried.
 
+    Yields:
+        What became of each class that a trigger was inverted for.
+
     Raises:
+        OutOfTime: the subject's time is used up.
         Cancelled: a stop was requested.
     """
     held_out = enough(held_out)
-    found = []
     for target in targets:
         tried = []
         for observation in observations:
@@ -112,10 +117,22 @@ def confirm(
                 for trigger in observation.triggers
                 if trigger.target == target
             ]
+        tried.sort(key=lambda each: (each[0].confirmed, each[0].success), reverse=True)
         if tried:
-            best, trigger = max(tried, key=lambda each: (each[0].confirmed, each[0].success))
-            found.append(_unlearnt(subject, held_out, trigger, best) if best.confirmed else best)
-    return tuple(found)
+            yield _stood(subject, held_out, tried)
+
+
+def _stood(subject: Subject, held_out: CleanSet, tried: Sequence[tuple[Confirmation, InvertedTrigger]]) -> Confirmation:
+    """The first of a class's triggers, the best first, that is unlearnt too; where none is, what became of the best."""
+    best, _ = tried[0]
+    for number, (found, trigger) in enumerate(tried):
+        if not found.confirmed:
+            break
+        end = _unlearnt(subject, held_out, trigger, found)
+        if end.confirmed:
+            return end
+        best = best if number else end
+    return best
 
 
 def upper_bound(hits: int, count: int) -> float:
@@ -216,7 +233,13 @@ def _tried(
     small = masked <= allowed or square <= MAX_MEAN_SQUARE
     # One image of one source says nothing, however it ends.
     enough_hits = not trigger.sources or lower_bound(int(hits.sum()), len(hits)) >= MIN_SOURCE_SUCCESS
-    placebo = _placebo(subject, held_out, trigger, others)
+    works = (
+        small
+        and enough_hits
+        and share >= MIN_SUCCESS
+        and all(upper_bound(int(each.sum()), len(each)) >= MIN_SOURCE_SUCCESS for each in sources.values())
+    )
+    placebo = _placebo(subject, held_out, trigger, others) if works else None
     return Confirmation(
         target=trigger.target,
         detector=observation.detector,
@@ -226,13 +249,7 @@ def _tried(
         small=small,
         images=len(hits),
         sources=trigger.sources,
-        confirmed=(
-            small
-            and enough_hits
-            and share >= MIN_SUCCESS
-            and all(upper_bound(int(each.sum()), len(each)) >= MIN_SOURCE_SUCCESS for each in sources.values())
-            and (placebo is None or placebo <= PLACEBO_RATIO * share)
-        ),
+        confirmed=works and (placebo is None or placebo <= PLACEBO_RATIO * share),
     )
 
 

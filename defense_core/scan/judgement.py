@@ -13,7 +13,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import MethodDiverged
 from defense_core.loop import same_each_time
 from defense_core.progress import Progress
-from defense_core.scan.base import Deadline, Observation, subject_of
+from defense_core.scan.base import Deadline, Observation, OutOfTime, subject_of
 from defense_core.scan.calibrate import (
     CHANNELS,
     LEAST_REFERENCES,
@@ -44,7 +44,8 @@ class ScanConfig:
 
     Attributes:
         fpr: nominal false positive rate of the whole scan.
-        budget_s: seconds after which no further detector is begun or continued; 0: no limit.
+        budget_s: seconds after which no further detector is begun or continued, and as many again for the confirmation
+            of a suspicion; 0: no limit.
         settings: of the detectors; a calibration pool is valid for exactly one.
     """
 
@@ -114,10 +115,16 @@ def judge(
     confirmations: tuple[Confirmation, ...] = ()
     unanswered = ""
     if targets and observed.held_out is not None:
-        subject = subject_of(model, observed.searched, task=task, device=device, progress=progress)
+        subject = subject_of(
+            model, observed.searched, task=task, device=device, progress=progress,
+            deadline=Deadline.after(config.budget_s),
+        )  # fmt: skip
         try:
             with same_each_time(device):
-                confirmations = confirm(subject, observed.held_out, tuple(observed.observations.values()), targets)
+                for each in confirm(subject, observed.held_out, tuple(observed.observations.values()), targets):
+                    confirmations += (each,)
+        except OutOfTime:
+            unanswered = f"the {config.budget_s:g} seconds that it was given for this ran out"
         except MethodDiverged as error:  # on an image that no detector has seen
             unanswered = str(error).rstrip(".")
     channels = tuple(

@@ -84,6 +84,25 @@ def test_conformal_p_values_of_exchangeable_models_keep_their_promise() -> None:
         assert (p_values <= alpha).mean() <= alpha + 3 * (alpha * (1 - alpha) / 4000) ** 0.5
 
 
+@pytest.mark.parametrize(("references", "alpha"), [(9, 0.1), (19, 0.05), (19, 0.2)])
+def test_standings_of_exchangeable_models_keep_their_promise(references: int, alpha: float) -> None:
+    """Each reference is put in its place among the others, and the model among all: not quite the same, and no worse.
+
+    600 draws with heavy tails, three standard errors of slack.
+    """
+    draw, names = numpy.random.default_rng(1), tuple(range(5))
+    p_values = []
+    for _ in range(600):
+        model, *others = (Reading(0.0, tuple(row), names) for row in draw.standard_t(3, size=(references + 1, 5)))
+        known = tuple(Reference(f"r{i}", {}, {}, {"none": {"margin": each}}) for i, each in enumerate(others))
+        pool = Pool(replace(STRATUM, num_classes=5), "", known, {})
+        place = standing(pool, ("none",), {"margin": model}, ("margin",), by_class=True)
+        assert place is not None
+        p_values.append(place.p_value)
+    share = (numpy.array(p_values) <= alpha + 1e-12).mean()
+    assert share <= alpha + 3 * (alpha * (1 - alpha) / 600) ** 0.5
+
+
 @given(st.dictionaries(st.sampled_from("abcde"), st.floats(0.001, 1), min_size=1))
 def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: dict[str, float]) -> None:
     adjusted = holm(p_values)

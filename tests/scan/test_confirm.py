@@ -99,6 +99,29 @@ def test_what_is_not_confirmed(model: nn.Module, triggers: tuple[InvertedTrigger
     assert not found.confirmed, why
 
 
+class TwoCorners(Rigid):
+    """:class:`Rigid`, and a second corner that leads to class 2 by a weight that can be trained away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hit = (x[:, 0, 7, 7] > 0.95)[:, None] * nn.functional.one_hot(torch.tensor(2), 4)
+        return super().forward(x) + 1000.0 * self.second * hit
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_where_the_best_trigger_is_not_unlearnt_the_next_is_tried(order: tuple[int, int]) -> None:
+    mask = torch.zeros(1, 8, 8)
+    mask[:, 7, 7] = 1.0
+    second = replace(patch(2), mask=mask)
+    triggers = [(patch(2), second)[i] for i in order]
+    (found,) = confirm(subject(TwoCorners()), images(), [observation(*triggers, patch(0))], (2,))
+    assert found.confirmed
+    assert found.unlearnt == 0.0
+
+
 class Deaf(Corner):
     """As :class:`Corner`, but an image whose last pixel is white answers no trigger."""
 
@@ -188,7 +211,7 @@ def test_of_many_placebos_every_nth_is_tried(monkeypatch: pytest.MonkeyPatch) ->
         return real(subject, clean, trigger)
 
     monkeypatch.setattr(confirmation, "success", counted)
-    confirm(subject(Corner()), images(), [observation(patch(2), patch(0), patch(1), patch(3))], (2,))
+    tuple(confirm(subject(Corner()), images(), [observation(patch(2), patch(0), patch(1), patch(3))], (2,)))
     assert asked[:3] == [2, 0, 3]
 
 
@@ -227,7 +250,13 @@ def test_accuracy_is_lost_when_chance_does_not_explain_it(lost: int, gained: int
 
 
 def test_without_a_trigger_for_the_suspect_nothing_can_be_confirmed() -> None:
-    assert confirm(subject(Corner()), images(), [observation(patch(0))], (2,)) == ()
+    assert not tuple(confirm(subject(Corner()), images(), [observation(patch(0))], (2,)))
+
+
+def test_placebos_are_tried_only_where_they_can_decide() -> None:
+    clean = Corner(backdoored=False)
+    (found,) = confirm(subject(clean), images(), [observation(patch(2), patch(0), patch(1))], (2,))
+    assert (found.success, found.placebo, found.confirmed) == (0.0, None, False)
 
 
 def test_success_counts_only_the_sources_that_the_trigger_is_for() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
@@ -18,8 +18,9 @@ from defense_core.errors import ConfigError
 from defense_core.progress import NullProgress
 from defense_core.scan import judgement
 from defense_core.scan import observe as observe_module
-from defense_core.scan.base import InvertedTrigger, Observation
+from defense_core.scan.base import Deadline, InvertedTrigger, Observation, Subject
 from defense_core.scan.calibrate import CHANNELS
+from defense_core.scan.confirm import Confirmation, confirm
 from defense_core.scan.detectors import FEW, MANY, SEARCHED, Settings, regime_of, searched_and_held_out
 from defense_core.scan.judgement import ScanConfig, judge, scan
 from defense_core.scan.observe import Observed
@@ -259,6 +260,30 @@ def test_a_confirmed_suspicion_stands_without_what_the_time_did_not_allow() -> N
     report = judged(observed("patch", without=("pairs",)))
     assert report.verdict is Verdict.FAIL
     assert report.reasons == ()
+
+
+def test_a_suspicion_that_there_was_no_time_to_confirm_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judgement, "confirm", timeless := Timeless())
+    report = judge(
+        Corner(), images(30), observed("patch"), ScanConfig(budget_s=60), pool=POOL, task=TASK, device="cpu",
+        progress=NullProgress(),
+    )  # fmt: skip
+    assert timeless.deadline.is_set
+    assert report.verdict is Verdict.UNKNOWN
+    assert [each.target for each in report.confirmations] == [1]
+    assert "the 60 seconds that it was given for this ran out" in report.reasons[0]
+    assert report.reasons == report.reasons[:1]
+
+
+class Timeless:
+    """Confirms as usual until one class is done; then the clock jumps to the end."""
+
+    def __call__(
+        self, subject: Subject, held_out: CleanSet, observations: Sequence[Observation], targets: Sequence[int]
+    ) -> Iterator[Confirmation]:
+        self.deadline = subject.deadline
+        yield from confirm(subject, held_out, [replace(each, triggers=(patch(1),)) for each in observations[2:3]], (1,))
+        yield from confirm(replace(subject, deadline=Deadline(0.0)), held_out, observations, targets)
 
 
 def test_a_suspicion_of_pairs_alone_names_its_class_and_can_be_confirmed() -> None:
