@@ -128,13 +128,21 @@ def most_influential(head: nn.Linear, count: int) -> Tensor:
 
 
 def penultimate(model: nn.Module, head: nn.Module, inputs: Tensor) -> Tensor:
-    """What ``head`` is given for ``inputs``, with its graph, averaged over positions: (N, units)."""
+    """What ``head`` is given for ``inputs``, with its graph, averaged over positions: (N, units).
+
+    Raises:
+        ConfigError: the model answers without its head.
+    """
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     try:
         model(inputs)
     finally:
         handle.remove()
+    if not seen:
+        raise ConfigError(
+            "the network's last linear layer has no part in its answers", expected="a head", got="a layer not called"
+        )
     activations = seen[-1]
     return activations if activations.dim() == 2 else activations.flatten(1, -2).mean(dim=1)
 

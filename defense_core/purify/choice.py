@@ -194,7 +194,7 @@ def strongest_training(
         views: of each image, where the accuracy is an estimate from several.
     """
     return strongest_within(
-        strengths if len(clean.select) else (min(strengths),),
+        _candidates(strengths, clean),
         attempt,
         reference=reference,
         max_drop=max_drop,
@@ -223,7 +223,7 @@ def strongest_by_halving(
     Args, returns, raises: as :func:`strongest_expected`.
     """
     allowed = permitted_drop(max_drop, VIEWS * choosers(clean))
-    ordered = sorted(strengths) if len(clean.select) else [min(strengths)]
+    ordered = sorted(_candidates(strengths, clean))
     held, too_strong = 0, len(ordered)
     best: T | None = None
     trials: Trials = []
@@ -244,3 +244,8 @@ def strongest_by_halving(
         reached, best = attempt(ordered[0])
         trials.append({"strength": ordered[0], "accuracy": reached})
     return ordered[held], best, trials
+
+
+def _candidates(strengths: tuple[float, ...], clean: Splits) -> tuple[float, ...]:
+    """Those of ``strengths`` that are tried of a training on the *fit* split."""
+    return strengths if len(clean.select) else (min(strengths),)

@@ -284,6 +284,12 @@ def test_trojan_needs_a_linear_head() -> None:
         )  # fmt: skip
 
 
+def test_a_head_that_is_not_called_has_nothing_to_excite() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(ConfigError, match="no part in its answers"):
+        penultimate(model, nn.Linear(64, 4), torch.zeros(2, 1, 8, 8))
+
+
 def test_lira_stays_within_its_bound_and_is_its_equation(tmp_path: Path) -> None:
     tensors, images = learned("lira", (3, 8, 8)), samples((3, 8, 8)).images
     trigger = stored("lira", tensors, tmp_path, epsilon=0.08)
