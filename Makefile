@@ -97,7 +97,7 @@ bench-scan: setup  ## scan.json, scan-summary.json and the pools that come along
 	$(BIN)/python -m benchmarks.scan --family digits_vit
 	$(BIN)/python -m benchmarks.scan --family cifar10 --data $(DATA)
 
-bench-speed: setup  ## speed.json and cost.json
+bench-speed: setup  ## speed.json and cost.json; DATA as for bench-purify
 	$(BIN)/python -m benchmarks.speed --data $(DATA)
 
 bench-preemption: setup  ## preemption.json
@@ -120,4 +120,4 @@ test-images: setup  ## build the cpu and hooks images and run the demo in them (
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/images/check_containers.py
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) .venv-swift build demo-output
+	rm -rf $(VENV) .venv-swift build demo-output tests/pages/node_modules
