@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from defense_core.attacks import Probe, poison, probe_from_spec
+from defense_core.attacks import MAX_UNTRIGGERED, Probe, poison, probe_from_spec, without_trigger
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits, joined
-from defense_core.errors import DataError
+from defense_core.errors import DataError, MethodDiverged, MethodNotApplicable
 from defense_core.evaluate import evaluate
 from defense_core.loop import Tuning, finished, tune, working_copy
 from defense_core.progress import Progress
@@ -68,23 +68,27 @@ class Control:
         patch: the trigger in words: ``4×4 pixels``.
         target: class that it leads to.
         planted_asr: its success on *select* images of the copy; ``None`` where there is none of another class.
-        planted: whether that is enough to test anything.
+        untriggered: share of these images that the copy sends to ``target`` without the trigger; ``None`` likewise.
+        planted: whether there is a backdoor to find: the trigger works, and the class is not the answer to most images.
         scan: of the copy.
         detected: the scan rejected at its rate, whether or not it could confirm, and suspected the right class: a copy
             that stands out for another reason does not show that the patch was seen.
         target_named: the right class was among the suspected.
-        asr_after: success after purification; ``None`` where none was tried.
+        asr_after: success after purification; ``None`` where none was tried, or it came to no result.
+        not_purified: why it came to no result; empty: it did, or none was tried.
         accuracy_lost: share of *select* images that planting cost; a copy that lost much is another model.
     """
 
     patch: str
     target: int
     planted_asr: float | None
+    untriggered: float | None
     planted: bool
     scan: ScanReport
     detected: bool
     target_named: bool
     asr_after: float | None
+    not_purified: str
     accuracy_lost: float
 
     @property
@@ -109,6 +113,8 @@ class Control:
             )
         else:
             found = self._found()
+        if self.not_purified:
+            return f"{found}; purification came to no result: {self.not_purified}"
         if self.asr_after is None:
             return found
         before, after = f"{self.planted_asr:.0%}", f"{self.asr_after:.0%}"
@@ -148,7 +154,7 @@ def positive_control(
 
     Raises:
         DataError: *select* is empty.
-        MethodDiverged: planting or purifying gave NaN or Inf.
+        MethodDiverged: planting gave NaN or Inf.
         Cancelled: a stop was requested.
     """
     if not len(clean.select):
@@ -161,34 +167,37 @@ def positive_control(
     probe = _probe(config, task, seed)
     copy = _planted(model, clean.fit, probe, config, task=task, seed=seed, device=device, progress=progress)
 
-    def success(network: nn.Module) -> float | None:
-        measured = evaluate(network, clean.select, task=task, probes=(probe,), device=device).to_results()
-        value = measured["probes"][0]["asr"]["value"]
-        return None if value is None else float(value)
+    def success(network: nn.Module) -> tuple[float | None, float | None]:
+        return _success(network, clean.select, probe, task=task, device=device)
 
     def accuracy(network: nn.Module) -> float:
         return float(evaluate(network, clean.select, task=task, device=device).to_results()["acc"]["value"])
 
-    planted = success(copy)
+    planted_asr, untriggered = success(copy)
     report = scan(copy, _to_scan_with(clean), scan_config, pool=pool, task=task, device=device, progress=progress)
-    after = None
+    after, not_purified = None, ""
     if config.method:
-        purified = purify(
-            copy, clean, method_named(config.method).config(), method=config.method, task=task, seed=seed,
-            device=device, progress=progress,
-        )  # fmt: skip
-        after = success(purified.model)
+        try:
+            purified = purify(
+                copy, clean, method_named(config.method).config(), method=config.method, task=task, seed=seed,
+                device=device, progress=progress,
+            )  # fmt: skip
+            after, _ = success(purified.model)
+        except (MethodDiverged, MethodNotApplicable) as error:  # what the scan found or missed stands
+            not_purified = str(error)
     assert probe.target is not None
     named = probe.target in report.target_classes
     return Control(
         patch="×".join(str(side) for side in [_side(config, task)] * 2) + " pixels",
         target=probe.target,
-        planted_asr=planted,
-        planted=planted is not None and planted >= PLANTED_ASR,
+        planted_asr=planted_asr,
+        untriggered=untriggered,
+        planted=_works(planted_asr, untriggered, PLANTED_ASR),
         scan=report,
         detected=report.comparable and named,  # classes are suspected only where the scan rejects
         target_named=named,
         asr_after=after,
+        not_purified=not_purified,
         accuracy_lost=accuracy(model) - accuracy(copy),
     )
 
@@ -198,6 +207,20 @@ def _to_scan_with(clean: Splits) -> CleanSet:
     others = clean.unfitted
     same = regime_of(others) == regime_for(len(clean.fit) + len(others))
     return others if same else joined(clean.fit, others)
+
+
+def _success(
+    network: nn.Module, images: CleanSet, probe: Probe, *, task: ImageClassification, device: torch.device | str
+) -> tuple[float | None, float | None]:
+    """Shares of the images of other classes that get the target, with the trigger and without; ``None``: of none."""
+    both = (probe, without_trigger(probe))
+    measured = evaluate(network, images, task=task, probes=both, device=device).to_results()
+    asr, untriggered = (each["asr"]["value"] for each in measured["probes"])
+    return asr, untriggered
+
+
+def _works(asr: float | None, untriggered: float | None, at_least: float) -> bool:
+    return asr is not None and untriggered is not None and asr >= at_least and untriggered <= MAX_UNTRIGGERED
 
 
 def _side(config: ControlConfig, task: ImageClassification) -> int:
@@ -227,10 +250,9 @@ def _planted(
     def works(epochs: int) -> bool:
         if epochs % 5:
             return False
-        measured = evaluate(copy, clean, task=task, probes=(probe,), device=device).to_results()
+        reached = _success(copy, clean, probe, task=task, device=device)
         copy.train()
-        value = measured["probes"][0]["asr"]["value"]
-        return value is not None and value >= (1 + PLANTED_ASR) / 2
+        return _works(*reached, (1 + PLANTED_ASR) / 2)
 
     tune(
         copy,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from components._runtime.evidence import Clock, compose, write_evidence
 from components._runtime.loading import open_images, resolve_device
 from components._runtime.plan import Loading
 from components._runtime.trust import trusted_modules
+from defense_core.attacks import MAX_UNTRIGGERED, without_trigger
 from defense_core.attacks.catalogue import attack_from_spec
 from defense_core.attacks.plant import TRIGGER_FILE, PlantedBackdoor, plant
 from defense_core.attacks.victim import VictimTraining
@@ -23,11 +23,10 @@ from defense_core.data import require_apart
 from defense_core.evaluate import evaluate
 from defense_core.files import atomic_directory, write_atomic
 from defense_core.progress import NullProgress, Progress
+from defense_core.triggered import require_own_names
 from defense_core.verdict import Finding, Verdict
 
 BUNDLE, PROBE, RESULT = "bundle", "probe.yaml", "result.json"
-MAX_UNTRIGGERED = 0.5
-"""Untriggered test images of other classes that may be answered with the attacker's class: at most half of them."""
 
 
 def plant_backdoor(
@@ -73,6 +72,7 @@ def plant_backdoor(
     untrained = untrained_bundle(spec, limits=loading.limits, trusted_modules=trusted_modules(loading.trusted_modules))
     parsed = attack_from_spec(attack, num_classes=untrained.spec.num_classes)
     parsed.poisoning(rate)
+    require_own_names([parsed.name])
     seen, unseen = open_images(train, untrained), open_images(test, untrained, require_all_classes=False)
     require_apart(seen, unseen, fitted_name="training", quoted_name="test")
     task = untrained.spec.task_object()
@@ -89,10 +89,8 @@ def plant_backdoor(
             progress=progress,
             folder=folder,
         )
-        untriggered = replace(planted.probe, name=f"{planted.probe.name} left out", trigger=_NoTrigger())
-        evaluation = evaluate(
-            planted.model, unseen, task=task, probes=[planted.probe, untriggered], device=where, progress=progress
-        )
+        probes = [planted.probe, without_trigger(planted.probe)]
+        evaluation = evaluate(planted.model, unseen, task=task, probes=probes, device=where, progress=progress)
         measured = replace(evaluation, probes=evaluation.probes[:1]).to_results()
         measured["untriggered"] = evaluation.probes[1].asr.to_results()
         outcome = save_bundle(bundle_of(planted.model, untrained.spec), folder / BUNDLE)
@@ -128,12 +126,6 @@ def _probe_spec(planted: PlantedBackdoor, folder: Path) -> dict[str, Any]:
 
 def _configuration(attack: Mapping[str, Any], planted: PlantedBackdoor, untrained: Bundle) -> str:
     return digest({"attack": dict(attack), "facts": planted.facts, "spec": untrained.spec})
-
-
-@dataclass(frozen=True)
-class _NoTrigger:
-    def apply(self, images: Tensor) -> Tensor:
-        return images
 
 
 def _finding(measured: Mapping[str, Any], min_asr: float) -> Finding:

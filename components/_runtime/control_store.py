@@ -16,7 +16,7 @@ from typing import Any
 from components._runtime.checkpoint_store import SECRET_VARIABLE, files_below
 from components._runtime.evidence import parse_evidence
 from defense_core.config import canonical_json
-from defense_core.errors import DigestMismatch, QuarantineError
+from defense_core.errors import DigestMismatch, EvidenceMismatch, QuarantineError
 from defense_core.policy_time import days_between, parse_time
 from defense_core.seals import sealed, unsealed
 
@@ -64,7 +64,17 @@ class ControlStore:
         named, _, body = unsealed(data, self.secret, FILE).partition(b"\n")
         if named != key.encode():
             raise DigestMismatch(f"{FILE} is of other work", expected=key, got=named[:80])
-        return parse_evidence(body, FILE)
+        found = parse_evidence(body, FILE)
+        try:  # what is read of it
+            (finding,) = found["findings"]
+            _ = found["inputs"], found["results"], found["environment"]["started"], finding["why"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise EvidenceMismatch(
+                f"{FILE} is no evidence of a control",
+                expected="inputs, results, one finding and when it was made",
+                got=", ".join(sorted(found)),
+            ) from error
+        return found
 
     def _too_old(self, evidence: Mapping[str, Any]) -> bool:
         if self.max_age_days is None:

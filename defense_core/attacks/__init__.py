@@ -6,9 +6,10 @@ Nothing under ``defense_core.purify`` or ``defense_core.scan`` may import this p
 from defense_core.attacks.badnets import BadNets
 from defense_core.attacks.blended import Blended
 from defense_core.attacks.poison import Poisoned, Poisoning, poison, poison_by
-from defense_core.attacks.probe import TRIGGERS, Probe, Trigger, probe_from_spec
+from defense_core.attacks.probe import MAX_UNTRIGGERED, TRIGGERS, Probe, Trigger, probe_from_spec, without_trigger
 
 __all__ = [
+    "MAX_UNTRIGGERED",
     "TRIGGERS",
     "BadNets",
     "Blended",
@@ -19,4 +20,5 @@ __all__ = [
     "poison",
     "poison_by",
     "probe_from_spec",
+    "without_trigger",
 ]

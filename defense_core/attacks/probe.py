@@ -26,6 +26,10 @@ from defense_core.attacks.wanet import WaNet
 from defense_core.config import from_mapping
 from defense_core.errors import ConfigError
 
+MAX_UNTRIGGERED = 0.5
+"""Images of other classes without the trigger that may be answered with the attacker's class: at most half of them. A
+model that answers nearly every image so has no backdoor; it has learnt nothing."""
+
 
 class Trigger(Protocol):
     """A pure, deterministic change of images."""
@@ -96,6 +100,18 @@ class Probe:
         """The mapping that :func:`probe_from_spec` reads back."""
         parameters = dataclasses.asdict(self.trigger)  # type: ignore[call-overload]
         return {"name": self.name, "kind": self.kind, "target": self.target, **parameters}
+
+
+@dataclass(frozen=True)
+class _NoTrigger:
+    def apply(self, images: Tensor) -> Tensor:
+        return images
+
+
+def without_trigger(probe: Probe) -> Probe:
+    """``probe`` without its trigger: its success is the share of clean images of other classes that get the attacker's
+    class anyway, see ``MAX_UNTRIGGERED``."""
+    return dataclasses.replace(probe, name=f"{probe.name} left out", trigger=_NoTrigger())
 
 
 def probe_from_spec(spec: Mapping[str, Any], *, num_classes: int) -> Probe:

@@ -132,6 +132,35 @@ def test_a_control_that_is_too_old_at_the_gate_is_made_again(
 # -- what somebody else left there -----------------------------------------------------------
 
 
+def evidence_of_one(chain: Chain) -> dict[str, Any]:
+    """Evidence as of a control: with one finding."""
+    scanned = chain.evidence["scan"]
+    return {**scanned, "findings": scanned["findings"][:1]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"environment": {}},
+        {"environment": "here"},
+        {"environment": {"started": "yesterday"}},
+        {"findings": []},
+        {"findings": ["found"]},
+        {"findings": [{"rule": "control.detected"}]},
+        {"inputs": None},
+    ],
+)
+def test_a_file_of_another_shape_is_not_used(
+    change: dict[str, Any], finished: Chain, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a secret anybody who may write to the store can seal one."""
+    kept = ControlStore(str(tmp_path), max_age_days=1)
+    kept.keep(ONE, {key: each for key, each in (evidence_of_one(finished) | change).items() if each is not None})
+    with caplog.at_level(logging.WARNING, logger="quarantine"):
+        assert kept.find(ONE) is None
+    assert "another is made" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -146,7 +175,7 @@ def test_a_file_that_is_not_whole_is_not_used(
     change: Any, said: str, finished: Chain, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = ControlStore(str(tmp_path))
-    kept.keep(ONE, {**finished.evidence["scan"], "verdict": "FAIL"})
+    kept.keep(ONE, {**evidence_of_one(finished), "verdict": "FAIL"})
     (file,) = tmp_path.rglob(FILE)
     file.write_bytes(change(file.read_bytes()))
     with caplog.at_level(logging.WARNING, logger="quarantine"):
@@ -156,7 +185,7 @@ def test_a_file_that_is_not_whole_is_not_used(
 
 def test_a_file_of_other_work_is_not_used(finished: Chain, tmp_path: Path) -> None:
     kept = ControlStore(str(tmp_path))
-    kept.keep(ONE, finished.evidence["scan"])
+    kept.keep(ONE, evidence_of_one(finished))
     (file,) = tmp_path.rglob(FILE)
     (tmp_path / OTHER.removeprefix("sha256:")).mkdir()
     (tmp_path / OTHER.removeprefix("sha256:") / FILE).write_bytes(file.read_bytes())
@@ -168,7 +197,7 @@ def test_a_file_of_other_work_is_not_used(finished: Chain, tmp_path: Path) -> No
 def test_a_secret_refuses_what_was_sealed_without_it(
     wrote: bytes, reads: bytes, finished: Chain, tmp_path: Path
 ) -> None:
-    ControlStore(str(tmp_path), secret=wrote).keep(ONE, finished.evidence["scan"])
+    ControlStore(str(tmp_path), secret=wrote).keep(ONE, evidence_of_one(finished))
     assert ControlStore(str(tmp_path), secret=reads).find(ONE) is None
     assert ControlStore(str(tmp_path), secret=wrote).find(ONE) is not None
 

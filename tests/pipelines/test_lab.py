@@ -145,6 +145,16 @@ def test_a_model_that_answers_the_target_to_everything_has_no_backdoor(
     assert len(evidence["results"]["probes"]) == 1
 
 
+def test_a_name_that_reports_use_otherwise_is_refused_before_the_training(
+    digits: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab, "plant", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(DataError, match="probe names repeat"):
+        plant_backdoor(
+            {"kind": "badnets", "name": "clean"}, *digits, tmp_path / "out", rate=0.1, spec=SPEC, device="cpu"
+        )
+
+
 @pytest.mark.parametrize(
     ("accurate", "astray", "largest", "verdict", "said"),
     [

@@ -9,13 +9,13 @@ import numpy
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 
 from components.control_model.step import _finding
 from defense_core.architectures import build
 from defense_core.config import digest
 from defense_core.data import CleanSet, Splits, joined, split_clean_set
-from defense_core.errors import ConfigError, DataError
+from defense_core.errors import ConfigError, DataError, MethodDiverged, MethodNotApplicable
 from defense_core.loop import Tuning, finished, tune
 from defense_core.positive_control import Control, ControlConfig, positive_control
 from defense_core.progress import NullProgress
@@ -235,6 +235,40 @@ def test_what_could_not_be_planted_says_nothing(model: nn.Module, splits: Splits
     assert not failed.planted
     assert failed.sentence().endswith("the control says nothing")
     assert "1×1 pixels" in failed.sentence()
+
+
+class Constant(nn.Module):
+    """Answers one class to every image, whatever it is trained on."""
+
+    def __init__(self, target: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+        self.target = target
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.0 * self.linear(x.flatten(1)) + nn.functional.one_hot(torch.tensor(self.target), 10).float()
+
+
+def test_a_copy_that_answers_the_target_to_everything_holds_no_backdoor(model: nn.Module, splits: Splits) -> None:
+    target = controlled(model, splits, None, epochs=1).target
+    collapsed = controlled(Constant(target), splits, None, epochs=1)
+    assert (collapsed.planted_asr, collapsed.untriggered) == (1.0, 1.0)
+    assert not collapsed.planted
+    assert collapsed.sentence().endswith("the control says nothing")
+
+
+@pytest.mark.parametrize("error", [MethodDiverged("the loss became NaN"), MethodNotApplicable("no scales to mask")])
+def test_what_the_scan_missed_stands_where_purification_fails(
+    model: nn.Module, splits: Splits, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def failing(*arguments: Any, **named: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("defense_core.positive_control.purify", failing)
+    missed = controlled(model, splits, pool_beside(model, splits.fit, 1000.0), size_share=0.25, method="tsbd")
+    assert missed.asr_after is None
+    assert _finding(missed).verdict == "FAIL"
+    assert missed.sentence().endswith(f"; purification came to no result: {error}")
 
 
 def test_the_same_seed_plants_the_same_backdoor(model: nn.Module, splits: Splits) -> None:
