@@ -26,7 +26,7 @@ from defense_core.data import CleanSet
 from defense_core.files import atomic_directory, write_atomic
 from defense_core.progress import NullProgress, Progress
 from defense_core.purify.soup import side_by_side
-from defense_core.scan.base import InvertedTrigger, subject_of
+from defense_core.scan.base import Deadline, InvertedTrigger, subject_of
 from defense_core.scan.calibrate import rejects
 from defense_core.scan.judgement import ScanConfig, scan
 from defense_core.scan.pictures import Picture, class_pictures, trigger_picture
@@ -109,8 +109,10 @@ def scan_model(
         left: tuple[Residual, ...] = ()
         suspected: tuple[int, ...] = ()
         if earlier is not None and before is not None and images is not None:
-            given, after = (subject_of(each.model, None, **used) for each in (before, bundle))
-            left, suspected = residuals(given, after, images, load_triggers(earlier)), _suspected(earlier)
+            timed = {**used, "deadline": Deadline.after(parsed.budget_s)}
+            given, after = (subject_of(each.model, None, **timed) for each in (before, bundle))
+            suspected = _suspected(earlier)
+            left = residuals(given, after if purified else None, images, load_triggers(earlier), suspects=suspected)
         evidence = compose(
             name,
             clock,
@@ -216,10 +218,11 @@ def _results(found: ScanReport, pictures: Sequence[Picture]) -> dict[str, Any]:
 def _residual_results(left: tuple[Residual, ...], suspected: tuple[int, ...]) -> dict[str, Any]:
     # A trigger of a class that nobody suspects is the easiest change there is; clean models have one for each class.
     of_suspects = [each for each in left if each.target in suspected]
+    known = [each.after for each in of_suspects if each.after is not None]
     return {
         "residuals": to_mapping(left),
         "suspected_residuals": to_mapping(of_suspects),
-        "residual_max": max((each.after for each in of_suspects), default=None),
+        "residual_max": max(known) if known and len(known) == len(of_suspects) else None,
     }
 
 

@@ -29,7 +29,7 @@ from defense_core.scan.detectors import DETECTORS, EVIDENCE_ONLY, Regime, Settin
 from defense_core.scan.observe import Observed, observe, wanted
 from defense_core.scan.pool import Pool, Reading, reading_of
 from defense_core.scan.report import ChannelEntry, DetectorEntry, ScanReport
-from defense_core.scan.wording import coverage, incomparable, sentence, undecided
+from defense_core.scan.wording import coverage, incomparable, narrowed, sentence, undecided
 from defense_core.task import ImageClassification
 from defense_core.verdict import Verdict
 
@@ -181,6 +181,7 @@ def judge(
             failed=bool(observed.failure),
             missing=(*unfinished, *blind),
             without_images=_without_images(observed, task.num_classes),
+            narrowed=narrowed(observed, task.num_classes),
         ),
         regime=regime,
         images=0 if clean is None else len(clean),

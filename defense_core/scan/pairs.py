@@ -217,6 +217,8 @@ def _observation(chosen: Tensor, patches: Patches, transfer: Tensor) -> Observat
         pairs=tuple(named),
         triggers=tuple(_trigger(patches, row, chosen, one_target=statistic == column) for row in rows[:2]),
         facts={
+            "sources": len(chosen[:, 0].unique()),
+            "pairs": len(chosen),
             "core": [list(each) for each in named],
             "core_score": core.score,
             "column_score": column,

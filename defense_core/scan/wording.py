@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from defense_core.scan.calibrate import least_adjusted, rejects
+from defense_core.scan.base import MANY_CLASSES
+from defense_core.scan.calibrate import CHANNELS, least_adjusted, rejects
 from defense_core.scan.confirm import Confirmation
 from defense_core.scan.detectors import EVIDENCE_ONLY, FEW, Regime
 from defense_core.scan.observe import Observed
@@ -123,6 +124,30 @@ def _data(pool: Pool, class_names: tuple[str, ...]) -> str:
     return f"{stated}: that this pool is of the model's data is for whoever named it to say"
 
 
+def narrowed(observed: Observed, classes: int) -> tuple[str, ...]:
+    """What detectors of the verdict looked at more closely than at the rest: with many classes, some of them alone.
+
+    Args:
+        classes: K of the model.
+    """
+    members = [name for each in CHANNELS.values() for name in each if name in observed.observations]
+    few = {name: len(observed.observations[name].classes) for name in members}
+    few = {name: count for name, count in few.items() if 0 < count < classes}
+    sentences = []
+    if few and classes > MANY_CLASSES:
+        counts = ", ".join(map(str, sorted(set(few.values()))))
+        sentences.append(
+            f"Of {classes} classes {', '.join(few)} looked closely at {counts}, which a first look at them chose"
+        )
+    pairs = observed.observations.get("pairs")
+    if pairs is not None and pairs.facts.get("sources", classes) < classes:
+        sentences.append(
+            f"Changes that lead from one class to another were looked for from {pairs.facts['sources']} of {classes} "
+            f"classes, in {pairs.facts['pairs']} pairs"
+        )
+    return tuple(sentences)
+
+
 def coverage(
     regime: Regime,
     pool: Pool | None,
@@ -132,6 +157,7 @@ def coverage(
     failed: bool = False,
     missing: Sequence[str] = (),
     without_images: int = 0,
+    narrowed: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """What was looked for, and what was not.
 
@@ -141,6 +167,7 @@ def coverage(
         failed: nothing could be observed at all.
         missing: detectors of the verdict that did not finish, or could not look at this model.
         without_images: classes that ``subspace`` could not look at.
+        narrowed: sentences of :func:`narrowed`.
     """
     if failed:
         return ("Looked for nothing: the model could not be observed",)
@@ -152,7 +179,7 @@ def coverage(
         if without_pairs
         else f"Looked for {searched}, and for changes that lead from one class to another",
     }[regime]
-    sentences = [looked]
+    sentences = [looked, *narrowed]
     if missing:
         sentences.append(f"Without what {', '.join(missing)} would have looked for: they were not read on this model")
     if without_images:

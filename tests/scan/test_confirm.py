@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defense_core.data import CleanSet
+from defense_core.data import CleanSet, joined
 from defense_core.errors import CorruptArtifact
 from defense_core.progress import NullProgress
 from defense_core.scan import confirm as confirmation
 from defense_core.scan import pictures
-from defense_core.scan.base import InvertedTrigger, Observation, Subject, subject_of
+from defense_core.scan.base import Deadline, InvertedTrigger, Observation, Subject, subject_of
 from defense_core.scan.confirm import confirm, cut_to, enough, lower_bound, size_of, success, surely_lost, upper_bound
 from defense_core.scan.pictures import class_pictures, trigger_picture
-from defense_core.scan.residual import residuals
+from defense_core.scan.residual import Residual, residuals
 from defense_core.scan.stored_triggers import INDEX, kept_triggers, load_triggers, save_triggers
 from defense_core.task import ImageClassification
 
@@ -316,8 +316,39 @@ def test_triggers_survive_their_files_and_are_tried_again(tmp_path: Path) -> Non
         ("additive", 1, "additive", (0,)),
     ]
     assert torch.equal(loaded[0][1].apply(images().images), patch(2).apply(images().images))
-    (first, _) = residuals(subject(Corner()), subject(Corner(backdoored=False)), images(), loaded)
+    after = subject(Corner(backdoored=False))
+    (first, _) = residuals(subject(Corner()), after, different(), loaded, suspects=(2,))
     assert (first.before, first.after, first.images) == (1.0, 0.0, 18)
+
+
+def different() -> CleanSet:
+    """Images of which none is a copy of another."""
+    clean = images()
+    clean.images[:, 0, 7, 0] = torch.arange(len(clean), dtype=torch.uint8)
+    return clean
+
+
+class Broken(Corner):
+    """Answers NaN to the trigger."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / (x[:, :1, 0, 0] <= 0.95)
+
+
+def test_a_suspected_class_is_answered_for_by_what_was_measured_or_by_nothing() -> None:
+    tried = [("patch", patch(2)), ("patch", patch(0))]
+    late = replace(subject(Corner()), deadline=Deadline(0.0))
+    clean = different()
+    assert residuals(subject(Corner()), None, clean, tried[1:], suspects=(2,))[1:] == (Residual("", 2, None, None, 0),)
+    assert residuals(subject(Corner()), subject(Broken()), clean, tried[:1], suspects=(2,)) == (
+        Residual("patch", 2, 1.0, None, 18),
+    )
+    assert residuals(late, None, clean, tried, suspects=(2, 3)) == tuple(
+        Residual("", target, None, None, 0) for target in (2, 3)
+    )
+    assert residuals(subject(Corner()), None, clean, tried[:1], suspects=()) == (Residual("patch", 2, 1.0, 1.0, 18),)
+    copied = residuals(subject(Corner()), None, joined(clean, clean), tried[:1], suspects=())
+    assert copied[0].images == 18
 
 
 @pytest.mark.parametrize("content", ["", "{}", '[{"detector": "patch", "target": 0, "kind": "pickle"}]', "[{}]"])

@@ -26,6 +26,7 @@ from defense_core.scan.judgement import ScanConfig, judge, scan
 from defense_core.scan.observe import Observed
 from defense_core.scan.pool import Pool, Probability, Reference, Stratum, reading_of
 from defense_core.scan.report import ScanReport
+from defense_core.scan.wording import narrowed
 from defense_core.task import ImageClassification
 from defense_core.verdict import Verdict
 from tests.scan.test_confirm import Corner, images, patch
@@ -284,6 +285,26 @@ class Timeless:
         self.deadline = subject.deadline
         yield from confirm(subject, held_out, [replace(each, triggers=(patch(1),)) for each in observations[2:3]], (1,))
         yield from confirm(replace(subject, deadline=Deadline(0.0)), held_out, observations, targets)
+
+
+def seen_of(classes: int, looked: int, facts: dict[str, int]) -> Observed:
+    """What ``margin`` and ``pairs`` saw of a model of many classes."""
+    rows = tuple(range(looked))
+    margin = Observation("margin", 1.0, "", class_scores=tuple(map(float, rows)), classes=rows)
+    found = {"margin": margin, "pairs": Observation("pairs", 1.0, "", facts=facts)}
+    return Observed(found, {}, ())
+
+
+def test_a_scan_of_many_classes_says_which_it_looked_at() -> None:
+    assert narrowed(seen_of(43, 16, {"sources": 12, "pairs": 96}), 43) == (
+        "Of 43 classes margin looked closely at 16, which a first look at them chose",
+        "Changes that lead from one class to another were looked for from 12 of 43 classes, in 96 pairs",
+    )
+    assert narrowed(seen_of(10, 10, {"sources": 10, "pairs": 90}), 10) == ()
+    assert narrowed(seen_of(12, 12, {"sources": 9, "pairs": 72}), 12) == (
+        "Changes that lead from one class to another were looked for from 9 of 12 classes, in 72 pairs",
+    )
+    assert narrowed(seen_of(12, 9, {}), 12) == ()  # subspace has no image of three classes, and says so itself
 
 
 def test_a_suspicion_of_pairs_alone_names_its_class_and_can_be_confirmed() -> None:
