@@ -33,10 +33,20 @@ def class_folders(path: Path, num_classes: int, class_names: Sequence[str]) -> l
             got=listed(names),
             hint="Pad the numbers with zeros, or give the model class names and call the sub-folders so",
         )
-    displaced = distinct and any(label_of.get(folder.name, label) != label for folder, label in placed)
+    spelled = {_plainly(name): label for name, label in label_of.items()}
+    # A folder that is called like a class but for the spelling may stand in that class's place alone.
+    alike = spelled if len(spelled) == len(label_of) else label_of
+    displaced = distinct and any(
+        alike.get(_plainly(folder.name), label_of.get(folder.name, label)) != label for folder, label in placed
+    )
     if displaced or len(folders) != num_classes:
         raise _refusal(path, names, num_classes, class_names)
     return placed
+
+
+def _plainly(name: str) -> str:
+    """Without case, and with one kind of gap between words."""
+    return name.casefold().replace("_", " ").replace("-", " ")
 
 
 def _refusal(path: Path, found: Sequence[str], num_classes: int, class_names: Sequence[str]) -> DataError:

@@ -127,6 +127,7 @@ def export_onnx(
     """
     require(OPSETS[0] <= opset <= OPSETS[1], "opset", f"{OPSETS[0]} to {OPSETS[1]}", opset)
     _check_inputs(model, input_size, clean)
+    bounds = bounds.fitting(clean.images)
     with (progress or NullProgress()).phase("export", total=2 + parity_steps(len(clean), len(probes), bounds)) as phase:
         network = copy.deepcopy(model).cpu().float().eval()
         proto = _converted(network, task, input_size, opset)

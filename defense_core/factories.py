@@ -187,7 +187,8 @@ def _size_asked(value: Any) -> float:
         return sum(_size_asked(item) for item in value.values())
     if isinstance(value, (list, tuple)):
         return sum(_size_asked(item) for item in value)
-    return abs(value) if isinstance(value, (int, float)) else 0
+    # An integer of hundreds of digits is no float.
+    return float(min(abs(value), 10**18)) if isinstance(value, (int, float)) else 0.0
 
 
 def _check_json(value: Any, where: str, levels: int = _MAX_LEVELS) -> None:

@@ -17,7 +17,7 @@ from defense_core.task import Task
 Precision = Literal["auto", "fp32", "bf16"]
 NATIVE_BFLOAT16 = ("amx_bf16", "avx512_bf16")
 """CPUs that multiply bfloat16: up to ten times faster than float32 with the first, 1.2 to 2 times with the second."""
-NETWORK_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+NETWORK_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
 """What a stranger's network raises that does not take what it is given."""
 LARGE_NETWORK = 1_000_000
 """Parameters from which a network without convolutions gains from bfloat16 (a ViT of 5 million: six times)."""

@@ -15,7 +15,8 @@ mean off by 0.01 1e-2. ``relative = 2e-5`` is a factor of ten or more from eithe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet
 from defense_core.errors import DataError, ExportError, NonFiniteOutputs
-from defense_core.inference import NETWORK_ERRORS
+from defense_core.inference import NETWORK_ERRORS, images_at_once
 from defense_core.layers import evaluating
 from defense_core.progress import Phase
 from defense_core.task import Task
@@ -58,6 +59,11 @@ class ParityBounds:
         require(len(set(self.batch_sizes)) >= 2, "batch_sizes", "at least two different sizes", self.batch_sizes)
         require(min(self.batch_sizes) >= 1, "batch_sizes", "1 or more images", self.batch_sizes)
         require(self.max_images >= 1, "max_images", "1 or more images", self.max_images)
+
+    def fitting(self, images: Tensor) -> ParityBounds:
+        """The same, with fewer images in the batches that carry the set where images are as large as ``images``."""
+        *first, last = self.batch_sizes
+        return replace(self, batch_sizes=(*first, max(*first, images_at_once(images, last))))
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def check_parity(
     """
     images = clean.images.cpu()[_spread(len(clean), bounds.max_images)]
     require_own_names([probe.name for probe in probes])
-    sets = [(CLEAN, images), *((probe.name, triggered(probe, images)) for probe in probes)]
+    sets = chain([(CLEAN, images)], ((probe.name, triggered(probe, images)) for probe in probes))  # one at a time
     try:
         run = _Session(data)
         with evaluating(model):

@@ -12,8 +12,15 @@ from pathlib import Path
 import torch
 
 from defense_core.archives import checked_zip, common_root
-from defense_core.errors import ArtifactTooLarge, CorruptArtifact, SourceNotFound, StorageError, UnsafeArtifact
-from defense_core.files import sha256_bytes, sha256_file
+from defense_core.errors import (
+    AccessDenied,
+    ArtifactTooLarge,
+    CorruptArtifact,
+    SourceNotFound,
+    StorageError,
+    UnsafeArtifact,
+)
+from defense_core.files import reading, sha256_bytes, sha256_file
 from defense_core.isolation import read_isolated
 from defense_core.limits import LoadLimits
 from defense_core.pickles import check_torch_legacy, check_torch_zip, refuse_if_pickle
@@ -84,9 +91,11 @@ def sniff(path: Path, limits: LoadLimits) -> str:
     Raises:
         CorruptArtifact: an unknown format, or another than the extension says.
         UnsafeArtifact: bytes that would run code, or an unsafe archive.
+        AccessDenied, StorageError: this account may not read it, or the disk fails.
     """
     require_plain_file(path, limits)
-    found = _content_format(path, limits)
+    with reading(path, StorageError, "a readable file", denied=AccessDenied):
+        found = _content_format(path, limits)
     claimed = _EXTENSIONS.get(path.suffix.lower())
     if claimed is not None and found not in claimed:
         raise CorruptArtifact(

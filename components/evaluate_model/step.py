@@ -17,7 +17,7 @@ from components._runtime.loading import (
 from components._runtime.plan import REPORT_SHARE, Loading
 from defense_core.attacks import probe_from_spec
 from defense_core.config import digest
-from defense_core.evaluate import evaluate
+from defense_core.evaluate import Evaluation, evaluate
 from defense_core.evidence import require_part
 from defense_core.progress import NullProgress, Progress
 from defense_core.verdict import Finding, Verdict
@@ -52,7 +52,8 @@ def evaluate_model(
 
     Returns:
         Evidence ``evaluate.<name>``; its verdict says whether everything could be measured, and
-        judges nothing: bounds are the policy's part.
+        judges nothing: bounds are the policy's part. UNKNOWN too where ``reference`` does not surely answer more of the
+        images as labelled than by guessing.
 
     Raises:
         ConfigError: neither ``clean`` nor ``test``; a malformed name or probe; a reference that is given other numbers
@@ -92,6 +93,7 @@ def evaluate_model(
         Finding("evaluate.measured", Verdict.UNKNOWN, None, "a figure", f"There is no image to measure {figure} on.")
         for figure in open_figures
     ]
+    findings += _says_nothing(evaluation, bundle.spec.num_classes)
     return compose(
         f"evaluate.{name}",
         clock,
@@ -102,6 +104,23 @@ def evaluate_model(
         device=where,
         seed=seed,
     )
+
+
+def _says_nothing(evaluation: Evaluation, classes: int) -> list[Finding]:
+    """Where the model before purification answers these images no better than by guessing, a drop of its accuracy
+    measures nothing: the labels are in another order, or the images are of something else."""
+    if evaluation.paired is None:
+        return []
+    before, chance = evaluation.paired.before, 1 / classes
+    interval = before.wilson()
+    low = 0.0 if interval is None else interval.low
+    if low > chance:
+        return []
+    why = (
+        f"The model before purification answers {before.successes} of {before.trials} images as labelled, which may be "
+        f"guessing among {classes} classes: do images and labels belong to this model?"
+    )
+    return [Finding("evaluate.measured", Verdict.UNKNOWN, round(low, 4), f"> {chance:.4g}", why)]
 
 
 def evaluate_candidate(model: Path, *, name: str, **options: Any) -> dict[str, Any] | None:

@@ -140,7 +140,9 @@ def _pool(plan: Plan, folder: Path, bundle: Bundle, progress: Progress) -> Pool 
 
 
 def _try_out(bundle: Bundle, clean: CleanSet, probes: list[Probe], progress: Progress) -> None:
-    few = clean.subset(torch.arange(min(TRIAL_IMAGES, len(clean))))
+    # Evenly spaced: a set may be sorted by class, and a probe leaves images of its own class as they are.
+    count = min(TRIAL_IMAGES, len(clean))
+    few = clean.subset(torch.arange(count) * len(clean) // max(1, count))
     evaluate(bundle.model, few, task=bundle.spec.task_object(), probes=probes, progress=progress)
 
 

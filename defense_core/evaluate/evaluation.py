@@ -15,6 +15,7 @@ from defense_core.data import CleanSet
 from defense_core.errors import DataError, NonFiniteOutputs, StateDictMismatch
 from defense_core.evaluate.metrics import PairedCounts, Proportion, der, der_interval
 from defense_core.evaluate.records import ClassAccuracy, Evaluation, ProbeResult
+from defense_core.inference import images_at_once
 from defense_core.progress import NullProgress, Phase, Progress
 from defense_core.task import Task
 from defense_core.triggered import NamedTrigger, require_own_names, triggered
@@ -66,7 +67,7 @@ def evaluate(
         reference: the model before purification; enables drops, DER and "before" figures,
             paired image by image.
         device: where the copies run.
-        batch_size: images a forward pass.
+        batch_size: images a forward pass, at most: fewer where they are large.
         progress: shown to the operator; also where a stop request takes effect.
 
     Raises:
@@ -78,6 +79,7 @@ def evaluate(
     """
     require(batch_size >= 1, "batch_size", "1 or more images", batch_size)
     _check(clean, probes, task)
+    batch_size = images_at_once(clean.images, batch_size)
     models = [_copy(each, device) for each in (model, reference) if each is not None]
     steps = len(models) * _batches(len(clean), batch_size)
     steps += len(models) * sum(_batches(int(probe.eligible(clean.labels).sum()), batch_size) for probe in probes)

@@ -405,6 +405,34 @@ def test_a_probe_without_an_eligible_image_is_unknown(finished: Chain, tmp_path:
     assert evidence["results"]["probes"][0]["asr"]["value"] is None
 
 
+@pytest.mark.parametrize("name", ["before", "tsbd"])
+def test_labels_that_are_not_the_models_measure_no_drop(name: str, finished: Chain, tmp_path: Path) -> None:
+    """It answers nearly none of them as labelled, before and after: that accuracy was held says nothing."""
+    pixels, labels = images(60, seed=5)
+    numpy.savez(tmp_path / "test.npz", images=pixels, labels=(labels + 1) % 4)
+    reference = finished["bundle"] if name == "tsbd" else None
+    evidence = evaluate_model(
+        finished["bundle"], name=name, test=tmp_path / "test.npz", reference=reference, device="cpu"
+    )
+    assert evidence["verdict"] == ("UNKNOWN" if reference else "PASS")
+    said = [each["why"] for each in evidence["findings"]]
+    assert [each.endswith("do images and labels belong to this model?") for each in said] == (
+        [True] if reference else []
+    )
+
+
+def test_a_probe_is_tried_on_images_of_every_class(finished: Chain, tmp_path: Path) -> None:
+    """The first images of a sorted set are of the class that the probe leads to, and it leaves them as they are."""
+    pixels, labels = images(120, seed=5)
+    order = labels.argsort(kind="stable")
+    numpy.savez(tmp_path / "clean.npz", images=pixels[order], labels=labels[order])
+    assert set(labels[order][:16].tolist()) == {0}
+    probe = {"name": "wide", "kind": "badnets", "target": 0, "size": 99}
+    plan = replace(finished.plan, clean=str(tmp_path / "clean.npz"), probes=(probe,))
+    with pytest.raises(errors.ConfigError, match="patch"):
+        fetch_model(plan, tmp_path / "bundle", tmp_path / "data")
+
+
 @pytest.mark.parametrize("name", ["v1.2", "selected", "", "a/b", "größe"])
 def test_evaluate_gives_no_name_that_the_gate_would_call_damaged(name: str, finished: Chain) -> None:
     with pytest.raises(errors.ConfigError, match="name is malformed"):

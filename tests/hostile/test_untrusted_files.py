@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -13,6 +14,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from defense_core.architectures import build
 from defense_core.bundle import load_bundle, load_model_file, save_bundle
 from defense_core.errors import (
+    AccessDenied,
     ArtifactError,
     ArtifactTooLarge,
     CorruptArtifact,
@@ -28,6 +31,7 @@ from defense_core.errors import (
     QuarantineError,
     SourceNotFound,
     StateDictMismatch,
+    StorageError,
     UnsafeArtifact,
 )
 from defense_core.isolation import read_isolated
@@ -471,3 +475,19 @@ def test_bundle_folder_with_links_or_strangers(tmp_path: Path, good: dict[str, P
     (tmp_path / "model.safetensors").symlink_to(good["bundle"] / "model.safetensors")
     with pytest.raises(UnsafeArtifact, match="symbolic link"):
         load_bundle(tmp_path, limits=LIMITS)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EACCES, AccessDenied), (errno.EIO, StorageError)])
+def test_a_file_that_cannot_be_read_is_a_typed_error(
+    number: int, kind: type[QuarantineError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This account may be root, whom nothing is denied."""
+
+    def refused(*_: object, **__: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"x")
+    monkeypatch.setattr("defense_core.untrusted.open", refused, raising=False)
+    with pytest.raises(kind, match="cannot be read"):
+        check_static(path, LoadLimits())

@@ -190,6 +190,8 @@ def test_what_is_not_allowed(name: str, arguments: dict[str, object], words: str
         ("vit_tiny", {"patch_size": 5}, "divisor of image_size"),
         ("densenet121", {"foo": 1}, "cannot be built"),
         ("mobilenet_v2", {"inverted_residual_setting": [[1, 16, 10**9, 1]]}, "too large"),
+        ("densenet121", {"growth_rate": 10**400}, "too large"),
+        ("densenet121", {"growth_rate": 10**400, "drop_rate": 0.5}, "too large"),
     ],
 )
 def test_wrong_arguments_name_the_valid_ones(name: str, arguments: dict[str, object], words: str) -> None:

@@ -83,6 +83,15 @@ def test_a_misspelt_name_among_right_ones_moves_no_class(tmp_path: Path) -> None
     assert "'ant', 'catt', 'dog'" in str(refused(folders(tmp_path / "x", "ant", "catt", "dog"), NAMES))
 
 
+def test_names_that_differ_in_spelling_alone_move_no_class(tmp_path: Path) -> None:
+    path = folders(tmp_path / "x", "Ant", "Cat", "Dog")
+    assert "'Ant', 'Cat', 'Dog'" in str(refused(path, NAMES))
+    assert load(path, ("ant", "cat", "dog")).labels.tolist() == [0, 0, 1, 1, 2, 2]
+    lights = folders(tmp_path / "y", "a", "red_light", "stop-sign")
+    assert load(lights, ("other", "red light", "stop sign")).labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert "'red_light'" in str(refused(lights, ("other", "stop sign", "red light")))
+
+
 def test_two_classes_of_one_name_are_told_apart_by_order(tmp_path: Path) -> None:
     assert load(folders(tmp_path / "x", "a", "b", "c"), ("b", "b", "a")).labels.tolist() == [0, 0, 1, 1, 2, 2]
 

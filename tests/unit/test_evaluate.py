@@ -321,6 +321,21 @@ def test_probe_that_returns_no_images_is_refused(how):
         evaluate(Reader(), clean_set(), task=TASK, probes=[Broken(how)])
 
 
+def test_large_images_go_through_a_few_at_a_time(monkeypatch):
+    seen = []
+
+    class Counting(Reader):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    clean = clean_set((10, 7, 3, 5))
+    whole = evaluate(Reader(), clean, task=TASK)
+    monkeypatch.setattr("defense_core.inference.PIXELS_AT_ONCE", 6 * clean.images[0, 0].numel())
+    assert evaluate(Counting(), clean, task=TASK) == whole
+    assert seen == [6, 6, 6, 6, 1]
+
+
 def test_batch_size_must_be_positive():
     with pytest.raises(ConfigError, match="batch_size"):
         evaluate(Reader(), clean_set(), task=TASK, batch_size=0)

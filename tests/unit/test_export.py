@@ -382,6 +382,11 @@ def test_images_must_fit(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("side", "sizes"), [(8, (1, 2, 64)), (224, (1, 2, 10)), (1024, (1, 2, 2))])
+def test_large_images_are_compared_few_at_a_time(side: int, sizes: tuple[int, ...]) -> None:
+    assert ParityBounds().fitting(torch.empty(0, 3, side, side)).batch_sizes == sizes
+
+
 def test_one_image_is_enough(tmp_path: Path) -> None:
     exported = export(trained("small_cnn", width=4), tmp_path / "model.onnx", clean=images_of(DIGITS, 1))
     assert exported.verdict is Verdict.PASS
