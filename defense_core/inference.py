@@ -35,6 +35,21 @@ def images_at_once(images: Tensor, most: int = 512) -> int:
     return min(most, items_at_once(images, 1))
 
 
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether outputs (N, K) look like those of a softmax: none negative, and a sum of 1 in every row."""
+    return outputs.dim() == 2 and bool((outputs >= 0).all()) and bool((outputs.sum(1) - 1).abs().max() < 1e-2)
+
+
+def logarithms(probabilities: Tensor) -> Tensor:
+    """Logits whose softmax these are, float32; 0 counts as 1e-30."""
+    return probabilities.float().clamp_min(1e-30).log()
+
+
+def logits_of(outputs: Tensor) -> Tensor:
+    """Outputs (N, K) as logits, float32: the :func:`logarithms` of what a softmax gave, anything else as it is."""
+    return logarithms(outputs) if are_probabilities(outputs) else outputs.float()
+
+
 @torch.no_grad()
 def outputs_of(
     model: nn.Module,

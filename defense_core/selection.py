@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from defense_core.config import from_mapping, to_mapping
@@ -109,16 +110,20 @@ def suspected_class(candidates: Sequence[Candidate]) -> int | None:
     """The class whose universal perturbation lost most success, averaged over the eligible candidates.
 
     Returns:
-        ``None`` where no candidate has signals, or they were not asked about the same classes.
+        One of the classes that all of them were asked about: of many, machines that round otherwise may look at other
+        ones. ``None`` where no candidate has signals, or there is no such class.
     """
     voters = [each.signals for each in candidates if each.eligible and each.signals is not None]
-    if not voters or len({each.targets for each in voters}) != 1:
-        return None
-    falls = [
-        math.fsum(each.reached_before[place] - each.reached[place] for each in voters)
-        for place in range(len(voters[0].targets))
-    ]
-    return voters[0].targets[falls.index(max(falls))]
+    shared = (
+        [target for target in voters[0].targets if all(target in each.targets for each in voters)] if voters else []
+    )
+    return max(shared, key=lambda target: math.fsum(map(partial(_fall, target), voters)), default=None)
+
+
+def _fall(target: int, signals: Signals) -> float:
+    """How much success the perturbation to ``target`` lost."""
+    place = signals.targets.index(target)
+    return signals.reached_before[place] - signals.reached[place]
 
 
 def with_residuals(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from defense_core.config import require
 from defense_core.data import CleanSet, Splits
 from defense_core.errors import MethodDiverged
-from defense_core.inference import Precision, autocast, channels_last, images_at_once, outputs_of
+from defense_core.inference import Precision, autocast, channels_last, images_at_once, logits_of, outputs_of
 from defense_core.layers import evaluating
 from defense_core.progress import Progress
 from defense_core.selection import permitted_drop
@@ -81,7 +81,8 @@ def expected_drop(
     Counting which of 200 images changed sides has a standard error of two points. The mean of ``p(a) - p(b)``, where
     ``p`` are the given model's probabilities and ``a`` and ``b`` the classes that it and the candidate choose, has a
     fraction of it and needs no label, so augmented views count too. Where the given model is calibrated it is the
-    expected drop; where it is too sure of itself, an upper bound.
+    expected drop; where it is too sure of itself, an upper bound. The answers of a network that ends in a softmax are
+    probabilities as they are.
 
     Args:
         given, candidate: compared in eval mode, as they are.
@@ -102,7 +103,7 @@ def expected_drop(
                 inputs = channels_last(task.inputs(part if view == 0 else task.augmented(part, generator)))
                 with context():
                     outputs, answers = given(inputs), candidate(inputs)
-                known = (outputs.float() / temperature).softmax(-1)
+                known = (logits_of(outputs) / temperature).softmax(-1)
                 lost = known.amax(-1) - known.gather(-1, answers.argmax(-1, keepdim=True)).squeeze(-1)
                 total += float(lost.sum())
             phase.advance()
@@ -123,7 +124,7 @@ def calibrating_temperature(model: nn.Module, data: CleanSet, *, task: Task, dev
         MethodDiverged: the model returned NaN or Inf.
     """
     batches = outputs_of(model, data, task=task, device=device, precision="auto")
-    logits, labels = torch.cat([outputs.float().cpu() for outputs in batches]), data.labels.cpu()
+    logits, labels = logits_of(torch.cat([outputs.float().cpu() for outputs in batches])), data.labels.cpu()
     losses = [float(nn.functional.cross_entropy(logits / each, labels)) for each in TEMPERATURES]
     return TEMPERATURES[losses.index(min(losses))]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_core.errors import NonFiniteOutputs
-from defense_core.inference import autocast, channels_last
+from defense_core.inference import are_probabilities, autocast, channels_last, logarithms
 from defense_core.layers import classifier_head
 from defense_core.task import ImageClassification
 
@@ -79,12 +79,7 @@ class Logarithms(nn.Module):
                 got="numbers below 0, or rows that do not sum to 1",
                 hint="Give the network without what looks like a softmax at its end",
             )
-        return outputs.clamp_min(1e-30).log()
-
-
-def are_probabilities(outputs: Tensor) -> bool:
-    """Whether outputs (N, K) look like those of a softmax: none negative, and a sum of 1 in every row."""
-    return outputs.dim() == 2 and bool((outputs >= 0).all()) and bool((outputs.sum(1) - 1).abs().max() < 1e-2)
+        return logarithms(outputs)
 
 
 @torch.no_grad()

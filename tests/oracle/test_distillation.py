@@ -215,6 +215,16 @@ def test_the_expected_drop_is_the_mean_of_what_each_changed_answer_costs() -> No
     assert expected_drop(given, given, data, **COMMON) == 0
 
 
+def test_a_network_that_ends_in_a_softmax_costs_as_much_as_its_logits() -> None:
+    """Taken for logits, numbers between 0 and 1 would make every changed answer cheap, and any change permitted."""
+    given, candidate, data = linear(0), linear(3), clean(40)
+    ended, taught = (nn.Sequential(each, nn.Softmax(1)) for each in (given, candidate))
+    found = expected_drop(ended, taught, data, **COMMON, views=1)
+    assert found == pytest.approx(expected_drop(given, candidate, data, **COMMON, views=1), rel=1e-4)
+    temperatures = [calibrating_temperature(each, data, task=TASK, device="cpu") for each in (ended, given)]
+    assert temperatures[0] == temperatures[1]
+
+
 def test_large_images_are_looked_at_few_at_a_time_and_augmented_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert inference.images_at_once(torch.zeros(1, 3, 32, 32)) == 512
     assert inference.images_at_once(torch.zeros(1, 3, 4000, 4000)) == 1

@@ -29,6 +29,16 @@ def test_the_suspect_is_the_class_that_lost_most_over_all_candidates() -> None:
     assert [each.residual for each in with_residuals([thorough, other])] == [0.1, 0.3]
 
 
+def test_candidates_that_were_asked_about_other_classes_are_compared_by_those_they_share() -> None:
+    """On another machine the screening of many classes put 3 in the place of 1."""
+    here = candidate("here", reached=(0.5, 0.0, 0.1))
+    there = candidate("there", targets=(0, 2, 3), reached_before=(0.9, 0.5, 0.9), reached=(0.2, 0.2, 0.0))
+    assert suspected_class([here, there]) == 0
+    assert [each.residual for each in with_residuals([here, there])] == [0.5, 0.2]
+    apart = candidate("apart", targets=(3, 4, 5))
+    assert suspected_class([here, apart]) is None
+
+
 def test_least_residual_wins_over_accuracy() -> None:
     gentle = candidate("gentle", correct=190, cautious_accuracy=0.94, reached=(0.8, 0.5, 0.5))
     chosen = choose([gentle, candidate("thorough", correct=178)])
