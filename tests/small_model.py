@@ -13,6 +13,10 @@ from torch import nn
 
 from components._runtime.plan import Plan
 from defense_core.architectures import build
+from defense_core.data import CleanSet
+from defense_core.loop import Tuning, tune
+from defense_core.progress import NullProgress
+from defense_core.task import ImageClassification
 
 POLICY: dict[str, Any] = {
     "schema": 1,
@@ -91,6 +95,16 @@ def save_images(path: Path, count: int, seed: int) -> None:
     """Write such images as npz."""
     pixels, labels = images(count, seed)
     numpy.savez(path, images=pixels, labels=labels)
+
+
+def learnt(network: nn.Module, number: int = 0) -> nn.Module:
+    """``network`` after a few epochs on such images; another one for each number."""
+    pixels, labels = images(120, seed=9)
+    data = CleanSet(torch.from_numpy(pixels), torch.from_numpy(labels), PLAN_OPTIONS.classes)
+    task = ImageClassification((1, 8, 8), PLAN_OPTIONS.classes, mean=(0.5,), std=(0.5,), augment="none")
+    tuning = Tuning(epochs=8, batch_size=16, lr=0.05)
+    tune(network, data, task=task, tuning=tuning, seed=number, device="cpu", progress=NullProgress(), name="learn")
+    return network.eval()
 
 
 def make_inputs(folder: Path, **changes: Any) -> Plan:

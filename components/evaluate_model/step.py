@@ -109,18 +109,14 @@ def evaluate_model(
 def _says_nothing(evaluation: Evaluation, classes: int) -> list[Finding]:
     """Where the model before purification answers these images no better than by guessing, a drop of its accuracy
     measures nothing: the labels are in another order, or the images are of something else."""
-    if evaluation.paired is None:
+    if evaluation.paired is None or evaluation.paired.before.above_guessing(classes):
         return []
-    before, chance = evaluation.paired.before, 1 / classes
-    interval = before.wilson()
-    low = 0.0 if interval is None else interval.low
-    if low > chance:
-        return []
+    before = evaluation.paired.before
     why = (
         f"The model before purification answers {before.successes} of {before.trials} images as labelled, which may be "
         f"guessing among {classes} classes: do images and labels belong to this model?"
     )
-    return [Finding("evaluate.measured", Verdict.UNKNOWN, round(low, 4), f"> {chance:.4g}", why)]
+    return [Finding("evaluate.measured", Verdict.UNKNOWN, before.value, f"surely above {1 / classes:.4g}", why)]
 
 
 def evaluate_candidate(model: Path, *, name: str, **options: Any) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from components._runtime.loading import open_model, resolve_device
 from components._runtime.plan import Loading
@@ -18,11 +19,14 @@ from defense_core.bundle import untrained_bundle
 from defense_core.config import canonical_json, digest, from_mapping, require
 from defense_core.data import CleanSet, load_clean_set, require_apart
 from defense_core.errors import ConfigError, StorageError
+from defense_core.evaluate import Proportion
 from defense_core.files import reading, require_writable, write_atomic
+from defense_core.inference import correct
 from defense_core.progress import NullProgress, Progress
 from defense_core.scan.detectors import Settings
 from defense_core.scan.pool import MIN_REFERENCES, Pool, Reference, Stratum, save_pool
 from defense_core.scan.references import ReferenceTraining, pool_of, read_reference, train_reference
+from defense_core.task import ImageClassification
 
 
 def calibrate_pool(
@@ -49,7 +53,8 @@ def calibrate_pool(
         loading: limits, and whose code may build a network.
 
     Raises:
-        ConfigError: neither training images nor references, or both; no reference to train; a bad setting.
+        ConfigError: neither training images nor references, or both; no reference to train; a bad setting; a reference
+            that has learnt nothing.
         DataError: among others, a clean image that references would be trained on: their statistics on it are not
             those of a scan.
         OutputExists: ``out`` is a folder.
@@ -74,20 +79,25 @@ def calibrate_pool(
     stratum = Stratum(first.architecture, first.num_classes, first.input_size, first.class_names)
     shelf = out.with_name(f"{out.name}.partial")
     asked = {
-        "settings": parsed, "models": models, "clean": images.digest, "drawn": "for each", "version": __version__,
-        "torch": torch.__version__, "device": str(where),
+        "settings": parsed, "models": models, "clean": images.digest, "drawn": "for each, over the classes",
+        "version": __version__, "torch": torch.__version__, "device": str(where),
     }  # fmt: skip
 
-    def read(name: str, number: int, model: Any, facts: Mapping[str, Any]) -> Reference:
-        return read_reference(
+    def read(name: str, number: int, model: Any, facts: Mapping[str, Any], kept: Path) -> Reference:
+        _require_learnt(name, model, images, task=first.task_object(), device=where)
+        reference = read_reference(
             name, model, facts, images, parsed, number=number, task=first.task_object(), device=where,
             progress=progress,
         )  # fmt: skip
+        write_atomic(kept, canonical_json(reference))
+        return reference
+
+    def place(number: int, **made_of: Any) -> Path:
+        return shelf / f"{digest({**asked, **made_of}).removeprefix('sha256:')[:16]}-{number:04}.json"
 
     def trained(data: CleanSet) -> Iterator[Reference]:
         for number in range(count):
-            made = digest({**asked, "train": data.digest, "recipe": recipe.varied(number)})
-            kept = shelf / f"{made.removeprefix('sha256:')[:16]}-{number:04}.json"
+            kept = place(number, train=data.digest, recipe=recipe.varied(number))
             earlier = _earlier(kept)
             if earlier is not None:
                 yield earlier
@@ -98,9 +108,7 @@ def calibrate_pool(
                 network, data, number, recipe, task=spec.task_object(), device=where, progress=progress
             )
             recorded = {**facts, "architecture_args": spec.architecture_args}
-            reference = read(f"reference-{number:04}", number, model, recorded)
-            write_atomic(kept, canonical_json(reference))
-            yield reference
+            yield read(f"reference-{number:04}", number, model, recorded, kept)
 
     def taken() -> Iterator[Reference]:
         known: dict[str, Path] = {}
@@ -111,7 +119,8 @@ def calibrate_pool(
             )
             known[bundle.digest] = path
             recorded = {"file": path.name, "model": bundle.digest}
-            yield read(f"{number:04}-{path.stem}", number, bundle.model, recorded)
+            kept = place(number, reference=recorded)
+            yield _earlier(kept) or read(f"{number:04}-{path.stem}", number, bundle.model, recorded, kept)
 
     if train is not None:
         data = load_clean_set(train, **shape)
@@ -124,6 +133,26 @@ def calibrate_pool(
     # Whatever a killed run left half-written there goes too.
     shutil.rmtree(shelf, ignore_errors=True)
     return pool
+
+
+def _require_learnt(
+    name: str, model: nn.Module, images: CleanSet, *, task: ImageClassification, device: torch.device | str
+) -> None:
+    """Refuse a reference that answers no better than by guessing: it widens every range that tells other models from
+    these, and every null distribution.
+
+    Raises:
+        ConfigError: it does.
+    """
+    right = correct(model, images, task=task, device=device, precision="auto")
+    share = Proportion(int(right.sum()), len(right))
+    if not share.above_guessing(images.num_classes):
+        raise ConfigError(
+            f"{name} has learnt nothing",
+            expected=f"surely more than 1 in {images.num_classes} of the clean images answered as labelled",
+            got=f"{share.successes} of {share.trials}",
+            hint="Train longer or at a smaller rate (--set), or leave this reference out; look at the labels, too",
+        )
 
 
 def _earlier(kept: Path) -> Reference | None:

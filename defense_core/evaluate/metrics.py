@@ -82,6 +82,11 @@ class Proportion:
         high = 1.0 if k == n else float(betaincinv(k + 1, n - k, 1 - tail))
         return Interval(low, high)
 
+    def above_guessing(self, classes: int) -> bool:
+        """Whether these are surely more than guessing among ``classes`` would get right, by Wilson's lower end."""
+        interval = self.wilson()
+        return interval is not None and interval.low > 1 / classes
+
     def to_results(self) -> dict[str, Any]:
         """``{"value", "low", "high", "successes", "trials"}`` with Wilson's ends."""
         interval = self.wilson()

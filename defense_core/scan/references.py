@@ -19,6 +19,7 @@ from defense_core.progress import Progress
 from defense_core.scan.detectors import DETECTORS, FEW, MANY, Regime, Settings, regime_of
 from defense_core.scan.observe import Observed, observe, wanted
 from defense_core.scan.pool import Pool, Reading, Reference, Stratum, reading_of
+from defense_core.scan.sampling import spread_over_classes
 from defense_core.task import Augment, ImageClassification
 
 
@@ -116,6 +117,7 @@ def read_reference(
         clean: images that the model was not trained on.
     """
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(number))
+    order = order[spread_over_classes(clean.subset(order))]  # as a scan takes those that it searches with
     readings: dict[str, dict[str, Reading]] = {}
     covariates: dict[str, float] = {}
     regimes: tuple[Regime, ...] = ("few", "many") if regime_of(clean) == "many" else (regime_of(clean),)

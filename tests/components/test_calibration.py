@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from components.scan_backdoor import calibrate
+from defense_core.bundle import untrained_bundle
+from defense_core.data import load_clean_set
 from defense_core.errors import Cancelled, ConfigError, DataError, OutputExists, StorageError
 from defense_core.loop import Tuning
+from defense_core.progress import NullProgress
 from defense_core.scan import references
 from defense_core.scan.observe import Observed
 from defense_core.scan.pool import Pool, load_pool
@@ -39,14 +43,14 @@ def denied(self: Path) -> bytes:
 
 
 def made(folder: Path) -> Pool:
-    """The pool of three references, one epoch long."""
+    """The pool of three references, as short as they learn anything."""
     return calibrate.calibrate_pool(
         folder / "pool.json",
         clean=folder / "clean.npz",
         train=folder / "test.npz",
         count=3,
         specs=[PLAN_OPTIONS.spec],
-        training={"epochs": 1, "batch_size": 32, "lr": 0.01},
+        training={"epochs": 6, "batch_size": 16, "lr": 0.1},
         settings=PLAN_OPTIONS.scan["settings"],
         device="cpu",
     )
@@ -114,6 +118,55 @@ def test_a_kept_reference_that_is_damaged_is_named(
     assert trained == [0, 1], "nothing is trained before it is said"
 
 
+def test_a_reference_that_has_learnt_nothing_is_refused(
+    tmp_path: Path, trained: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would answer at random, and every model would lie between it and the others."""
+    make_inputs(tmp_path)
+    monkeypatch.setattr(ReferenceTraining, "varied", lambda *_: (Tuning(epochs=1, lr=1e-9), 1.0, "none"))
+    with pytest.raises(ConfigError, match="reference-0000 has learnt nothing"):
+        made(tmp_path)
+    assert trained == [0]
+    assert not (tmp_path / "pool.json").exists()
+
+
+def test_references_that_were_given_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_inputs(tmp_path)
+    bundle = untrained_bundle(PLAN_OPTIONS.spec)
+    seen = load_clean_set(tmp_path / "test.npz", input_size=(1, 8, 8), num_classes=4)
+    given = []
+    for number in range(3):
+        model, _ = train_reference(
+            bundle.model, seen, number, ReferenceTraining(epochs=6, batch_size=16), task=bundle.spec.task_object(),
+            device="cpu", progress=NullProgress(),
+        )  # fmt: skip
+        given.append(tmp_path / f"clean-{number}.safetensors")
+        save_file(model.state_dict(), given[-1])
+    read: list[str] = []
+    real = read_reference
+
+    def counted(name: str, *rest: Any, **more: Any) -> Any:
+        read.append(name)
+        if len(read) == 2:
+            raise Cancelled("stopped", got="a stop request")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(calibrate, "read_reference", counted)
+
+    def taken() -> Pool:
+        return calibrate.calibrate_pool(
+            tmp_path / "pool.json", clean=tmp_path / "clean.npz", given=given, specs=[PLAN_OPTIONS.spec],
+            settings=PLAN_OPTIONS.scan["settings"], device="cpu",
+        )  # fmt: skip
+
+    with pytest.raises(Cancelled):
+        taken()
+    names = [reference.name for reference in taken().references]
+    assert names == ["0000-clean-0", "0001-clean-1", "0002-clean-2"]
+    assert read == [names[0], names[1], names[1], names[2]]
+    assert not (tmp_path / "pool.json.partial").exists()
+
+
 def test_where_the_pool_is_to_lie_is_looked_at_first(tmp_path: Path, trained: list[int]) -> None:
     make_inputs(tmp_path)
     (tmp_path / "pool.json").mkdir()
@@ -140,19 +193,21 @@ def test_what_another_recipe_left_is_not_taken(
 def test_each_reference_is_read_on_its_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_inputs(tmp_path)
     save_images(tmp_path / "clean.npz", 150, seed=1)
-    read: list[tuple[str, list[list[int]]]] = []
+    read: list[tuple[str, list[list[int]], list[int]]] = []
 
     def seeing(_: Any, clean: Any, regime: str, *__: Any, **___: Any) -> Observed:
-        read.append((regime, clean.images.flatten(1).tolist()))
+        read.append((regime, clean.images.flatten(1).tolist(), clean.labels.bincount().tolist()))
         return Observed({}, {}, ())
 
     monkeypatch.setattr(references, "observe", seeing)
     made(tmp_path)
     made(tmp_path)
-    assert [regime for regime, _ in read] == ["few", "many"] * 6
+    assert [regime for regime, *_ in read] == ["few", "many"] * 6
+    # As many of each class as there are, like those that a scan searches with.
+    assert {tuple(sorted(counts)) for _, _, counts in read} == {(2, 2, 3, 3), (25, 25, 25, 25)}
     assert read[:6] == read[6:]
     for regime, count in (("few", 10), ("many", 100)):
-        drawn = [sorted(pixels) for of, pixels in read[:6] if of == regime]
+        drawn = [sorted(pixels) for of, pixels, _ in read[:6] if of == regime]
         assert [len(each) for each in drawn] == [count] * 3
         assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
 

@@ -16,7 +16,7 @@ import yaml
 from defense_core.architectures import build
 from defense_core.scan.pool import load_pool
 from tests.pipelines.commands import Call
-from tests.small_model import PLAN_OPTIONS, images, make_inputs
+from tests.small_model import PLAN_OPTIONS, images, learnt, make_inputs
 from tests.small_pool import RATE, make_pool
 
 
@@ -184,10 +184,7 @@ def calibrate(inputs: Path, out: Path, *more: object) -> list[object]:
 def test_calibrate_takes_models_that_are_known_to_be_clean(inputs: Path, tmp_path: Path, quarantine: Call) -> None:
     references: list[object] = []
     for number in range(4):
-        state = {
-            name: value + 0.01 * number if value.is_floating_point() else value
-            for name, value in PLAN_OPTIONS.network().state_dict().items()
-        }
+        state = learnt(PLAN_OPTIONS.network(), number).state_dict()
         safetensors.torch.save_file(state, tmp_path / f"{number}.safetensors")
         references += ["--reference", tmp_path / f"{number}.safetensors"]
     answer = quarantine(*calibrate(inputs, tmp_path / "pool.json", *references), "--json")
@@ -257,7 +254,7 @@ def test_calibrate_trains_a_network_of_the_user_s_own(
     name = f"calibrated_{trusts}"
     network = own_network(tmp_path, name, monkeypatch)
     quick = ("--clean", inputs / "clean.npz", "--config", inputs / "quick.yaml", "--device", "cpu")
-    trained = ("--train", inputs / "test.npz", "--references", "2", "--set", "epochs=1", "--set", "lr=0.01")
+    trained = ("--train", inputs / "test.npz", "--references", "2", "--set", "epochs=12", "--set", "batch_size=16")
     words = ["calibrate", *network, *quick, *trained, "--out", tmp_path / "pool.json"]
     refused = quarantine(*words)
     assert refused.code == 3
@@ -275,7 +272,7 @@ def test_calibrate_reads_references_of_the_user_s_own_network(
     inputs: Path, tmp_path: Path, monkeypatch: Any, quarantine: Call
 ) -> None:
     network = own_network(tmp_path, "calibrated_given", monkeypatch)
-    model = build("calibrated_given:make", {}, trusted_modules=("calibrated_given",))
+    model = learnt(build("calibrated_given:make", {}, trusted_modules=("calibrated_given",)))
     safetensors.torch.save_file(model.state_dict(), tmp_path / "m.safetensors")
     quick = ("--clean", inputs / "clean.npz", "--config", inputs / "quick.yaml", "--device", "cpu")
     words = ["calibrate", *network, *quick, "--reference", tmp_path / "m.safetensors", "--out", tmp_path / "pool.json"]
