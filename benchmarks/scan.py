@@ -166,6 +166,8 @@ def judged_rows(
             "peak_mb": round(peak),
         }
         for entry in report.detectors:
+            if not observed.observations[entry.name].measured:
+                continue  # a detector of other networks
             yield common | {
                 "detector": entry.name,
                 "statistic": entry.statistic,
