@@ -120,6 +120,11 @@ class Splits:
         return "sha256:" + hashlib.sha256(joined.encode()).hexdigest()
 
 
+def evenly_spaced(count: int, limit: int) -> Tensor:
+    """At most ``limit`` indices below ``count``, so that a set sorted by class is not cut off: int64."""
+    return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
+
+
 def joined(first: CleanSet, second: CleanSet) -> CleanSet:
     """The samples of both, in order."""
     images, labels = (torch.cat(parts) for parts in ((first.images, second.images), (first.labels, second.labels)))

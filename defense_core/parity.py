@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_core.config import require
-from defense_core.data import CleanSet
+from defense_core.data import CleanSet, evenly_spaced
 from defense_core.errors import DataError, ExportError, NonFiniteOutputs
 from defense_core.inference import NETWORK_ERRORS, images_at_once
 from defense_core.layers import evaluating
@@ -270,10 +270,10 @@ class _Session:
 
 
 def _spread(count: int, limit: int) -> Tensor:
-    """At most ``limit`` indices, evenly spaced, so that a set sorted by class is not cut off."""
+    """Indices of the images that are compared."""
     if not count:
         raise DataError("there is nothing to compare on", expected="at least one image", got="none")
-    return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
+    return evenly_spaced(count, limit)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from components._runtime.calibration import pool_of_bundle
 from components._runtime.datasets import POOL, write_data
 from components._runtime.evidence import Clock, compose
@@ -24,7 +22,7 @@ from defense_core.attacks import Probe, probe_from_spec
 from defense_core.bundle import Bundle, Origin, bundle_of, save_bundle
 from defense_core.config import digest as config_digest
 from defense_core.config import from_mapping, to_mapping
-from defense_core.data import CleanSet, DataLimits, require_apart
+from defense_core.data import CleanSet, DataLimits, evenly_spaced, require_apart
 from defense_core.evaluate import evaluate
 from defense_core.files import atomic_directory
 from defense_core.policy import Policy, parse_policy
@@ -140,9 +138,8 @@ def _pool(plan: Plan, folder: Path, bundle: Bundle, progress: Progress) -> Pool 
 
 
 def _try_out(bundle: Bundle, clean: CleanSet, probes: list[Probe], progress: Progress) -> None:
-    # Evenly spaced: a set may be sorted by class, and a probe leaves images of its own class as they are.
-    count = min(TRIAL_IMAGES, len(clean))
-    few = clean.subset(torch.arange(count) * len(clean) // max(1, count))
+    # A set may be sorted by class, and a probe leaves images of its own class as they are.
+    few = clean.subset(evenly_spaced(len(clean), TRIAL_IMAGES))
     evaluate(bundle.model, few, task=bundle.spec.task_object(), probes=probes, progress=progress)
 
 
