@@ -33,7 +33,7 @@ from defense_core.purify import METHODS
 from pipelines import cli, panels
 from pipelines.console import print_comparison
 from tests.pipelines.commands import Answer, Call
-from tests.small_model import DENYING, PLAN_OPTIONS, POLICY, make_inputs
+from tests.small_model import DENYING, PLAN_OPTIONS, POLICY, learnt, make_inputs
 
 ROOT = Path(pipelines.__file__).parent.parent
 COMMANDS = ("purify", "evaluate", "export", "gate", "run", "demo", "compile", "methods", "report", "fleet")
@@ -45,6 +45,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.safetensors, clean.npz, test.npz, and a probe."""
     folder = tmp_path_factory.mktemp("inputs")
     make_inputs(folder)
+    safetensors.torch.save_file(learnt(PLAN_OPTIONS.network()).state_dict(), folder / "model.safetensors")
     (folder / "probe.yaml").write_text("{name: corner, kind: badnets, target: 0, size: 2}\n")
     return folder
 
